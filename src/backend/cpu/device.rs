@@ -1,0 +1,147 @@
+//! CPU devices: the machine, or several shares of it that stand in for several devices.
+
+use std::sync::Arc;
+
+use super::dispatch::CpuDispatch;
+use super::memory::{Account, HostMemory};
+use crate::backend::{
+    BackendType, Device, DeviceInfo, DeviceMemory, Dispatch, DispatchRequest, Placement,
+};
+use crate::error::Error;
+use crate::thread::affinity;
+
+/// One CPU device.
+#[derive(Debug)]
+pub(crate) struct CpuDevice {
+    info: DeviceInfo,
+    account: Arc<Account>,
+}
+
+impl CpuDevice {
+    /// Describes `count` devices, which share the usable cores (less `reserved`) evenly, each with `memory_limit` bytes
+    /// or its share of the machine's memory. With fewer cores than devices, all have all cores.
+    pub(crate) fn enumerate(
+        count: usize,
+        memory_limit: Option<u64>,
+        reserved: &[usize],
+    ) -> Vec<DeviceInfo> {
+        let mut cores = affinity::usable_cores();
+        if cores.iter().any(|core| !reserved.contains(core)) {
+            cores.retain(|core| !reserved.contains(core));
+        }
+        let share = (cores.len() / count.max(1)).max(1);
+        (0..count)
+            .map(|index| DeviceInfo {
+                backend: BackendType::Cpu,
+                index,
+                name: format!("cpu{index}"),
+                memory_limit: memory_limit
+                    .unwrap_or_else(|| machine_memory() / count.max(1) as u64),
+                cores: if cores.len() < count {
+                    cores.clone()
+                } else {
+                    cores.iter().copied().skip(index * share).take(share).collect()
+                },
+            })
+            .collect()
+    }
+
+    pub(crate) fn open(info: DeviceInfo) -> Self {
+        let account = Arc::new(Account::new(info.memory_limit));
+        Self { info, account }
+    }
+}
+
+impl Device for CpuDevice {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn memory_in_use(&self) -> u64 {
+        self.account.used()
+    }
+
+    fn allocate(
+        &self,
+        bytes: usize,
+        _placement: Placement,
+    ) -> Result<Arc<dyn DeviceMemory>, Error> {
+        match HostMemory::allocate(bytes, &self.account) {
+            Some(memory) => Ok(Arc::new(memory)),
+            None => Err(Error::OutOfMemory {
+                device: self.info.name.clone(),
+                asked: bytes as u64,
+                available: self.account.available(),
+            }),
+        }
+    }
+
+    fn dispatch(&self, request: DispatchRequest) -> Result<Box<dyn Dispatch>, Error> {
+        Ok(Box::new(CpuDispatch::start(request)?))
+    }
+}
+
+/// Physical memory in bytes; unlimited where the system does not tell.
+fn machine_memory() -> u64 {
+    #[cfg(unix)]
+    {
+        // SAFETY: `sysconf` has no preconditions; it gives -1 for what it does not know.
+        let (pages, page) = unsafe {
+            (
+                libc::sysconf(libc::_SC_PHYS_PAGES),
+                libc::sysconf(libc::_SC_PAGESIZE),
+            )
+        };
+        if let (Ok(pages), Ok(page)) = (u64::try_from(pages), u64::try_from(page))
+            && pages > 0
+        {
+            return pages.saturating_mul(page);
+        }
+    }
+    u64::MAX
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_limited_and_given_back() {
+        let mut info = CpuDevice::enumerate(1, Some(16 * 4096), &[]).remove(0);
+        info.name = "test".into();
+        let device = CpuDevice::open(info);
+        let first = device.allocate(10 * 4096, Placement::DeviceState).unwrap();
+        let error = device
+            .allocate(7 * 4096, Placement::DeviceState)
+            .unwrap_err();
+        assert!(
+            matches!(&error, Error::OutOfMemory { asked, available, .. }
+                if (*asked, *available) == (7 * 4096, 6 * 4096)),
+            "{error}"
+        );
+        drop(first);
+        assert_eq!(device.memory_in_use(), 0);
+        device.allocate(16 * 4096, Placement::DeviceState).unwrap();
+    }
+
+    #[test]
+    fn sizes_that_no_machine_has_are_an_error() {
+        let device = CpuDevice::open(CpuDevice::enumerate(1, Some(u64::MAX), &[]).remove(0));
+        for bytes in [usize::MAX, usize::MAX / 2, 1 << 60] {
+            assert!(device.allocate(bytes, Placement::DeviceState).is_err());
+        }
+        assert_eq!(device.memory_in_use(), 0);
+    }
+
+    #[test]
+    fn virtual_devices_share_the_cores() {
+        let cores = affinity::usable_cores();
+        let devices = CpuDevice::enumerate(cores.len(), None, &[]);
+        for (device, core) in devices.iter().zip(&cores) {
+            assert_eq!(device.cores, [*core]);
+        }
+        let many = CpuDevice::enumerate(cores.len() + 1, None, &[]);
+        assert!(many.iter().all(|device| device.cores == cores));
+        assert!(CpuDevice::enumerate(1, None, &cores)[0].cores == cores);
+    }
+}

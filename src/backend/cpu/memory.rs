@@ -1,0 +1,102 @@
+//! Memory of a CPU device: the process's own, counted against a limit.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::backend::DeviceMemory;
+use crate::ring::WriteCombining;
+
+/// Alignment of every allocation, and the distance at which pages are touched: the smallest page there is.
+const PAGE_BYTES: usize = 4096;
+
+/// Bytes taken on one device.
+#[derive(Debug)]
+pub(super) struct Account {
+    limit: u64,
+    used: AtomicU64,
+}
+
+impl Account {
+    pub(super) fn new(limit: u64) -> Self {
+        Self {
+            limit,
+            used: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn available(&self) -> u64 {
+        self.limit.saturating_sub(self.used())
+    }
+
+    fn take(&self, bytes: u64) -> bool {
+        self.used
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
+                used.checked_add(bytes).filter(|after| *after <= self.limit)
+            })
+            .is_ok()
+    }
+}
+
+/// A zeroed run of pages.
+#[derive(Debug)]
+pub(super) struct HostMemory {
+    start: NonNull<u8>,
+    layout: Layout,
+    account: Arc<Account>,
+}
+
+// SAFETY: the memory belongs to this value alone; nothing in it is bound to a thread.
+unsafe impl Send for HostMemory {}
+// SAFETY: as for `Send`; a shared reference gives nothing but the address.
+unsafe impl Sync for HostMemory {}
+
+impl HostMemory {
+    /// At least `bytes` of zeroed memory, every page of it present; `None` if the account or the system has none left.
+    pub(super) fn allocate(bytes: usize, account: &Arc<Account>) -> Option<Self> {
+        let bytes = bytes.max(1).checked_next_multiple_of(PAGE_BYTES)?;
+        let layout = Layout::from_size_align(bytes, PAGE_BYTES).ok()?;
+        if !account.take(bytes as u64) {
+            return None;
+        }
+        // SAFETY: the layout's size is at least one page, so not zero.
+        let Some(start) = NonNull::new(unsafe { alloc_zeroed(layout) }) else {
+            account.used.fetch_sub(bytes as u64, Ordering::Relaxed);
+            return None;
+        };
+        for offset in (0..bytes).step_by(PAGE_BYTES) {
+            // SAFETY: the offset is within the allocation. Volatile, so that the page is really written to.
+            unsafe { start.add(offset).write_volatile(0) };
+        }
+        Some(Self {
+            start,
+            layout,
+            account: Arc::clone(account),
+        })
+    }
+}
+
+impl DeviceMemory for HostMemory {
+    fn host_ptr(&self) -> NonNull<u8> {
+        self.start
+    }
+
+    fn write_combining(&self) -> WriteCombining {
+        WriteCombining::No
+    }
+}
+
+impl Drop for HostMemory {
+    fn drop(&mut self) {
+        // SAFETY: `start` came from `alloc_zeroed` with this very layout, and is freed once.
+        unsafe { dealloc(self.start.as_ptr(), self.layout) };
+        self.account
+            .used
+            .fetch_sub(self.layout.size() as u64, Ordering::Relaxed);
+    }
+}

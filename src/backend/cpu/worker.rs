@@ -1,0 +1,353 @@
+//! The polling loop of one block: the same protocol that device code speaks.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::backend::block::DeviceEnds;
+use crate::backend::{BlockMemory, Handler};
+use crate::error::HandlerError;
+use crate::kernel::signals::KernelSignals;
+use crate::kernel::{
+    BlockState, CpuHandler, DeadLetterReason, Dim3, FailureReason, KernelContext, KernelFailure,
+    ReplyPort, Request, TelemetryWriter, TypeTable, UndeliveredMessage,
+};
+use crate::message::{Envelope, MessageHeader, RAW_KIND};
+use crate::ring::{Consumer, Corruption, Peek};
+use crate::thread::{IdleStep, KernelWait};
+use crate::time;
+
+/// Empty polls between two heartbeats: a few microseconds.
+const POLLS_PER_BEAT: u32 = 64;
+
+/// Empty polls after a message until the counters are written out: late enough that a reply to the next message of a
+/// ping-pong never waits for it.
+const POLLS_BEFORE_STORE: u32 = 48;
+
+/// Empty polls between two writes of the counters, for their sign of life: some 100 us.
+const POLLS_PER_STORE: u32 = 4096;
+
+/// Messages without an empty poll between two writes of the counters.
+const MESSAGES_PER_STORE: u32 = 256;
+
+/// What all blocks of a kernel have in common.
+#[derive(Debug)]
+pub(super) struct WorkerSetup {
+    pub(super) handler: Handler,
+    pub(super) types: Arc<TypeTable>,
+    pub(super) grid: Dim3,
+    pub(super) block_size: Dim3,
+    pub(super) wait: KernelWait,
+    pub(super) telemetry: bool,
+    pub(super) heartbeat_interval: Duration,
+    pub(super) blocks: Arc<[Arc<BlockMemory>]>,
+}
+
+/// One block on its thread.
+pub(super) struct Worker {
+    ends: DeviceEnds,
+    setup: Arc<WorkerSetup>,
+    signals: Arc<KernelSignals>,
+}
+
+impl Worker {
+    pub(super) fn new(
+        ends: DeviceEnds,
+        setup: Arc<WorkerSetup>,
+        signals: Arc<KernelSignals>,
+    ) -> Self {
+        Self {
+            ends,
+            setup,
+            signals,
+        }
+    }
+
+    /// Runs until the block is told to end, or fails.
+    pub(super) fn run(self) {
+        let Self {
+            ends,
+            setup,
+            signals,
+        } = self;
+        let DeviceEnds {
+            requests,
+            replies,
+            mut state,
+            memory,
+        } = ends;
+        let Handler::Cpu(handler) = &setup.handler;
+        let mut block = BlockLoop {
+            requests,
+            port: ReplyPort {
+                producer: replies,
+                control: memory.control(),
+                signals: Arc::clone(&signals),
+                block: memory.index,
+                may_nap: setup.wait != KernelWait::Spin,
+                replies: 0,
+                bytes: 0,
+            },
+            state: state.as_mut(),
+            memory: &memory,
+            setup: &setup,
+            handler: handler.as_ref(),
+            telemetry: TelemetryWriter::default(),
+            unstored: 0,
+            in_hand: None,
+        };
+        let end = catch_unwind(AssertUnwindSafe(|| block.run()));
+        let failure = match end {
+            Ok(Ok(())) => None,
+            Ok(Err(corruption)) => Some(block.corrupt(corruption)),
+            Err(panic) => Some(block.panicked(panic.as_ref())),
+        };
+        block.store_telemetry();
+        // The consumer publishes its cursor when it is dropped; the end is announced after that.
+        drop(block);
+        memory.control().store_state(BlockState::Ended);
+        if let Some(failure) = failure {
+            for other in setup.blocks.iter() {
+                other.control().set_terminate();
+            }
+            signals.fail(failure);
+        }
+        signals.wake_all();
+    }
+}
+
+struct BlockLoop<'a> {
+    requests: Consumer,
+    port: ReplyPort<'a>,
+    state: &'a mut [u8],
+    memory: &'a BlockMemory,
+    setup: &'a WorkerSetup,
+    handler: &'a dyn CpuHandler,
+    telemetry: TelemetryWriter,
+    /// Messages since the counters were written out.
+    unstored: u32,
+    /// The request that the handler has right now.
+    in_hand: Option<MessageHeader>,
+}
+
+impl BlockLoop<'_> {
+    fn run(&mut self) -> Result<(), Corruption> {
+        let control = self.memory.control();
+        loop {
+            if control.must_terminate() {
+                return Ok(());
+            }
+            if control.is_active() {
+                control.store_state(BlockState::Polling);
+                self.poll_while_active()?;
+                self.store_telemetry();
+                // What was read is given back before the block stops looking.
+                self.requests.publish_cursor();
+                control.store_state(BlockState::Idle);
+            } else {
+                control.beat();
+                self.sleep(self.setup.heartbeat_interval, |block| {
+                    block.memory.control().is_active()
+                });
+            }
+        }
+    }
+
+    /// Whether the host wants the block to stop polling.
+    #[inline]
+    fn must_stop(&self) -> bool {
+        let control = self.port.control;
+        control.must_terminate() || !control.is_active()
+    }
+
+    #[inline]
+    fn poll_while_active(&mut self) -> Result<(), Corruption> {
+        let mut empty_polls = 0_u32;
+        while !self.must_stop() {
+            match self.requests.peek() {
+                Peek::Ready(header) => {
+                    empty_polls = 0;
+                    self.handle(header);
+                }
+                Peek::Empty => {
+                    empty_polls = empty_polls.wrapping_add(1);
+                    self.idle(empty_polls);
+                }
+                Peek::Corrupt(corruption) => return Err(corruption),
+            }
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn idle(&mut self, empty_polls: u32) {
+        if empty_polls.is_multiple_of(POLLS_PER_BEAT) {
+            self.port.control.beat();
+        }
+        if (empty_polls == POLLS_BEFORE_STORE && self.unstored > 0)
+            || empty_polls.is_multiple_of(POLLS_PER_STORE)
+        {
+            self.store_telemetry();
+        }
+        match self.setup.wait.idle(empty_polls) {
+            IdleStep::Poll => {}
+            IdleStep::Sleep => {
+                self.store_telemetry();
+                self.sleep(self.setup.heartbeat_interval, Self::has_request);
+                self.port.control.beat();
+            }
+            IdleStep::SleepFor(interval) => {
+                self.store_telemetry();
+                self.sleep(interval, |_| false);
+                self.port.control.beat();
+            }
+        }
+    }
+
+    fn has_request(block: &mut Self) -> bool {
+        !matches!(block.requests.peek(), Peek::Empty) || !block.memory.control().is_active()
+    }
+
+    /// Sleeps for `timeout` at most, unless `is_ready` says otherwise at the last moment. Ends at once when the block
+    /// must end.
+    fn sleep(&mut self, timeout: Duration, is_ready: impl FnOnce(&mut Self) -> bool) {
+        let signals = Arc::clone(&self.port.signals);
+        let Some(work) = signals.work.get(self.memory.index as usize) else {
+            return;
+        };
+        let prepared = work.prepare();
+        if !self.memory.control().must_terminate() && !is_ready(self) {
+            prepared.wait(timeout);
+        }
+    }
+
+    #[inline]
+    fn handle(&mut self, header: MessageHeader) {
+        let begin = if self.setup.telemetry {
+            time::ticks()
+        } else {
+            0
+        };
+        let replies_before = self.port.replies;
+        self.in_hand = Some(header);
+        let outcome = self.call_handler(header);
+        if let Err(error) = &outcome {
+            self.reply_error(&header, error);
+        }
+        self.in_hand = None;
+        self.requests.release();
+        self.port
+            .control
+            .store_processed(self.requests.position());
+        if self.port.replies != replies_before {
+            self.port.signals.replies_settled();
+        }
+        self.telemetry.received += 1;
+        self.telemetry.bytes_in += header.length() as u64;
+        if self.setup.telemetry {
+            self.telemetry
+                .time_handler(time::ticks().saturating_sub(begin));
+            self.unstored += 1;
+            if self.unstored == MESSAGES_PER_STORE {
+                self.store_telemetry();
+            }
+        }
+    }
+
+    #[inline]
+    fn call_handler(&mut self, header: MessageHeader) -> Result<(), HandlerError> {
+        let types = self.setup.types.as_ref();
+        if header.kind() != RAW_KIND && types.type_id_of(header.kind()).is_none() {
+            self.port.control.count_dropped();
+            self.port
+                .signals
+                .dead_letters
+                .count_request(DeadLetterReason::Corrupt);
+            return Err(HandlerError::new(
+                HandlerError::BAD_REQUEST,
+                "kind is not in the type table",
+            ));
+        }
+        let extension = self.requests.extension(&header);
+        let request = Request {
+            header,
+            extension,
+            payload: self.requests.payload(&header),
+            types,
+        };
+        let mut context = KernelContext {
+            block: self.memory.index,
+            grid: self.setup.grid,
+            block_size: self.setup.block_size,
+            state: &mut *self.state,
+            port: &mut self.port,
+            header,
+            extension,
+            types,
+        };
+        self.handler.handle(&request, &mut context)
+    }
+
+    #[cold]
+    fn reply_error(&mut self, header: &MessageHeader, error: &HandlerError) {
+        self.telemetry.errors += 1;
+        self.port.control.store_last_error(error.code);
+        let envelope = Envelope {
+            kind: RAW_KIND,
+            error: true,
+            ..header.envelope(None)
+        };
+        if let Err(refused) = self.port.reply(&envelope, |body| Ok(error.encode(body))) {
+            // The kernel is ending: the caller learns that instead.
+            log::debug!(
+                "kernel '{}': error reply not written: {refused}",
+                self.port.signals.name
+            );
+        }
+    }
+
+    fn store_telemetry(&mut self) {
+        if !self.setup.telemetry {
+            return;
+        }
+        self.unstored = 0;
+        self.telemetry.replied = self.port.replies;
+        self.telemetry.bytes_out = self.port.bytes;
+        self.telemetry.store(self.memory.telemetry());
+        self.port.control.beat();
+    }
+
+    fn corrupt(&self, corruption: Corruption) -> KernelFailure {
+        self.port.control.count_dropped();
+        self.port
+            .signals
+            .dead_letters
+            .count_request(DeadLetterReason::Corrupt);
+        KernelFailure {
+            reason: FailureReason::CorruptRing,
+            message: format!("request ring: {corruption}"),
+            block: Some(self.memory.index),
+            request: None,
+        }
+    }
+
+    fn panicked(&self, panic: &(dyn Any + Send)) -> KernelFailure {
+        let message = panic
+            .downcast_ref::<&str>()
+            .map(|text| (*text).to_owned())
+            .or_else(|| panic.downcast_ref::<String>().cloned())
+            .unwrap_or_else(|| "the handler panicked with a value that is no text".into());
+        KernelFailure {
+            reason: FailureReason::Panic,
+            message,
+            block: Some(self.memory.index),
+            request: self.in_hand.map(|header| UndeliveredMessage {
+                kernel: self.port.signals.name.clone(),
+                block: self.memory.index,
+                header,
+                payload: self.requests.payload(&header).to_vec(),
+            }),
+        }
+    }
+}

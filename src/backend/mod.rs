@@ -1,0 +1,186 @@
+//! Floor 6: what runs kernels.
+//!
+//! A backend supplies devices; a device supplies memory in three placements and *dispatches*: code that stays resident,
+//! polls its request rings, writes its reply rings, and obeys its control blocks until it is told to end. The protocol
+//! in that memory is the same for all of them, so that the runtime above talks to the rings and asks the backend only
+//! to start a dispatch, to keep it alive, to stop it, and how it ended.
+//!
+//! Errors that a caller cannot foresee are `OutOfMemory` and `DeviceLost`; everything else is checked before it comes
+//! here.
+
+mod block;
+pub(crate) mod cpu;
+
+use std::fmt;
+use std::ptr::NonNull;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+pub(crate) use block::{
+    BlockLayout, BlockMemory, DeviceEnds, HostConsumer, HostProducer, host_ring, host_ring_bytes,
+};
+
+use crate::error::Error;
+use crate::kernel::{
+    CpuHandler, Dim3, KernelFailure, TypeTable, UndeliveredMessage, signals::KernelSignals,
+};
+use crate::ring::WriteCombining;
+use crate::thread::KernelWait;
+use crate::time::Deadline;
+
+/// A way to run kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum BackendType {
+    /// Pinned threads of this process.
+    Cpu,
+}
+
+impl BackendType {
+    /// Every backend that this build knows.
+    pub const ALL: [Self; 1] = [Self::Cpu];
+
+    /// The name as command lines and errors write it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+        }
+    }
+}
+
+impl fmt::Display for BackendType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for BackendType {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self, Error> {
+        Self::ALL
+            .into_iter()
+            .find(|backend| backend.name().eq_ignore_ascii_case(name))
+            .ok_or_else(|| Error::InvalidOption {
+                option: "backend",
+                reason: format!(
+                    "'{name}' is none of: {}",
+                    Self::ALL.map(Self::name).join(", ")
+                ),
+            })
+    }
+}
+
+/// What a device is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// The backend it belongs to.
+    pub backend: BackendType,
+    /// Its index within the backend.
+    pub index: usize,
+    /// Its name.
+    pub name: String,
+    /// Bytes that kernels may take on it, all together.
+    pub memory_limit: u64,
+    /// Cores that its kernels are put on when a launch names none; empty for a device that is not this CPU.
+    pub cores: Vec<usize>,
+}
+
+/// Where a piece of memory has to be good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Placement {
+    /// The host writes, the device reads.
+    HostToDevice,
+    /// The device writes, the host reads; cached on the host.
+    DeviceToHost,
+    /// The device's own.
+    DeviceState,
+}
+
+/// A piece of device memory; given back when dropped.
+pub(crate) trait DeviceMemory: Send + Sync + fmt::Debug {
+    /// Where this process sees it: zeroed, at least 64-byte aligned, valid as long as the value lives.
+    fn host_ptr(&self) -> NonNull<u8>;
+
+    /// How the host's stores to it are ordered.
+    fn write_combining(&self) -> WriteCombining;
+}
+
+/// An open device.
+pub(crate) trait Device: Send + Sync + fmt::Debug {
+    fn info(&self) -> &DeviceInfo;
+
+    /// Bytes taken by all live memory.
+    fn memory_in_use(&self) -> u64;
+
+    /// Zeroed memory of at least `bytes`. Never blocks on a running kernel.
+    fn allocate(
+        &self,
+        bytes: usize,
+        placement: Placement,
+    ) -> Result<Arc<dyn DeviceMemory>, Error>;
+
+    /// Starts a dispatch: its blocks are resident, and idle until their control blocks say otherwise.
+    fn dispatch(&self, request: DispatchRequest) -> Result<Box<dyn Dispatch>, Error>;
+}
+
+/// Code that is resident on a device.
+pub(crate) trait Dispatch: Send + fmt::Debug {
+    /// Does what the device needs to go on (a new slice, say), and tells whether the dispatch still runs.
+    fn keep_alive(&mut self) -> DispatchStatus;
+
+    /// Asks it to end, and returns at once.
+    fn request_stop(&mut self);
+
+    /// Waits for its end, but not beyond the deadline: `Running` then.
+    fn join(&mut self, deadline: Deadline) -> DispatchStatus;
+
+    /// Requests that no handler has seen, in order. Only after the dispatch ended, or was given up as stuck.
+    fn leftovers(&self) -> Vec<UndeliveredMessage>;
+}
+
+/// How a dispatch is doing.
+#[derive(Debug)]
+pub(crate) enum DispatchStatus {
+    Running,
+    /// It ended as asked, or has reported its failure itself.
+    Ended,
+    /// It ended otherwise.
+    Failed(KernelFailure),
+}
+
+/// Everything that a dispatch needs.
+#[derive(Debug)]
+pub(crate) struct DispatchRequest {
+    pub(crate) handler: Handler,
+    pub(crate) signals: Arc<KernelSignals>,
+    pub(crate) types: Arc<TypeTable>,
+    pub(crate) grid: Dim3,
+    pub(crate) block_size: Dim3,
+    /// One a block, with the ends of its rings that belong to the device.
+    pub(crate) blocks: Vec<DeviceEnds>,
+    pub(crate) wait: KernelWait,
+    /// The core of each block, or none for blocks that only have to stay off the spinners' cores.
+    pub(crate) cores: Vec<usize>,
+    /// Cores for blocks without a core of their own.
+    pub(crate) shared_cores: Vec<usize>,
+    pub(crate) telemetry: bool,
+    /// How often a sleeping block shows a sign of life.
+    pub(crate) heartbeat_interval: Duration,
+}
+
+/// A kernel's code for the backend at hand.
+#[derive(Clone)]
+pub(crate) enum Handler {
+    Cpu(Arc<dyn CpuHandler>),
+}
+
+impl fmt::Debug for Handler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu(_) => f.write_str("Cpu"),
+        }
+    }
+}

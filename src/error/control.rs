@@ -1,0 +1,204 @@
+//! The error of everything that is not a message call.
+
+use std::fmt;
+use std::io;
+use std::time::Duration;
+
+/// What can go wrong outside the message path. Closed on purpose: each variant names what it speaks of.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Error {
+    /// No kernel of this id is registered.
+    KernelNotFound {
+        /// The id asked for.
+        id: String,
+        /// Every id that is registered, sorted.
+        registered: Vec<String>,
+    },
+    /// Two registrations have the same id.
+    DuplicateKernel {
+        /// The id.
+        id: String,
+    },
+    /// The kernel cannot go from its state to that one.
+    InvalidTransition {
+        /// The kernel's name.
+        kernel: String,
+        /// State it is in.
+        from: &'static str,
+        /// State asked for.
+        to: &'static str,
+    },
+    /// The runtime cannot do this in its state.
+    InvalidLifecycle {
+        /// State it is in.
+        state: &'static str,
+        /// What was asked for.
+        operation: &'static str,
+    },
+    /// The kernel's endpoints cannot be given away now.
+    EndpointsBusy {
+        /// The kernel's name.
+        kernel: String,
+        /// Who holds them.
+        reason: &'static str,
+    },
+    /// An option or configuration value is out of range.
+    InvalidOption {
+        /// Name of the option.
+        option: &'static str,
+        /// What is wrong with its value, and what would be right.
+        reason: String,
+    },
+    /// A message type that the kernel was not registered for.
+    UnknownType {
+        /// The kernel's name.
+        kernel: String,
+        /// Name of the type.
+        type_name: &'static str,
+    },
+    /// The backend cannot be used on this machine.
+    BackendUnavailable {
+        /// Name of the backend.
+        backend: &'static str,
+        /// Why.
+        reason: String,
+    },
+    /// No device of this index.
+    DeviceNotFound {
+        /// Name of the backend.
+        backend: &'static str,
+        /// Index asked for.
+        index: usize,
+        /// How many there are.
+        available: usize,
+    },
+    /// The kernel's registration has no code for this backend.
+    NoHandler {
+        /// Id of the registration.
+        kernel: String,
+        /// Name of the backend.
+        backend: &'static str,
+    },
+    /// The device is gone, and everything on it.
+    DeviceLost {
+        /// Name of the device.
+        device: String,
+        /// What the driver said.
+        reason: String,
+    },
+    /// Memory that the device, or the limit set for it, does not have.
+    OutOfMemory {
+        /// Name of the device.
+        device: String,
+        /// Bytes asked for.
+        asked: u64,
+        /// Bytes still available.
+        available: u64,
+    },
+    /// No such core, or not one that this process may use.
+    CoreNotFound {
+        /// The core asked for.
+        core: usize,
+        /// The cores there are.
+        available: Vec<usize>,
+    },
+    /// A thread could not be pinned although the core exists.
+    PinningFailed {
+        /// The cores asked for.
+        cores: Vec<usize>,
+        /// What the system says instead.
+        reason: String,
+    },
+    /// Something did not end in time.
+    Timeout {
+        /// What was waited for.
+        operation: &'static str,
+        /// The kernel's name.
+        kernel: String,
+        /// For how long.
+        after: Duration,
+    },
+    /// The operating system refused a call.
+    Os {
+        /// What was attempted.
+        operation: &'static str,
+        /// Its answer.
+        source: io::Error,
+    },
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::KernelNotFound { id, registered } => write!(
+                f,
+                "no kernel '{id}' is registered; registered are: {}",
+                registered.join(", ")
+            ),
+            Self::DuplicateKernel { id } => write!(f, "kernel '{id}' is registered twice"),
+            Self::InvalidTransition { kernel, from, to } => {
+                write!(f, "kernel '{kernel}' cannot go from {from} to {to}")
+            }
+            Self::InvalidLifecycle { state, operation } => {
+                write!(f, "the runtime is {state} and cannot {operation}")
+            }
+            Self::EndpointsBusy { kernel, reason } => {
+                write!(f, "the endpoints of kernel '{kernel}' are busy: {reason}")
+            }
+            Self::InvalidOption { option, reason } => write!(f, "invalid {option}: {reason}"),
+            Self::UnknownType { kernel, type_name } => {
+                write!(f, "kernel '{kernel}' does not take or give '{type_name}'")
+            }
+            Self::BackendUnavailable { backend, reason } => {
+                write!(f, "backend {backend} is unavailable: {reason}")
+            }
+            Self::DeviceNotFound {
+                backend,
+                index,
+                available,
+            } => write!(
+                f,
+                "backend {backend} has no device {index}; it has {available}"
+            ),
+            Self::NoHandler { kernel, backend } => {
+                write!(f, "kernel '{kernel}' has no handler for backend {backend}")
+            }
+            Self::DeviceLost { device, reason } => {
+                write!(f, "device '{device}' is lost: {reason}")
+            }
+            Self::OutOfMemory {
+                device,
+                asked,
+                available,
+            } => write!(
+                f,
+                "device '{device}' cannot give {asked} bytes; {available} are available"
+            ),
+            Self::CoreNotFound { core, available } => {
+                write!(f, "there is no core {core}; there are {available:?}")
+            }
+            Self::PinningFailed { cores, reason } => {
+                write!(f, "the thread was not pinned to cores {cores:?}: {reason}")
+            }
+            Self::Timeout {
+                operation,
+                kernel,
+                after,
+            } => write!(
+                f,
+                "{operation} of kernel '{kernel}' did not end within {after:?}"
+            ),
+            Self::Os { operation, source } => write!(f, "{operation}: {source}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Os { source, .. } => Some(source),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,29 @@
+//! Floor 5: what a kernel *is*: its registration, its handler, its launch options, its states, and the blocks of memory
+//! through which host and device steer and watch it.
+
+mod builtin;
+mod control_block;
+mod dead_letters;
+mod handler;
+mod options;
+mod registration;
+mod registry;
+mod reply_port;
+pub(crate) mod signals;
+mod state;
+mod telemetry;
+mod types;
+
+pub use builtin::{saxpy_reply, saxpy_request};
+pub(crate) use control_block::BlockState;
+pub use control_block::{CONTROL_BLOCK_BYTES, ControlBlock};
+pub use dead_letters::{DeadLetterCounts, DeadLetterReason};
+pub use handler::{CpuHandler, HandlerResult, KernelContext, Request};
+pub use options::{Dim3, LaunchOptions};
+pub use registration::KernelRegistration;
+pub(crate) use reply_port::ReplyPort;
+pub use registry::{KERNELS, find_kernel, registered_kernels};
+pub use state::{FailureReason, KernelFailure, KernelState, UndeliveredMessage};
+pub use telemetry::{TELEMETRY_BUFFER_BYTES, Telemetry, TelemetryBuffer};
+pub(crate) use telemetry::TelemetryWriter;
+pub(crate) use types::TypeTable;

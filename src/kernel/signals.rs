@@ -1,0 +1,214 @@
+//! What the host side of a kernel and the thread or bridge behind it tell each other outside the device's memory.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use parking_lot::Mutex;
+
+use super::dead_letters::DeadLetters;
+use super::state::{FailureReason, KernelFailure, KernelState};
+use crate::error::Unavailable;
+use crate::thread::event_count::EventCount;
+
+const STATE_MASK: u32 = 0xff;
+const DRAINING: u32 = 1 << 8;
+const DEVICE_LOST: u32 = 1 << 9;
+
+/// A kernel's state, and whether the runtime drains, in one word that every send looks at.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    bits: AtomicU32,
+}
+
+impl Gate {
+    fn new() -> Self {
+        Self {
+            bits: AtomicU32::new(KernelState::Created as u32),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn state(&self) -> KernelState {
+        KernelState::from_bits(self.bits.load(Ordering::Acquire) & STATE_MASK)
+    }
+
+    /// Whether a message may be sent now. One load while it may.
+    #[inline]
+    pub(crate) fn check_send(&self) -> Result<(), Unavailable> {
+        let bits = self.bits.load(Ordering::Relaxed);
+        if bits == KernelState::Active as u32 {
+            return Ok(());
+        }
+        Err(Self::why(bits))
+    }
+
+    /// Why nothing will ever be received again, if so.
+    #[inline]
+    pub(crate) fn check_receive(&self) -> Result<(), Unavailable> {
+        let bits = self.bits.load(Ordering::Acquire);
+        if KernelState::from_bits(bits & STATE_MASK).is_final() {
+            return Err(Self::why(bits));
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn why(bits: u32) -> Unavailable {
+        match KernelState::from_bits(bits & STATE_MASK) {
+            KernelState::Failed if bits & DEVICE_LOST != 0 => Unavailable::DeviceLost,
+            KernelState::Failed => Unavailable::Failed,
+            KernelState::Terminating | KernelState::Terminated => Unavailable::Terminated,
+            _ if bits & DRAINING != 0 => Unavailable::Draining,
+            KernelState::Deactivated => Unavailable::Deactivated,
+            KernelState::Created | KernelState::Launched | KernelState::Active => {
+                Unavailable::NotActivated
+            }
+        }
+    }
+
+    /// Goes from the present state to `next` if that is legal; gives the present state if not.
+    pub(crate) fn transition(&self, next: KernelState) -> Result<KernelState, KernelState> {
+        self.bits
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |bits| {
+                KernelState::from_bits(bits & STATE_MASK)
+                    .can_become(next)
+                    .then_some((bits & !STATE_MASK) | next as u32)
+            })
+            .map(|bits| KernelState::from_bits(bits & STATE_MASK))
+            .map_err(|bits| KernelState::from_bits(bits & STATE_MASK))
+    }
+
+    pub(crate) fn set_draining(&self) {
+        self.bits.fetch_or(DRAINING, Ordering::AcqRel);
+    }
+}
+
+/// Everything about one kernel that is host memory and shared between its callers and whoever runs it.
+#[derive(Debug)]
+pub(crate) struct KernelSignals {
+    /// Name of the instance, for errors and logs.
+    pub(crate) name: String,
+    pub(crate) gate: Gate,
+    /// Callers asleep until a reply comes or the kernel ends.
+    pub(crate) replied: EventCount,
+    /// Whether callers may sleep at all; if not, nobody needs to look for sleepers.
+    pub(crate) callers_park: bool,
+    /// Blocks asleep until a request or a command comes, one each.
+    pub(crate) work: Box<[EventCount]>,
+    /// Messages that could not be delivered.
+    pub(crate) dead_letters: DeadLetters,
+    failure: Mutex<Option<KernelFailure>>,
+}
+
+impl KernelSignals {
+    pub(crate) fn new(name: String, blocks: u32, callers_park: bool) -> Self {
+        Self {
+            name,
+            gate: Gate::new(),
+            replied: EventCount::new(),
+            callers_park,
+            work: (0..blocks).map(|_| EventCount::new()).collect(),
+            dead_letters: DeadLetters::default(),
+            failure: Mutex::new(None),
+        }
+    }
+
+    /// Fails the kernel, keeps the first failure, and wakes everybody. Does nothing to a kernel that has ended.
+    pub(crate) fn fail(&self, failure: KernelFailure) {
+        {
+            let mut slot = self.failure.lock();
+            if self.gate.state().is_final() {
+                return;
+            }
+            log::error!("kernel '{}' failed: {failure}", self.name);
+            if failure.reason == FailureReason::DeviceLost {
+                self.gate.bits.fetch_or(DEVICE_LOST, Ordering::AcqRel);
+            }
+            slot.get_or_insert(failure);
+            // The failure is there before the state that points to it.
+            let _ = self.gate.transition(KernelState::Failed);
+        }
+        self.wake_all();
+    }
+
+    /// Wakes callers and blocks, to look at the state.
+    pub(crate) fn wake_all(&self) {
+        self.replied.notify();
+        for work in &self.work {
+            work.notify();
+        }
+    }
+
+    /// How the kernel failed, if it did.
+    pub(crate) fn failure(&self) -> Option<KernelFailure> {
+        self.failure.lock().clone()
+    }
+
+    /// Tells callers of replies that were just written; cheap, and may miss one that is just falling asleep.
+    #[inline]
+    pub(crate) fn replies_written(&self) {
+        if self.callers_park {
+            self.replied.notify_seen();
+        }
+    }
+
+    /// Tells callers of all replies written so far; misses nobody.
+    #[inline]
+    pub(crate) fn replies_settled(&self) {
+        if self.callers_park {
+            self.replied.notify();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failure(reason: FailureReason) -> KernelFailure {
+        KernelFailure {
+            reason,
+            message: "test".into(),
+            block: None,
+            request: None,
+        }
+    }
+
+    #[test]
+    fn each_state_refuses_a_send_with_an_error_of_its_own() {
+        let gate = Gate::new();
+        gate.transition(KernelState::Launched).unwrap();
+        assert_eq!(gate.check_send(), Err(Unavailable::NotActivated));
+        gate.transition(KernelState::Active).unwrap();
+        assert_eq!(gate.check_send(), Ok(()));
+        gate.transition(KernelState::Deactivated).unwrap();
+        assert_eq!(gate.check_send(), Err(Unavailable::Deactivated));
+        gate.set_draining();
+        assert_eq!(gate.check_send(), Err(Unavailable::Draining));
+        assert_eq!(gate.check_receive(), Ok(()));
+        gate.transition(KernelState::Terminating).unwrap();
+        assert_eq!(gate.check_send(), Err(Unavailable::Terminated));
+        assert_eq!(gate.check_receive(), Ok(()));
+        gate.transition(KernelState::Terminated).unwrap();
+        assert_eq!(gate.check_receive(), Err(Unavailable::Terminated));
+        assert_eq!(
+            gate.transition(KernelState::Active),
+            Err(KernelState::Terminated)
+        );
+    }
+
+    #[test]
+    fn the_first_failure_is_kept_and_a_lost_device_is_told_apart() {
+        let signals = KernelSignals::new("test".into(), 1, true);
+        signals.gate.transition(KernelState::Launched).unwrap();
+        signals.fail(failure(FailureReason::DeviceLost));
+        signals.fail(failure(FailureReason::Panic));
+        assert_eq!(
+            signals.failure().map(|failure| failure.reason),
+            Some(FailureReason::DeviceLost)
+        );
+        assert_eq!(
+            signals.gate.check_receive(),
+            Err(Unavailable::DeviceLost)
+        );
+    }
+}

@@ -1,0 +1,12 @@
+//! Floor 2: what travels. Headers, typed messages, and the way in and out of a byte slot.
+//!
+//! Nothing here knows of rings or devices, and nothing here needs an operating system.
+
+pub mod codec;
+mod header;
+mod ring_message;
+
+pub use header::{
+    EXTENSION_BYTES, Envelope, Extension, HEADER_BYTES, MAX_PAYLOAD_BYTES, MessageHeader, Priority,
+};
+pub use ring_message::{RAW_KIND, RingMessage, type_id_of};

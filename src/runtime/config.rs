@@ -1,0 +1,142 @@
+//! The numbers that a runtime works with.
+
+use std::time::Duration;
+
+use crate::error::Error;
+use crate::ring::RingLayout;
+use crate::thread::{WaitStrategy, affinity};
+
+/// Longest time that any of the durations below may be set to: a day. A wait has to be bounded by something sensible.
+const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// How a runtime behaves. Every field is honoured; a launch may override some by its
+/// [`LaunchOptions`](crate::LaunchOptions).
+///
+/// | preset | `kernel_wait` | `host_wait` | `enable_telemetry` | `termination_timeout` | `default_timeout` |
+/// |---|---|---|---|---|---|
+/// | [`development`](Self::development) | `Park` | `Park` | on | 30 s | 30 s |
+/// | [`production`](Self::production), and the default | `Auto` | `Auto` | on | 5 s | 5 s |
+/// | [`high_performance`](Self::high_performance) | `Spin` | `Spin` | off | 5 s | 1 s |
+///
+/// All other fields are the same in the three.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RuntimeConfig {
+    /// Slots of each request ring and each reply ring, for kernels that declare none: 1 to 2^24, rounded up to a
+    /// power of two. Default 4096.
+    pub default_queue_capacity: usize,
+    /// Largest payload in bytes, for kernels that declare none: 0 to 2^24 - 1. Default 48, which is one cache line
+    /// with its header.
+    pub default_message_size: usize,
+    /// How long a thread that polls rings on behalf of a device (the threads of the CPU backend) sleeps between two
+    /// empty polls. Zero, the default, means that the wait strategy decides; anything else overrides it, saves the
+    /// core, and adds up to that much latency. At most a day.
+    pub bridge_poll_interval: Duration,
+    /// How long `activate`, `deactivate` and `terminate` wait for a kernel. Default 5 s, at most a day.
+    pub termination_timeout: Duration,
+    /// Whether kernels keep [`Telemetry`](crate::kernel::Telemetry). It costs two counter reads (some 20 ns) a
+    /// message.
+    pub enable_telemetry: bool,
+    /// How kernels wait for requests.
+    pub kernel_wait: WaitStrategy,
+    /// How callers wait for replies, and for room.
+    pub host_wait: WaitStrategy,
+    /// How long `send` and `recv`, which take no timeout, wait. Default 5 s, at most a day.
+    pub default_timeout: Duration,
+    /// How often a kernel that sleeps wakes up to show a sign of life. Default 1 s; 1 ms to a day.
+    pub heartbeat_interval: Duration,
+    /// Cores that no kernel is put on unless a launch names them: those of the callers. Ignored if that would leave
+    /// none.
+    pub reserved_cores: Vec<usize>,
+    /// How many CPU devices there are; more than one share the cores and stand in for several devices. Default 1, at
+    /// most 64.
+    pub cpu_devices: usize,
+    /// Bytes that kernels may take on each CPU device; `None` means the machine's memory, shared evenly.
+    pub cpu_memory_limit: Option<u64>,
+}
+
+impl Default for RuntimeConfig {
+    fn default() -> Self {
+        Self {
+            default_queue_capacity: 4096,
+            default_message_size: 48,
+            bridge_poll_interval: Duration::ZERO,
+            termination_timeout: Duration::from_secs(5),
+            enable_telemetry: true,
+            kernel_wait: WaitStrategy::Auto,
+            host_wait: WaitStrategy::Auto,
+            default_timeout: Duration::from_secs(5),
+            heartbeat_interval: Duration::from_secs(1),
+            reserved_cores: Vec::new(),
+            cpu_devices: 1,
+            cpu_memory_limit: None,
+        }
+    }
+}
+
+impl RuntimeConfig {
+    /// For a developer's machine: nothing spins, and timeouts leave time for a debugger.
+    #[must_use]
+    pub fn development() -> Self {
+        Self {
+            kernel_wait: WaitStrategy::Park,
+            host_wait: WaitStrategy::Park,
+            termination_timeout: Duration::from_secs(30),
+            default_timeout: Duration::from_secs(30),
+            ..Self::default()
+        }
+    }
+
+    /// The default: spins where there are cores for it.
+    #[must_use]
+    pub fn production() -> Self {
+        Self::default()
+    }
+
+    /// For machines with a core for every spinning thread: nothing ever sleeps, nothing is counted.
+    #[must_use]
+    pub fn high_performance() -> Self {
+        Self {
+            kernel_wait: WaitStrategy::Spin,
+            host_wait: WaitStrategy::Spin,
+            enable_telemetry: false,
+            default_timeout: Duration::from_secs(1),
+            ..Self::default()
+        }
+    }
+
+    /// Fails on the first value that is out of its range.
+    pub(crate) fn validate(&self) -> Result<(), Error> {
+        let invalid = |option, reason: String| Err(Error::InvalidOption { option, reason });
+        if let Err(error) =
+            RingLayout::new(self.default_queue_capacity, self.default_message_size, true)
+        {
+            return invalid("default_queue_capacity or default_message_size", error.to_string());
+        }
+        for (option, value) in [
+            ("bridge_poll_interval", self.bridge_poll_interval),
+            ("termination_timeout", self.termination_timeout),
+            ("default_timeout", self.default_timeout),
+            ("heartbeat_interval", self.heartbeat_interval),
+        ] {
+            if value > LONGEST {
+                return invalid(option, format!("{value:?} exceeds a day"));
+            }
+        }
+        if self.heartbeat_interval < Duration::from_millis(1) {
+            return invalid(
+                "heartbeat_interval",
+                format!("{:?} is below 1 ms", self.heartbeat_interval),
+            );
+        }
+        if !(1..=64).contains(&self.cpu_devices) {
+            return invalid(
+                "cpu_devices",
+                format!("{} is not within 1 to 64", self.cpu_devices),
+            );
+        }
+        for core in &self.reserved_cores {
+            affinity::check_core(*core)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,592 @@
+//! The handle: any thread may send, receive and call through it.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::calls::PendingCall;
+use super::endpoints::{Bytes, Receiver, Sender};
+use super::instance::KernelInstance;
+use super::metrics::{KernelMetrics, KernelStatus};
+use super::receive::{
+    Found, ReceiveSide, kind_of, read_reply, read_reply_bytes, until_received,
+};
+use super::send::{
+    Route, SendOptions, SendSide, address, until_sent, write_bytes, write_message,
+};
+use crate::error::{
+    CallError, Error, MessageError, RecvTimeoutError, Rejection, SendTimeoutError, TryRecvError,
+    TrySendError, Unavailable,
+};
+use crate::message::{Envelope, Extension, MessageHeader, RAW_KIND, RingMessage};
+use crate::thread::Waiter;
+use crate::time::Deadline;
+
+/// How long `try_send` waits for another thread to be done with the sending side: copying one message takes
+/// nanoseconds, so longer means that the other thread was preempted.
+const SEND_LOCK: Duration = Duration::from_micros(100);
+
+/// A launched kernel, shared by as many threads as like to.
+///
+/// Sending and receiving each take one lock, uncontended unless several threads use the same direction at the same
+/// time. A thread that may take none uses [`split`](Self::split). Dropping handles does not end the kernel; dropping
+/// the runtime does.
+///
+/// ```
+/// use std::time::Duration;
+/// use ringkernel::{Dim3, LaunchOptions, RingKernelRuntime};
+///
+/// let runtime = RingKernelRuntime::builder().build()?;
+/// let kernel = runtime.launch("echo", Dim3::x(1), Dim3::x(1), LaunchOptions::default())?;
+/// kernel.activate()?;
+/// let mut reply = [0; 48];
+/// let length = kernel.call_bytes(b"ping", &mut reply, Duration::from_secs(1))?;
+/// assert_eq!(&reply[..length], b"ping");
+/// kernel.terminate()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone)]
+pub struct KernelHandle {
+    instance: Arc<KernelInstance>,
+}
+
+impl fmt::Debug for KernelHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("KernelHandle").field(&self.instance).finish()
+    }
+}
+
+impl KernelHandle {
+    pub(super) fn new(instance: Arc<KernelInstance>) -> Self {
+        Self { instance }
+    }
+
+    /// Name of the instance.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.instance.signals.name
+    }
+
+    // Control.
+
+    /// Starts polling for messages. Blocks until every block of the grid does, `termination_timeout` at most.
+    ///
+    /// # Errors
+    /// [`Error::InvalidTransition`] unless the kernel is launched or deactivated; [`Error::Timeout`].
+    pub fn activate(&self) -> Result<(), Error> {
+        self.instance.activate()
+    }
+
+    /// Refuses new messages and stops polling; state and queued messages are kept for the next `activate`. Blocks until
+    /// every block has finished the message at hand, `termination_timeout` at most.
+    ///
+    /// # Errors
+    /// [`Error::InvalidTransition`] unless the kernel is active; [`Error::Timeout`].
+    pub fn deactivate(&self) -> Result<(), Error> {
+        self.instance.deactivate()
+    }
+
+    /// Ends the kernel and joins its threads; every blocked send and receive fails at once. What is queued is not
+    /// handled any more and appears in the runtime's [`ShutdownReport`](crate::ShutdownReport); replies already written
+    /// can still be received. Blocks until every block has finished the message at hand, `termination_timeout` at
+    /// most.
+    ///
+    /// A failed kernel stays `Failed`, and gives its threads and cores back.
+    ///
+    /// # Errors
+    /// [`Error::InvalidTransition`] if the kernel has been terminated before; [`Error::Timeout`] if a handler did not
+    /// return in time: the kernel is `Failed` then, and the handler's thread is left behind.
+    pub fn terminate(&self) -> Result<(), Error> {
+        self.instance.terminate()
+    }
+
+    /// Where the kernel stands, and how it failed, if it did. Allocates; for the control plane.
+    #[must_use]
+    pub fn status(&self) -> KernelStatus {
+        self.instance.status()
+    }
+
+    /// What the kernel has done. Allocates; does not disturb the kernel's loop.
+    #[must_use]
+    pub fn metrics(&self) -> KernelMetrics {
+        self.instance.metrics()
+    }
+
+    // Sending.
+
+    /// Sends a typed message without waiting for room. Waits some 100 us at most for another thread that is sending.
+    ///
+    /// # Errors
+    /// [`TrySendError`]; nothing has been sent then.
+    #[inline]
+    pub fn try_send<T: RingMessage>(&self, message: &T) -> Result<(), TrySendError> {
+        self.try_send_with(message, &SendOptions::default())
+    }
+
+    /// As [`try_send`](Self::try_send), with options.
+    ///
+    /// # Errors
+    /// As `try_send`.
+    #[inline]
+    pub fn try_send_with<T: RingMessage>(
+        &self,
+        message: &T,
+        options: &SendOptions,
+    ) -> Result<(), TrySendError> {
+        let kind = self.instance.types.kind_of(T::TYPE_ID)?;
+        let (envelope, route) = address(&self.instance, kind, options)?;
+        self.send_once(SEND_LOCK, route, &envelope, |body| {
+            write_message(message, body)
+        })
+    }
+
+    /// Sends a typed message, waiting for room for `timeout` at most.
+    ///
+    /// # Errors
+    /// [`SendTimeoutError`]; nothing has been sent then.
+    #[inline]
+    pub fn send_timeout<T: RingMessage>(
+        &self,
+        message: &T,
+        timeout: Duration,
+    ) -> Result<(), SendTimeoutError> {
+        self.send_with(message, &SendOptions::default(), timeout)
+    }
+
+    /// As [`send_timeout`](Self::send_timeout), with options.
+    ///
+    /// # Errors
+    /// As `send_timeout`.
+    #[inline]
+    pub fn send_with<T: RingMessage>(
+        &self,
+        message: &T,
+        options: &SendOptions,
+        timeout: Duration,
+    ) -> Result<(), SendTimeoutError> {
+        let kind = self.instance.types.kind_of(T::TYPE_ID)?;
+        let (envelope, route) = address(&self.instance, kind, options)?;
+        self.send_until(timeout, route, &envelope, |body| {
+            write_message(message, body)
+        })
+    }
+
+    /// Sends a typed message, waiting for room for `RuntimeConfig::default_timeout` at most.
+    ///
+    /// # Errors
+    /// As [`send_timeout`](Self::send_timeout).
+    #[inline]
+    pub fn send<T: RingMessage>(&self, message: &T) -> Result<(), SendTimeoutError> {
+        self.send_timeout(message, self.instance.default_timeout)
+    }
+
+    /// Sends raw bytes, waiting for room for `RuntimeConfig::default_timeout` at most.
+    ///
+    /// # Errors
+    /// As [`send_timeout`](Self::send_timeout).
+    #[inline]
+    pub fn send_bytes(&self, payload: &[u8]) -> Result<(), SendTimeoutError> {
+        self.send_bytes_with(
+            payload,
+            &SendOptions::default(),
+            self.instance.default_timeout,
+        )
+    }
+
+    /// Sends raw bytes without waiting for room; see [`try_send`](Self::try_send).
+    ///
+    /// # Errors
+    /// As `try_send`.
+    #[inline]
+    pub fn try_send_bytes(&self, payload: &[u8]) -> Result<(), TrySendError> {
+        let (envelope, route) = address(&self.instance, RAW_KIND, &SendOptions::default())?;
+        self.send_once(SEND_LOCK, route, &envelope, |body| {
+            write_bytes(payload, body)
+        })
+    }
+
+    /// Sends raw bytes with options, waiting for room for `timeout` at most.
+    ///
+    /// # Errors
+    /// As [`send_timeout`](Self::send_timeout).
+    #[inline]
+    pub fn send_bytes_with(
+        &self,
+        payload: &[u8],
+        options: &SendOptions,
+        timeout: Duration,
+    ) -> Result<(), SendTimeoutError> {
+        let (envelope, route) = address(&self.instance, RAW_KIND, options)?;
+        self.send_until(timeout, route, &envelope, |body| write_bytes(payload, body))
+    }
+
+    #[inline]
+    fn send_once(
+        &self,
+        lock: Duration,
+        route: Route,
+        envelope: &Envelope,
+        write: impl FnOnce(&mut [u8]) -> Result<usize, Rejection>,
+    ) -> Result<(), TrySendError> {
+        // An uncontended attempt looks at no clock, whatever the bound.
+        let mut guard = self
+            .instance
+            .send
+            .try_lock_for(lock)
+            .ok_or(TrySendError::Busy)?;
+        let side = guard.as_mut().ok_or_else(|| self.split_off())?;
+        side.try_send(&self.instance, route, envelope, write)
+    }
+
+    #[inline]
+    fn send_until(
+        &self,
+        timeout: Duration,
+        route: Route,
+        envelope: &Envelope,
+        write: impl Fn(&mut [u8]) -> Result<usize, Rejection>,
+    ) -> Result<(), SendTimeoutError> {
+        until_sent(&self.instance, timeout, |remaining| {
+            self.send_once(remaining, route, envelope, &write)
+        })
+    }
+
+    /// Why the sides are gone: the kernel's own reason if it has one, else that they were split off.
+    #[cold]
+    fn split_off(&self) -> Unavailable {
+        match self.instance.signals.gate.check_receive() {
+            Err(unavailable) => unavailable,
+            Ok(()) => Unavailable::Split,
+        }
+    }
+
+    // Receiving.
+
+    /// Receives a typed message if one is waiting. Does not wait.
+    ///
+    /// Replies to pending `call`s are never returned here.
+    ///
+    /// # Errors
+    /// [`TryRecvError`]. A message of another type stays where it is.
+    #[inline]
+    pub fn try_recv<T: RingMessage>(&self) -> Result<T, TryRecvError> {
+        self.receive_once(&mut |side, found| self.typed(side, found))
+    }
+
+    /// Receives a typed message, waiting for `timeout` at most. A message that comes before the deadline is never
+    /// missed.
+    ///
+    /// # Errors
+    /// [`RecvTimeoutError`]. A message of another type stays where it is.
+    #[inline]
+    pub fn recv_timeout<T: RingMessage>(&self, timeout: Duration) -> Result<T, RecvTimeoutError> {
+        self.receive_until(timeout, |side, found| self.typed(side, found))
+    }
+
+    /// Receives a typed message, waiting for `RuntimeConfig::default_timeout` at most.
+    ///
+    /// # Errors
+    /// As [`recv_timeout`](Self::recv_timeout).
+    #[inline]
+    pub fn recv<T: RingMessage>(&self) -> Result<T, RecvTimeoutError> {
+        self.recv_timeout(self.instance.default_timeout)
+    }
+
+    /// Receives a message of any type as raw bytes, if one is waiting, and returns its length. Does not wait.
+    ///
+    /// # Errors
+    /// [`TryRecvError`]. A message that `buffer` is too small for stays where it is.
+    #[inline]
+    pub fn try_recv_bytes(&self, buffer: &mut [u8]) -> Result<usize, TryRecvError> {
+        self.receive_once(&mut |side, found| {
+            side.take::<Bytes>(&self.instance, found).copy_to(buffer)
+        })
+    }
+
+    /// Receives a message of any type as raw bytes, waiting for `timeout` at most, and returns its length.
+    ///
+    /// # Errors
+    /// [`RecvTimeoutError`]. A message that `buffer` is too small for stays where it is.
+    #[inline]
+    pub fn recv_bytes_timeout(
+        &self,
+        buffer: &mut [u8],
+        timeout: Duration,
+    ) -> Result<usize, RecvTimeoutError> {
+        self.receive_until(timeout, |side, found| {
+            side.take::<Bytes>(&self.instance, found).copy_to(buffer)
+        })
+    }
+
+    #[inline]
+    fn typed<T: RingMessage>(
+        &self,
+        side: &mut ReceiveSide,
+        found: Found,
+    ) -> Result<T, MessageError> {
+        let kind = kind_of::<T>(&self.instance);
+        side.take::<T>(&self.instance, found)
+            .check_type::<T>(kind)?
+            .decode()
+    }
+
+    #[inline]
+    fn receive_once<R>(
+        &self,
+        read: &mut impl FnMut(&mut ReceiveSide, Found) -> Result<R, MessageError>,
+    ) -> Result<R, TryRecvError> {
+        let mut guard = self.instance.receive.try_lock().ok_or(TryRecvError::Busy)?;
+        let side = guard.as_mut().ok_or_else(|| self.split_off())?;
+        let found = side.find(&self.instance)?;
+        Ok(read(side, found)?)
+    }
+
+    #[inline]
+    fn receive_until<R>(
+        &self,
+        timeout: Duration,
+        mut read: impl FnMut(&mut ReceiveSide, Found) -> Result<R, MessageError>,
+    ) -> Result<R, RecvTimeoutError> {
+        until_received(
+            &self.instance,
+            timeout,
+            &mut (),
+            |()| self.receive_once(&mut read),
+            |()| self.may_have_message(None),
+        )
+    }
+
+    /// Whether a thread about to sleep should look once more instead. Another thread inside the receiving side may
+    /// just be handing something over.
+    fn may_have_message(&self, call: Option<&PendingCall<'_>>) -> bool {
+        let Some(mut guard) = self.instance.receive.try_lock() else {
+            return true;
+        };
+        // Looked at under the lock: whoever handed it over did so under the lock as well.
+        call.is_some_and(PendingCall::is_done)
+            || self.instance.signals.gate.check_receive().is_err()
+            || guard.as_mut().is_none_or(ReceiveSide::has_message)
+    }
+
+    // Calls.
+
+    /// Sends a request and waits for the reply to it, `timeout` at most for both. Any number of threads may call at the
+    /// same time, up to `LaunchOptions::max_pending_calls`; each gets the first reply to its own request. Further
+    /// replies, and those that come after the timeout, go to the dead letters.
+    ///
+    /// # Errors
+    /// [`CallError`]; `CallError::Message(MessageError::Handler(_))` if the handler returned an error.
+    #[inline]
+    pub fn call<Req: RingMessage, Resp: RingMessage>(
+        &self,
+        request: &Req,
+        timeout: Duration,
+    ) -> Result<Resp, CallError> {
+        let types = &self.instance.types;
+        let kind = types.kind_of(Req::TYPE_ID)?;
+        let reply_kind = kind_of::<Resp>(&self.instance);
+        self.exchange(
+            kind,
+            timeout,
+            |body| write_message(request, body),
+            |header, _, payload| {
+                let found = || types.type_id_of(header.kind());
+                read_reply::<Resp>(reply_kind, found, header, payload)
+            },
+        )
+    }
+
+    /// As [`call`](Self::call), with raw bytes both ways; returns the length of the reply. A reply of any type is
+    /// taken.
+    ///
+    /// # Errors
+    /// As `call`; a reply that exceeds `reply` is lost.
+    #[inline]
+    pub fn call_bytes(
+        &self,
+        request: &[u8],
+        reply: &mut [u8],
+        timeout: Duration,
+    ) -> Result<usize, CallError> {
+        self.exchange(
+            RAW_KIND,
+            timeout,
+            |body| write_bytes(request, body),
+            |header, _, payload| read_reply_bytes(reply, header, payload),
+        )
+    }
+
+    #[inline]
+    fn exchange<R>(
+        &self,
+        kind: u16,
+        timeout: Duration,
+        write: impl Fn(&mut [u8]) -> Result<usize, Rejection>,
+        read: impl FnOnce(&MessageHeader, Option<Extension>, &[u8]) -> Result<R, MessageError>,
+    ) -> Result<R, CallError> {
+        let instance = &*self.instance;
+        let mut call = instance.calls.begin().ok_or(CallError::TooManyCalls)?;
+        let envelope = Envelope {
+            correlation: call.correlation,
+            kind,
+            ..Envelope::default()
+        };
+        let mut waiter = Waiter::new(instance.host_wait, timeout);
+        // The common case needs no clock: there is room.
+        match self.send_once(SEND_LOCK, Route::RoundRobin, &envelope, &write) {
+            Ok(()) => {}
+            Err(TrySendError::Unavailable(unavailable)) => return Err(unavailable.into()),
+            Err(TrySendError::Rejected(rejection)) => return Err(rejection.into()),
+            Err(TrySendError::Full | TrySendError::Busy) => {
+                let deadline = Deadline::after(timeout);
+                self.send_until(timeout, Route::RoundRobin, &envelope, &write)?;
+                waiter = Waiter::new(instance.host_wait, deadline.remaining());
+            }
+        }
+        let mut read = Some(read);
+        let mut last = false;
+        loop {
+            if let Some(outcome) = self.look_for_reply(&call, &mut read) {
+                return outcome.map_err(CallError::from);
+            }
+            if last {
+                break;
+            }
+            let ended = instance.signals.gate.check_receive().is_err();
+            last = ended
+                || !waiter.pause(&instance.signals.replied, || {
+                    self.may_have_message(Some(&call))
+                });
+        }
+        // Whatever comes from now on is late. What came in this very moment is not.
+        if !call.give_up()
+            && let Some(outcome) = self.take_stored(&call, &mut read)
+        {
+            return outcome.map_err(CallError::from);
+        }
+        match instance.signals.gate.check_receive() {
+            Err(unavailable) => Err(unavailable.into()),
+            Ok(()) => Err(CallError::Timeout),
+        }
+    }
+
+    /// Takes the call's reply out of the ring, or from the thread that did so first.
+    #[inline]
+    fn look_for_reply<R, F>(
+        &self,
+        call: &PendingCall<'_>,
+        read: &mut Option<F>,
+    ) -> Option<Result<R, MessageError>>
+    where
+        F: FnOnce(&MessageHeader, Option<Extension>, &[u8]) -> Result<R, MessageError>,
+    {
+        if call.is_done() {
+            return self.take_stored(call, read);
+        }
+        let mut guard = self.instance.receive.try_lock()?;
+        // Split off while the call was pending: `split` refuses that, so there is a side.
+        let side = guard.as_mut()?;
+        let Some(found) = side.find_reply(&self.instance, call) else {
+            drop(guard);
+            return self.take_stored(call, read);
+        };
+        let received = side.take::<Bytes>(&self.instance, found);
+        let read = read.take()?;
+        Some(read(
+            &received.header(),
+            received.extension(),
+            received.payload(),
+        ))
+    }
+
+    #[inline]
+    fn take_stored<R, F>(
+        &self,
+        call: &PendingCall<'_>,
+        read: &mut Option<F>,
+    ) -> Option<Result<R, MessageError>>
+    where
+        F: FnOnce(&MessageHeader, Option<Extension>, &[u8]) -> Result<R, MessageError>,
+    {
+        if !call.is_done() {
+            return None;
+        }
+        let read = read.take()?;
+        call.take(read)
+    }
+
+    // Endpoints.
+
+    /// Gives the kernel's sending and receiving sides away as exclusive endpoints for typed messages. Until both are
+    /// dropped, the handle itself cannot send, receive, call or split.
+    ///
+    /// # Errors
+    /// [`Error::UnknownType`] if the kernel was not registered for one of the types; [`Error::EndpointsBusy`] if the
+    /// sides are split off already, in use by another thread, awaited by a pending call, or hold replies that a call
+    /// put aside.
+    pub fn split<Req: RingMessage, Resp: RingMessage>(
+        &self,
+    ) -> Result<(Sender<Req>, Receiver<Resp>), Error> {
+        let kind = |type_id, type_name| {
+            self.instance
+                .types
+                .kind_of(type_id)
+                .map_err(|_| Error::UnknownType {
+                    kernel: self.name().to_owned(),
+                    type_name,
+                })
+        };
+        let request = kind(Req::TYPE_ID, Req::NAME)?;
+        let reply = kind(Resp::TYPE_ID, Resp::NAME)?;
+        let (send, receive) = self.take_sides()?;
+        Ok((
+            Sender::new(Arc::clone(&self.instance), send, request),
+            Receiver::new(Arc::clone(&self.instance), receive, reply),
+        ))
+    }
+
+    /// As [`split`](Self::split), for raw bytes.
+    ///
+    /// # Errors
+    /// As `split`.
+    pub fn split_bytes(&self) -> Result<(Sender<Bytes>, Receiver<Bytes>), Error> {
+        let (send, receive) = self.take_sides()?;
+        Ok((
+            Sender::new(Arc::clone(&self.instance), send, RAW_KIND),
+            Receiver::new(Arc::clone(&self.instance), receive, RAW_KIND),
+        ))
+    }
+
+    fn take_sides(&self) -> Result<(SendSide, ReceiveSide), Error> {
+        let busy = |reason| Error::EndpointsBusy {
+            kernel: self.name().to_owned(),
+            reason,
+        };
+        let instance = &*self.instance;
+        let mut send = instance
+            .send
+            .try_lock()
+            .ok_or_else(|| busy("another thread is sending"))?;
+        let mut receive = instance
+            .receive
+            .try_lock()
+            .ok_or_else(|| busy("another thread is receiving"))?;
+        if instance.calls.any_pending() {
+            return Err(busy("a call is pending"));
+        }
+        if receive
+            .as_ref()
+            .is_some_and(|side| side.inbox_depth() > 0)
+        {
+            return Err(busy("replies that a call put aside have not been received"));
+        }
+        match (send.take(), receive.take()) {
+            (Some(send), Some(receive)) => Ok((send, receive)),
+            (put_back_send, put_back_receive) => {
+                *send = put_back_send;
+                *receive = put_back_receive;
+                Err(busy("they are split off already"))
+            }
+        }
+    }
+}

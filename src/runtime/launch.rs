@@ -1,0 +1,234 @@
+//! From a registration and options to a resident kernel.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::calls::{CallTable, MAX_CALLS};
+use super::config::RuntimeConfig;
+use super::instance::{ControlPlane, Counter, KernelInstance};
+use super::receive::ReceiveSide;
+use super::send::SendSide;
+use crate::backend::{
+    BackendType, BlockLayout, BlockMemory, Device, DispatchRequest, Handler, host_ring,
+    host_ring_bytes,
+};
+use crate::error::{Error, HandlerError};
+use crate::kernel::signals::KernelSignals;
+use crate::kernel::{Dim3, KernelRegistration, KernelState, LaunchOptions};
+use crate::ring::RingLayout;
+use crate::thread::{CoreLease, KernelWait, SpinPermit, WaitStrategy, affinity};
+use crate::time::TimestampSource;
+
+/// Most blocks of a CPU grid: each is a thread.
+const MAX_BLOCKS: u64 = 1024;
+
+/// Most threads that may share a message, as on every GPU there is (CUDA C++ Programming Guide, table "Technical
+/// Specifications per Compute Capability"; Vulkan's `maxComputeWorkGroupInvocations` is 1024 on all current drivers).
+const MAX_BLOCK_THREADS: u64 = 1024;
+
+/// Launches a kernel: resident, idle, not yet polling.
+pub(super) fn launch(
+    device: &dyn Device,
+    config: &RuntimeConfig,
+    registration: &KernelRegistration,
+    name: String,
+    grid: Dim3,
+    block_size: Dim3,
+    options: &LaunchOptions,
+) -> Result<Arc<KernelInstance>, Error> {
+    let blocks = check_shape(grid, block_size)?;
+    let layout = layout(config, registration, options)?;
+    let calls = check_calls(options)?;
+    let handler = registration.handler().ok_or_else(|| Error::NoHandler {
+        kernel: registration.id().to_owned(),
+        backend: BackendType::Cpu.name(),
+    })?;
+    let host_wait = options.host_wait.unwrap_or(config.host_wait);
+    let placement = Placing::choose(device, config, options, blocks)?;
+
+    let signals = Arc::new(KernelSignals::new(name, blocks, host_wait.may_park()));
+    let types = Arc::new(registration.type_table());
+    let (mut producers, mut consumers, mut device_ends) = (Vec::new(), Vec::new(), Vec::new());
+    for index in 0..blocks {
+        let (producer, consumer, ends) = BlockMemory::allocate(device, index, layout)?;
+        producers.push(producer);
+        consumers.push(consumer);
+        device_ends.push(ends);
+    }
+    let inbox = host_ring(device, layout.ring)?;
+    let calls = CallTable::new(calls, layout.ring.max_payload());
+    let memory_bytes = layout.total() as u64 * u64::from(blocks)
+        + host_ring_bytes(layout.ring) as u64
+        + calls.memory_bytes() as u64;
+    let memories = device_ends
+        .iter()
+        .map(|ends| Arc::clone(&ends.memory))
+        .collect();
+
+    let dispatch = device.dispatch(DispatchRequest {
+        handler: Handler::Cpu(Arc::clone(handler)),
+        signals: Arc::clone(&signals),
+        types: Arc::clone(&types),
+        grid,
+        block_size,
+        blocks: device_ends,
+        wait: placement.wait,
+        cores: placement.cores(),
+        shared_cores: placement.shared,
+        telemetry: config.enable_telemetry,
+        heartbeat_interval: config.heartbeat_interval,
+    })?;
+    // Cannot fail: the kernel was created here.
+    let _ = signals.gate.transition(KernelState::Launched);
+    Ok(Arc::new(KernelInstance {
+        kernel: registration.id().to_owned(),
+        device: device.info().index,
+        signals,
+        types,
+        blocks: memories,
+        needs_wake: placement.wait.needs_wake(),
+        host_wait,
+        default_timeout: config.default_timeout,
+        termination_timeout: config.termination_timeout,
+        telemetry: config.enable_telemetry,
+        spins: matches!(placement.wait, KernelWait::Spin | KernelWait::SpinYield),
+        cores: placement.leases.iter().map(CoreLease::core).collect(),
+        memory_bytes,
+        timestamps: TimestampSource::new(),
+        calls,
+        accepted: (0..blocks).map(|_| Counter::default()).collect(),
+        delivered: Counter::default(),
+        send: Mutex::new(Some(SendSide::new(producers))),
+        receive: Mutex::new(Some(ReceiveSide::new(consumers, inbox))),
+        control: Mutex::new(ControlPlane {
+            dispatch: Some(dispatch),
+            permit: placement.permit,
+            leases: placement.leases,
+            closing: None,
+        }),
+    }))
+}
+
+fn invalid<T>(option: &'static str, reason: String) -> Result<T, Error> {
+    Err(Error::InvalidOption { option, reason })
+}
+
+fn check_shape(grid: Dim3, block_size: Dim3) -> Result<u32, Error> {
+    let blocks = grid.count();
+    if !(1..=MAX_BLOCKS).contains(&blocks) {
+        return invalid(
+            "grid",
+            format!("{blocks} blocks are not within 1 to {MAX_BLOCKS}"),
+        );
+    }
+    let threads = block_size.count();
+    if !(1..=MAX_BLOCK_THREADS).contains(&threads) {
+        return invalid(
+            "block size",
+            format!("{threads} threads are not within 1 to {MAX_BLOCK_THREADS}"),
+        );
+    }
+    Ok(blocks as u32)
+}
+
+fn check_calls(options: &LaunchOptions) -> Result<usize, Error> {
+    let calls = options.max_pending_calls;
+    if !(1..=MAX_CALLS).contains(&calls) {
+        return invalid(
+            "max_pending_calls",
+            format!("{calls} is not within 1 to {MAX_CALLS}"),
+        );
+    }
+    Ok(calls)
+}
+
+fn layout(
+    config: &RuntimeConfig,
+    registration: &KernelRegistration,
+    options: &LaunchOptions,
+) -> Result<BlockLayout, Error> {
+    let capacity = options
+        .queue_capacity
+        .or(registration.capacity())
+        .unwrap_or(config.default_queue_capacity);
+    let payload = options
+        .message_size
+        .or(registration.message_size())
+        .unwrap_or(config.default_message_size);
+    let ring = match RingLayout::new(capacity, payload, options.extended) {
+        Ok(ring) => ring,
+        Err(error) => return invalid("queue_capacity or message_size", error.to_string()),
+    };
+    // One line holds an error's code and text, so that this cannot fail; it says what the slots rely on.
+    debug_assert!(ring.max_payload() >= HandlerError::MAX_BYTES);
+    Ok(BlockLayout {
+        ring,
+        state_bytes: registration.state_bytes(),
+    })
+}
+
+/// Where the blocks run and how they wait.
+struct Placing {
+    wait: KernelWait,
+    permit: Option<SpinPermit>,
+    /// One a block; empty for blocks that share cores.
+    leases: Vec<CoreLease>,
+    /// The cores that blocks without a lease share.
+    shared: Vec<usize>,
+}
+
+impl Placing {
+    fn choose(
+        device: &dyn Device,
+        config: &RuntimeConfig,
+        options: &LaunchOptions,
+        blocks: u32,
+    ) -> Result<Self, Error> {
+        let blocks = blocks as usize;
+        if !options.cores.is_empty() && options.cores.len() != blocks {
+            return invalid(
+                "cores",
+                format!("{} cores for {blocks} blocks", options.cores.len()),
+            );
+        }
+        for core in &options.cores {
+            affinity::check_core(*core)?;
+        }
+        let strategy = options.wait.unwrap_or(config.kernel_wait);
+        let (wait, permit) = if config.bridge_poll_interval.is_zero() {
+            match strategy {
+                WaitStrategy::Spin => (KernelWait::Spin, Some(SpinPermit::forced(blocks))),
+                WaitStrategy::SpinYield => (KernelWait::SpinYield, None),
+                WaitStrategy::Park => (KernelWait::Park, None),
+                WaitStrategy::Auto => match SpinPermit::for_kernel(blocks) {
+                    Some(permit) => (KernelWait::Spin, Some(permit)),
+                    None => (KernelWait::Park, None),
+                },
+            }
+        } else {
+            (KernelWait::Interval(config.bridge_poll_interval), None)
+        };
+        let candidates = &device.info().cores;
+        let leases = if !options.cores.is_empty() {
+            options.cores.iter().copied().map(CoreLease::of).collect()
+        } else if wait == KernelWait::Spin {
+            (0..blocks)
+                .filter_map(|_| CoreLease::least_used(candidates))
+                .collect()
+        } else {
+            Vec::new()
+        };
+        let shared = CoreLease::free_of(candidates);
+        Ok(Self {
+            wait,
+            permit,
+            leases,
+            shared,
+        })
+    }
+
+    fn cores(&self) -> Vec<usize> {
+        self.leases.iter().map(CoreLease::core).collect()
+    }
+}

@@ -1,0 +1,25 @@
+//! Floor 8: what people hold. A runtime opens a device and launches kernels; a handle sends to a kernel and receives
+//! from it; split endpoints do so without a lock.
+
+mod builder;
+mod calls;
+mod config;
+mod endpoints;
+mod handle;
+mod instance;
+mod launch;
+mod lifecycle;
+mod metrics;
+mod receive;
+mod ring_kernel_runtime;
+mod send;
+
+pub use builder::RuntimeBuilder;
+pub use config::RuntimeConfig;
+pub use endpoints::{Bytes, Receiver, Sender};
+pub use handle::KernelHandle;
+pub use lifecycle::{DrainReport, LifecycleState, MessageTally, ShutdownReport};
+pub use metrics::{KernelMetrics, KernelStatus};
+pub use receive::Received;
+pub use ring_kernel_runtime::RingKernelRuntime;
+pub use send::{SendBatch, SendOptions, SendSlot};

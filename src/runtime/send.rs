@@ -1,0 +1,394 @@
+//! The sending side of a kernel: the request rings of all its blocks, and which one a message goes into.
+
+use std::fmt;
+use std::time::Duration;
+
+use super::calls::CALL_BIT;
+use super::instance::KernelInstance;
+use crate::backend::HostProducer;
+use crate::error::{Rejection, SendTimeoutError, TrySendError, Unavailable};
+use crate::message::{Envelope, Extension, Priority, RingMessage};
+use crate::ring::{Batch, PushError, Reservation};
+use crate::thread::Waiter;
+
+/// How long a sender that may sleep does so between two looks at a full ring. A full ring has work for longer.
+const NAP: Duration = Duration::from_micros(100);
+
+/// What a message carries besides its payload. The default is the plain, one-line message.
+///
+/// ```
+/// use ringkernel::{Priority, SendOptions};
+/// let options = SendOptions { priority: Priority::High, ..SendOptions::default() };
+/// # assert_eq!(options.correlation, 0);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SendOptions {
+    /// Copied into every reply; below 2^31. 0 means "not correlated".
+    pub correlation: u32,
+    /// Urgency.
+    pub priority: Priority,
+    /// Messages of equal key go to the same block of the grid, in order. Without a key they go round-robin.
+    pub key: Option<u64>,
+    /// Stamps the message with the time of sending: larger than any stamp of this kernel before it. Takes the 32-byte
+    /// extension, and reads the clock.
+    pub timestamp: bool,
+    /// When the message stops being of use, in nanoseconds since the Unix epoch
+    /// ([`now_ns`](crate::time::now_ns) gives the present). Takes the extension.
+    pub deadline_ns: Option<u64>,
+    /// W3C trace id. Takes the extension.
+    pub trace_id: Option<[u8; 16]>,
+}
+
+impl SendOptions {
+    #[inline]
+    fn envelope(&self, kind: u16, instance: &KernelInstance) -> Result<Envelope, Rejection> {
+        if self.correlation & CALL_BIT != 0 {
+            return Err(Rejection::Correlation {
+                correlation: self.correlation,
+            });
+        }
+        let extended = self.timestamp || self.deadline_ns.is_some() || self.trace_id.is_some();
+        Ok(Envelope {
+            correlation: self.correlation,
+            kind,
+            lane: 0,
+            priority: self.priority,
+            error: false,
+            extension: extended.then(|| Extension {
+                timestamp_ns: if self.timestamp {
+                    instance.timestamps.next()
+                } else {
+                    0
+                },
+                deadline_ns: self.deadline_ns.unwrap_or(0),
+                trace_id: self.trace_id.unwrap_or_default(),
+            }),
+        })
+    }
+}
+
+/// Which block a message goes to.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Route {
+    RoundRobin,
+    Key(u64),
+}
+
+impl From<&SendOptions> for Route {
+    #[inline]
+    fn from(options: &SendOptions) -> Self {
+        options.key.map_or(Self::RoundRobin, Self::Key)
+    }
+}
+
+/// The request rings of all blocks. One holder at a time.
+#[derive(Debug)]
+pub(super) struct SendSide {
+    producers: Box<[HostProducer]>,
+    /// Block of the next message that has no key.
+    next: usize,
+}
+
+impl SendSide {
+    pub(super) fn new(producers: Vec<HostProducer>) -> Self {
+        Self {
+            producers: producers.into_boxed_slice(),
+            next: 0,
+        }
+    }
+
+    /// Sends one message that `write` puts into its slot.
+    #[inline]
+    pub(super) fn try_send(
+        &mut self,
+        instance: &KernelInstance,
+        route: Route,
+        envelope: &Envelope,
+        write: impl FnOnce(&mut [u8]) -> Result<usize, Rejection>,
+    ) -> Result<(), TrySendError> {
+        instance.signals.gate.check_send()?;
+        let block = self.choose(instance, route)?;
+        let producer = &mut self.producers[block];
+        let mut reservation = producer.reserve(envelope).map_err(refused)?;
+        let length = write(reservation.body_mut())?;
+        reservation.commit(length).map_err(refused)?;
+        instance.sent(block, 1);
+        Ok(())
+    }
+
+    /// The block that the next message goes to, with at least one free slot.
+    #[inline]
+    fn choose(&mut self, instance: &KernelInstance, route: Route) -> Result<usize, TrySendError> {
+        let count = self.producers.len();
+        let first = match route {
+            _ if count == 1 => 0,
+            Route::RoundRobin => self.next,
+            Route::Key(key) => {
+                let block = block_of(key, count);
+                return match self.producers[block].free_slots(1) {
+                    0 => Err(self.full(instance)),
+                    _ => Ok(block),
+                };
+            }
+        };
+        for offset in 0..count {
+            let block = if first + offset < count {
+                first + offset
+            } else {
+                first + offset - count
+            };
+            if self.producers[block].free_slots(1) > 0 {
+                self.next = if block + 1 < count { block + 1 } else { 0 };
+                return Ok(block);
+            }
+        }
+        Err(self.full(instance))
+    }
+
+    /// A ring that looks full because the kernel published an impossible cursor is a ring that cannot be trusted.
+    #[cold]
+    fn full(&self, instance: &KernelInstance) -> TrySendError {
+        if let Some(block) = self
+            .producers
+            .iter()
+            .position(|producer| producer.bad_cursors() > 0)
+        {
+            instance.quarantine(block, "request ring: the kernel's cursor is out of range");
+            return TrySendError::Unavailable(Unavailable::Failed);
+        }
+        TrySendError::Full
+    }
+
+    /// A slot to write a message into.
+    #[inline]
+    pub(super) fn reserve<'a>(
+        &'a mut self,
+        instance: &'a KernelInstance,
+        route: Route,
+        envelope: &Envelope,
+    ) -> Result<SendSlot<'a>, TrySendError> {
+        instance.signals.gate.check_send()?;
+        let block = self.choose(instance, route)?;
+        let reservation = self.producers[block].reserve(envelope).map_err(refused)?;
+        Ok(SendSlot {
+            reservation,
+            instance,
+            block,
+        })
+    }
+
+    /// Slots for several messages to one block: the one with the next turn that has any.
+    #[inline]
+    pub(super) fn batch<'a>(
+        &'a mut self,
+        instance: &'a KernelInstance,
+        wanted: usize,
+    ) -> Result<SendBatch<'a>, TrySendError> {
+        instance.signals.gate.check_send()?;
+        let block = self.choose(instance, Route::RoundRobin)?;
+        let wanted = u32::try_from(wanted).unwrap_or(u32::MAX);
+        Ok(SendBatch {
+            batch: self.producers[block].batch(wanted),
+            instance,
+            block,
+        })
+    }
+}
+
+/// Repeats `attempt` until it does anything but report a full ring, or the timeout has passed. The last attempt is made
+/// after the deadline.
+#[inline]
+pub(super) fn until_sent<R>(
+    instance: &KernelInstance,
+    timeout: Duration,
+    mut attempt: impl FnMut(Duration) -> Result<R, TrySendError>,
+) -> Result<R, SendTimeoutError> {
+    let mut waiter = Waiter::new(instance.host_wait, timeout);
+    let mut last = false;
+    loop {
+        match attempt(waiter.remaining()) {
+            Ok(sent) => return Ok(sent),
+            Err(TrySendError::Unavailable(unavailable)) => {
+                return Err(SendTimeoutError::Unavailable(unavailable));
+            }
+            Err(TrySendError::Rejected(rejection)) => {
+                return Err(SendTimeoutError::Rejected(rejection));
+            }
+            Err(TrySendError::Full | TrySendError::Busy) if last => {
+                return Err(SendTimeoutError::Timeout);
+            }
+            Err(TrySendError::Full | TrySendError::Busy) => last = !waiter.pause_or_nap(NAP),
+        }
+    }
+}
+
+/// The block that messages of a key go to: Fibonacci hashing (Knuth, The Art of Computer Programming, volume 3, 6.4),
+/// whose high bits are scaled to the grid.
+#[inline]
+fn block_of(key: u64, count: usize) -> usize {
+    let hash = key.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    ((u128::from(hash) * count as u128) >> 64) as usize
+}
+
+#[inline]
+fn refused(error: PushError) -> TrySendError {
+    match error {
+        PushError::Full => TrySendError::Full,
+        PushError::TooLong { max, .. } => TrySendError::Rejected(Rejection::TooLarge { max }),
+    }
+}
+
+/// The envelope and the route of a message of this kind.
+#[inline]
+pub(super) fn address(
+    instance: &KernelInstance,
+    kind: u16,
+    options: &SendOptions,
+) -> Result<(Envelope, Route), Rejection> {
+    Ok((options.envelope(kind, instance)?, options.into()))
+}
+
+/// Puts raw bytes into a slot.
+#[inline]
+pub(super) fn write_bytes(payload: &[u8], body: &mut [u8]) -> Result<usize, Rejection> {
+    let max = body.len();
+    body.get_mut(..payload.len())
+        .ok_or(Rejection::TooLarge { max })?
+        .copy_from_slice(payload);
+    Ok(payload.len())
+}
+
+/// Archives a message into a slot.
+#[inline]
+pub(super) fn write_message<T: RingMessage>(
+    message: &T,
+    body: &mut [u8],
+) -> Result<usize, Rejection> {
+    let max = body.len();
+    message
+        .encode(body)
+        .map_err(|_| Rejection::TooLarge { max })
+}
+
+/// A free slot of a request ring, to be written in place. Dropping it sends nothing.
+pub struct SendSlot<'a> {
+    reservation: Reservation<'a>,
+    instance: &'a KernelInstance,
+    block: usize,
+}
+
+impl fmt::Debug for SendSlot<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SendSlot")
+            .field("block", &self.block)
+            .finish_non_exhaustive()
+    }
+}
+
+impl SendSlot<'_> {
+    /// All the room there is for the payload: 16-byte aligned, of undefined content. Write it in ascending order and
+    /// do not read it: on a GPU it may be write-combined memory.
+    #[inline]
+    pub fn body_mut(&mut self) -> &mut [u8] {
+        self.reservation.body_mut()
+    }
+
+    /// Sends the first `length` bytes. Wait-free, like `try_send`.
+    ///
+    /// # Errors
+    /// [`Rejection::TooLarge`] if `length` exceeds the body; nothing is sent then.
+    #[inline]
+    pub fn commit(self, length: usize) -> Result<(), Rejection> {
+        match self.reservation.commit(length) {
+            Ok(()) => {
+                self.instance.sent(self.block, 1);
+                Ok(())
+            }
+            Err(PushError::TooLong { max, .. }) => Err(Rejection::TooLarge { max }),
+            // A reserved slot is free.
+            Err(PushError::Full) => Err(Rejection::TooLarge { max: 0 }),
+        }
+    }
+}
+
+/// Several free slots of one request ring, published with one pass. Dropping it sends nothing.
+pub struct SendBatch<'a> {
+    batch: Batch<'a>,
+    instance: &'a KernelInstance,
+    block: usize,
+}
+
+impl fmt::Debug for SendBatch<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SendBatch")
+            .field("block", &self.block)
+            .field("room", &self.batch.room())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What staging a message can fail with; the ring's errors become the channel's.
+struct StageError(TrySendError);
+
+impl From<PushError> for StageError {
+    fn from(error: PushError) -> Self {
+        Self(refused(error))
+    }
+}
+
+impl SendBatch<'_> {
+    /// How many more messages can be staged.
+    #[inline]
+    #[must_use]
+    pub fn room(&self) -> usize {
+        self.batch.room() as usize
+    }
+
+    #[inline]
+    pub(super) fn stage(
+        &mut self,
+        envelope: &Envelope,
+        write: impl FnOnce(&mut [u8]) -> Result<usize, Rejection>,
+    ) -> Result<(), TrySendError> {
+        self.batch
+            .stage(envelope, |body| {
+                write(body).map_err(|rejection| StageError(rejection.into()))
+            })
+            .map_err(|StageError(error)| error)
+    }
+
+    /// Stages a message of raw bytes. It is sent by [`commit`](Self::commit).
+    ///
+    /// # Errors
+    /// [`TrySendError::Full`] if the batch has no room left, [`TrySendError::Rejected`] if the payload exceeds a slot.
+    /// What was staged before stays staged.
+    #[inline]
+    pub fn stage_bytes(&mut self, payload: &[u8]) -> Result<(), TrySendError> {
+        self.stage(&Envelope::default(), |body| write_bytes(payload, body))
+    }
+
+    /// Sends everything staged, in order, and returns how many. Wait-free.
+    #[inline]
+    pub fn commit(self) -> usize {
+        let count = self.batch.commit();
+        self.instance.sent(self.block, count);
+        count as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_spread_evenly_and_stay_within_the_grid() {
+        for count in [1, 2, 3, 7, 64] {
+            let mut hits = vec![0; count];
+            for key in 0..10_000 {
+                hits[block_of(key, count)] += 1;
+            }
+            let mean = 10_000 / count;
+            assert!(hits.iter().all(|&hit| hit > mean / 2 && hit < mean * 2));
+        }
+    }
+}

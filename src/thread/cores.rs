@@ -1,0 +1,135 @@
+//! Who spins where: permits to spin, and the cores that resident kernels hold. One account for the whole process,
+//! because its runtimes share the cores.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
+
+use super::affinity;
+
+/// Threads that spin without end, or are about to.
+static SPINNERS: AtomicUsize = AtomicUsize::new(0);
+
+/// How many resident threads each core carries.
+static LEASES: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
+
+/// Permission for some threads to spin; gives it back when dropped.
+#[derive(Debug)]
+pub(crate) struct SpinPermit {
+    threads: usize,
+}
+
+impl SpinPermit {
+    /// For a caller that has waited for a while: granted if there is a core for each spinner, this one included.
+    pub(crate) fn for_caller() -> Option<Self> {
+        Self::acquire(1, affinity::usable_core_count())
+    }
+
+    /// For the `threads` blocks of a kernel: granted if each gets a core and one is left for callers.
+    pub(crate) fn for_kernel(threads: usize) -> Option<Self> {
+        Self::acquire(threads, affinity::usable_core_count().saturating_sub(1))
+    }
+
+    /// For threads that spin whether there are cores or not.
+    pub(crate) fn forced(threads: usize) -> Self {
+        SPINNERS.fetch_add(threads, Ordering::Relaxed);
+        Self { threads }
+    }
+
+    fn acquire(threads: usize, limit: usize) -> Option<Self> {
+        SPINNERS
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |spinners| {
+                let after = spinners + threads;
+                (after <= limit).then_some(after)
+            })
+            .ok()
+            .map(|_| Self { threads })
+    }
+}
+
+impl Drop for SpinPermit {
+    fn drop(&mut self) {
+        SPINNERS.fetch_sub(self.threads, Ordering::Relaxed);
+    }
+}
+
+/// A core that a resident thread was given; given back when dropped.
+#[derive(Debug)]
+pub(crate) struct CoreLease {
+    core: usize,
+}
+
+impl CoreLease {
+    /// The least used of `candidates`, of equals the highest: low cores are where an operating system puts interrupts
+    /// and main threads. `None` only without candidates.
+    pub(crate) fn least_used(candidates: &[usize]) -> Option<Self> {
+        let mut leases = LEASES.lock();
+        let core = candidates
+            .iter()
+            .copied()
+            .min_by_key(|core| (leases.get(core).copied().unwrap_or(0), usize::MAX - core))?;
+        *leases.entry(core).or_insert(0) += 1;
+        Some(Self { core })
+    }
+
+    /// This core, whoever else has it.
+    pub(crate) fn of(core: usize) -> Self {
+        *LEASES.lock().entry(core).or_insert(0) += 1;
+        Self { core }
+    }
+
+    /// Those of `candidates` that no resident thread spins on; all of them if none is free.
+    pub(crate) fn free_of(candidates: &[usize]) -> Vec<usize> {
+        let leases = LEASES.lock();
+        let free: Vec<usize> = candidates
+            .iter()
+            .copied()
+            .filter(|core| !leases.contains_key(core))
+            .collect();
+        if free.is_empty() {
+            candidates.to_vec()
+        } else {
+            free
+        }
+    }
+
+    pub(crate) fn core(&self) -> usize {
+        self.core
+    }
+}
+
+impl Drop for CoreLease {
+    fn drop(&mut self) {
+        let mut leases = LEASES.lock();
+        if let Some(count) = leases.get_mut(&self.core) {
+            *count -= 1;
+            if *count == 0 {
+                leases.remove(&self.core);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Core numbers far beyond any machine, so that parallel tests of this process do not share them.
+    const CORES: [usize; 3] = [900_001, 900_002, 900_003];
+
+    #[test]
+    fn leases_spread_over_the_cores_and_are_given_back() {
+        let first = CoreLease::least_used(&CORES).unwrap();
+        let second = CoreLease::least_used(&CORES).unwrap();
+        assert_eq!((first.core(), second.core()), (CORES[2], CORES[1]));
+        assert_eq!(CoreLease::free_of(&CORES), [CORES[0]]);
+        drop(first);
+        assert_eq!(CoreLease::free_of(&CORES), [CORES[0], CORES[2]]);
+        let again = CoreLease::of(CORES[0]);
+        assert_eq!(CoreLease::least_used(&CORES).unwrap().core(), CORES[2]);
+        drop((second, again));
+        assert_eq!(CoreLease::free_of(&CORES), CORES);
+        assert!(CoreLease::least_used(&[]).is_none());
+    }
+}

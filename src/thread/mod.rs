@@ -1,0 +1,17 @@
+//! Floor 4: how threads wait, and where they run.
+
+pub(crate) mod event_count;
+
+#[cfg(not(loom))]
+pub mod affinity;
+#[cfg(not(loom))]
+mod cores;
+#[cfg(not(loom))]
+mod wait;
+
+#[cfg(not(loom))]
+pub(crate) use cores::{CoreLease, SpinPermit};
+#[cfg(not(loom))]
+pub use wait::WaitStrategy;
+#[cfg(not(loom))]
+pub(crate) use wait::{IdleStep, KernelWait, Waiter};

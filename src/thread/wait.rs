@@ -1,0 +1,257 @@
+//! What a thread does between two empty polls.
+
+use std::time::Duration;
+
+use super::cores::SpinPermit;
+use super::event_count::EventCount;
+use crate::time::Deadline;
+
+/// Empty polls between two looks at the clock: some 1 to 2 us, so that a clock read (10 to 40 ns) stays below 4 %.
+const POLLS_PER_CLOCK_READ: u32 = 32;
+
+/// Empty polls before `SpinYield` starts to yield: the reply of a busy CPU kernel comes within a few hundred.
+const POLLS_BEFORE_YIELD: u32 = 256;
+
+/// Empty polls before `Park` sleeps, about as long as the wake-up that sleeping costs (5 us).
+const POLLS_BEFORE_PARK: u32 = 128;
+
+/// Empty polls before `Auto` asks whether it may go on spinning: 50 to 100 us, an order of magnitude above a wake-up.
+const POLLS_BEFORE_AUTO: u32 = 2048;
+
+/// How a thread waits for a message.
+///
+/// | strategy | between empty polls | wakes | core used while idle |
+/// |---|---|---|---|
+/// | `Spin` | a pause instruction | at once | all of one |
+/// | `SpinYield` | a pause, after 256 polls `sched_yield` | at once, or when scheduled | all that nobody else wants |
+/// | `Park` | a pause, after 128 polls it sleeps | by a system call of the other side | none |
+/// | `Auto` | as `Spin` while there are cores for all spinning threads, else as `Park` | | |
+///
+/// `Auto` for a kernel is decided at launch, for all blocks of its grid together: they spin if every one of them gets
+/// a core that no other spinning kernel of this process has, and one core is left for the callers. `Auto` for a caller
+/// is decided during each wait that lasts longer than some 50 us.
+///
+/// The side that wakes a sleeper pays for it: `try_send` to a kernel that may park has a memory fence, and a system
+/// call if the kernel sleeps. To a kernel that spins it has neither.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum WaitStrategy {
+    /// Busy-wait and nothing else. For pinned threads on cores of their own.
+    Spin,
+    /// Busy-wait, but offer the core to others after a while.
+    SpinYield,
+    /// Sleep after a short spin.
+    Park,
+    /// Spin if there are cores for all spinners, else park.
+    #[default]
+    Auto,
+}
+
+impl WaitStrategy {
+    /// Whether a thread that waits so can be asleep.
+    pub(crate) const fn may_park(self) -> bool {
+        matches!(self, Self::Park | Self::Auto)
+    }
+}
+
+/// How the polling loop of a resident kernel waits; `WaitStrategy` after `Auto` has been decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum KernelWait {
+    Spin,
+    SpinYield,
+    Park,
+    /// Look once per interval.
+    Interval(Duration),
+}
+
+impl KernelWait {
+    /// Whether a sender must look for a sleeping kernel after each message.
+    pub(crate) const fn needs_wake(self) -> bool {
+        matches!(self, Self::Park)
+    }
+}
+
+/// What the polling loop of a kernel does after an empty poll.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum IdleStep {
+    /// Poll again.
+    Poll,
+    /// Sleep until woken, at most until the next heartbeat is due.
+    Sleep,
+    /// Sleep for this long.
+    SleepFor(Duration),
+}
+
+impl KernelWait {
+    /// The step after the `empty_polls`-th empty poll in a row.
+    #[inline]
+    pub(crate) fn idle(self, empty_polls: u32) -> IdleStep {
+        match self {
+            Self::Spin => std::hint::spin_loop(),
+            Self::SpinYield if empty_polls < POLLS_BEFORE_YIELD => std::hint::spin_loop(),
+            Self::SpinYield => std::thread::yield_now(),
+            Self::Park if empty_polls < POLLS_BEFORE_PARK => std::hint::spin_loop(),
+            Self::Park => return IdleStep::Sleep,
+            Self::Interval(interval) => return IdleStep::SleepFor(interval),
+        }
+        IdleStep::Poll
+    }
+}
+
+/// One bounded wait of a caller: pause after each empty poll, until the deadline.
+#[derive(Debug)]
+pub(crate) struct Waiter {
+    strategy: WaitStrategy,
+    timeout: Duration,
+    deadline: Option<Deadline>,
+    polls: u32,
+    permit: Option<SpinPermit>,
+}
+
+/// What a waiting caller does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum CallerStep {
+    Poll,
+    Sleep,
+    Expired,
+}
+
+impl Waiter {
+    #[inline]
+    pub(crate) fn new(strategy: WaitStrategy, timeout: Duration) -> Self {
+        Self {
+            strategy,
+            timeout,
+            deadline: None,
+            polls: 0,
+            permit: None,
+        }
+    }
+
+    /// Passes the time after an empty poll, asleep on `event` if the strategy says so and `is_ready` still says no.
+    ///
+    /// Returns false once the deadline has passed: poll once more then, and give up. The clock starts at the first
+    /// call; a timeout of zero is over at once.
+    #[inline]
+    pub(crate) fn pause(&mut self, event: &EventCount, is_ready: impl FnOnce() -> bool) -> bool {
+        match self.step() {
+            CallerStep::Poll => true,
+            CallerStep::Expired => false,
+            CallerStep::Sleep => {
+                let remaining = self.remaining();
+                if remaining.is_zero() {
+                    return false;
+                }
+                let prepared = event.prepare();
+                if !is_ready() {
+                    prepared.wait(remaining);
+                }
+                true
+            }
+        }
+    }
+
+    /// As [`pause`](Self::pause), for a condition that no notification announces: sleeps for at most `nap`.
+    #[inline]
+    pub(crate) fn pause_or_nap(&mut self, nap: Duration) -> bool {
+        match self.step() {
+            CallerStep::Poll => true,
+            CallerStep::Expired => false,
+            CallerStep::Sleep => {
+                let remaining = self.remaining();
+                std::thread::sleep(remaining.min(nap));
+                !remaining.is_zero()
+            }
+        }
+    }
+
+    /// Time left of the timeout.
+    pub(crate) fn remaining(&self) -> Duration {
+        self.deadline
+            .as_ref()
+            .map_or(self.timeout, Deadline::remaining)
+    }
+
+    #[inline]
+    fn step(&mut self) -> CallerStep {
+        let Some(deadline) = self.deadline else {
+            if self.timeout.is_zero() {
+                return CallerStep::Expired;
+            }
+            self.deadline = Some(Deadline::after(self.timeout));
+            return CallerStep::Poll;
+        };
+        self.polls = self.polls.wrapping_add(1);
+        if self.polls.is_multiple_of(POLLS_PER_CLOCK_READ) && deadline.has_passed() {
+            return CallerStep::Expired;
+        }
+        match self.strategy {
+            WaitStrategy::Spin => std::hint::spin_loop(),
+            WaitStrategy::SpinYield if self.polls < POLLS_BEFORE_YIELD => std::hint::spin_loop(),
+            WaitStrategy::SpinYield => std::thread::yield_now(),
+            WaitStrategy::Park if self.polls < POLLS_BEFORE_PARK => std::hint::spin_loop(),
+            WaitStrategy::Park => return CallerStep::Sleep,
+            WaitStrategy::Auto => return self.auto_step(),
+        }
+        CallerStep::Poll
+    }
+
+    #[inline]
+    fn auto_step(&mut self) -> CallerStep {
+        if self.polls < POLLS_BEFORE_AUTO || self.permit.is_some() {
+            std::hint::spin_loop();
+            return CallerStep::Poll;
+        }
+        self.permit = SpinPermit::for_caller();
+        if self.permit.is_some() {
+            CallerStep::Poll
+        } else {
+            CallerStep::Sleep
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    fn run_out(strategy: WaitStrategy, timeout: Duration) -> (Duration, u64) {
+        let event = EventCount::new();
+        let begin = Instant::now();
+        let mut waiter = Waiter::new(strategy, timeout);
+        let mut polls = 0;
+        while waiter.pause(&event, || false) {
+            polls += 1;
+        }
+        (begin.elapsed(), polls)
+    }
+
+    #[test]
+    fn every_strategy_honours_its_timeout() {
+        let timeout = Duration::from_millis(20);
+        for strategy in [
+            WaitStrategy::Spin,
+            WaitStrategy::SpinYield,
+            WaitStrategy::Park,
+            WaitStrategy::Auto,
+        ] {
+            let (elapsed, _) = run_out(strategy, timeout);
+            // The calibrated clock may run 10 ppm fast; nothing else may end a wait early.
+            assert!(elapsed >= timeout.mul_f64(0.999), "{strategy:?} {elapsed:?}");
+        }
+    }
+
+    #[test]
+    fn a_timeout_of_zero_is_a_single_poll() {
+        assert_eq!(run_out(WaitStrategy::Spin, Duration::ZERO).1, 0);
+    }
+
+    #[test]
+    fn park_really_sleeps_and_spin_really_spins() {
+        let timeout = Duration::from_millis(50);
+        let (_, parked) = run_out(WaitStrategy::Park, timeout);
+        let (_, spun) = run_out(WaitStrategy::Spin, timeout);
+        assert!(spun > 10 * parked, "{spun} polls against {parked}");
+    }
+}
