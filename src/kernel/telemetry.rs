@@ -7,8 +7,10 @@ use std::time::Duration;
 /// Size of a telemetry buffer in bytes.
 pub const TELEMETRY_BUFFER_BYTES: usize = 128;
 
-/// How often a reader retries a snapshot that the loop was writing meanwhile. A write takes some 20 ns.
-const SNAPSHOT_TRIES: u32 = 1000;
+/// How often a reader retries a snapshot that the loop was writing meanwhile, in all and before it lets others run. A
+/// write takes some 20 ns, and there are microseconds between two.
+const SNAPSHOT_TRIES: u32 = 1_000_000;
+const TRIES_BEFORE_YIELD: u32 = 1000;
 
 /// One block's counters as they lie in memory. The block's loop is the only writer; a version that is odd during a
 /// write lets readers take a consistent copy (a seqlock).
@@ -116,7 +118,7 @@ impl TelemetryBuffer {
     #[must_use]
     pub fn snapshot(&self) -> Telemetry {
         let mut copy = Telemetry::default();
-        for _ in 0..SNAPSHOT_TRIES {
+        for attempt in 1..=SNAPSHOT_TRIES {
             // ORDERING: telemetry. Acquire pairs with the last release in `store`.
             let before = self.version.load(Ordering::Acquire);
             copy = self.copy();
@@ -125,7 +127,11 @@ impl TelemetryBuffer {
             if before.is_multiple_of(2) && self.version.load(Ordering::Relaxed) == before {
                 return copy;
             }
-            std::hint::spin_loop();
+            if attempt.is_multiple_of(TRIES_BEFORE_YIELD) {
+                std::thread::yield_now();
+            } else {
+                std::hint::spin_loop();
+            }
         }
         copy
     }

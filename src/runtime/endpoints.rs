@@ -31,7 +31,7 @@ pub enum Bytes {}
 /// This does not, because it would be shared:
 /// ```compile_fail,E0277
 /// use ringkernel::{Bytes, Sender};
-/// fn share(sender: &'static Sender<Bytes>) { std::thread::spawn(move || { let _ = sender; }); }
+/// fn share(sender: &'static Sender<Bytes>) { std::thread::spawn(move || println!("{sender:?}")); }
 /// ```
 /// Nor does this:
 /// ```compile_fail,E0599
@@ -67,7 +67,7 @@ pub struct Sender<M> {
 /// This does not, because it would be shared:
 /// ```compile_fail,E0277
 /// use ringkernel::{Bytes, Receiver};
-/// fn share(receiver: &'static Receiver<Bytes>) { std::thread::spawn(move || { let _ = receiver; }); }
+/// fn share(receiver: &'static Receiver<Bytes>) { std::thread::spawn(move || println!("{receiver:?}")); }
 /// ```
 /// Nor does this:
 /// ```compile_fail,E0599
