@@ -37,6 +37,7 @@ enum Source {
 static CALIBRATION_RESULT: OnceLock<Calibration> = OnceLock::new();
 static INSTANT_BASE: OnceLock<Instant> = OnceLock::new();
 
+#[inline]
 fn calibration() -> &'static Calibration {
     CALIBRATION_RESULT.get_or_init(Calibration::measure)
 }

@@ -64,15 +64,18 @@ impl fmt::Debug for BlockMemory {
 /// Whatever must outlive a ring's endpoint.
 type KeepAlive = Arc<dyn fmt::Debug + Send + Sync>;
 
-/// The host's writing end of a ring.
+/// The host's writing end of a ring. On cache lines of its own: its position changes with every message, and a neighbour
+/// on the heap that the kernel's thread polls would drag the line to and fro.
 #[derive(Debug)]
+#[repr(align(128))]
 pub(crate) struct HostProducer {
     producer: Producer,
     _memory: KeepAlive,
 }
 
-/// The host's reading end of a ring.
+/// The host's reading end of a ring. On cache lines of its own, as [`HostProducer`].
 #[derive(Debug)]
+#[repr(align(128))]
 pub(crate) struct HostConsumer {
     consumer: Consumer,
     _memory: KeepAlive,

@@ -8,7 +8,8 @@ use super::reply_port::ReplyPort;
 use super::types::TypeTable;
 use super::options::Dim3;
 use crate::error::HandlerError;
-use crate::message::{Envelope, Extension, MessageHeader, RAW_KIND, RingMessage};
+use crate::message::{Extension, MessageHeader, RAW_KIND, RingMessage};
+use crate::ring::Consumer;
 
 /// What a handler returns: nothing, or an error that is counted and answered as an error reply.
 pub type HandlerResult = Result<(), HandlerError>;
@@ -41,8 +42,8 @@ where
 #[derive(Debug)]
 pub struct Request<'a> {
     pub(crate) header: MessageHeader,
-    pub(crate) extension: Option<Extension>,
     pub(crate) payload: &'a [u8],
+    pub(crate) ring: &'a Consumer,
     pub(crate) types: &'a TypeTable,
 }
 
@@ -58,7 +59,7 @@ impl<'a> Request<'a> {
     #[inline]
     #[must_use]
     pub fn extension(&self) -> Option<Extension> {
-        self.extension
+        self.ring.extension(&self.header)
     }
 
     /// The payload, 16-byte aligned.
@@ -99,7 +100,7 @@ pub struct KernelContext<'a, 'p> {
     pub(crate) state: &'a mut [u8],
     pub(crate) port: &'a mut ReplyPort<'p>,
     pub(crate) header: MessageHeader,
-    pub(crate) extension: Option<Extension>,
+    pub(crate) ring: &'a Consumer,
     pub(crate) types: &'a TypeTable,
 }
 
@@ -220,12 +221,9 @@ impl KernelContext<'_, '_> {
         kind: u16,
         write: impl FnOnce(&mut [u8]) -> Result<usize, HandlerError>,
     ) -> HandlerResult {
-        let envelope = Envelope {
-            kind,
-            error: false,
-            ..self.header.envelope(self.extension)
-        };
-        self.port.reply(&envelope, write)
+        let extension = self.ring.extension(&self.header);
+        self.port
+            .reply(self.header.reply_head(kind), extension.as_ref(), write)
     }
 }
 

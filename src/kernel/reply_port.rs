@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::control_block::{BlockState, ControlBlock};
 use super::signals::KernelSignals;
 use crate::error::HandlerError;
-use crate::message::Envelope;
+use crate::message::{Extension, Head};
 use crate::ring::{Producer, PushError};
 
 /// Empty looks at a full reply ring before the block sleeps between them. Nobody reads then, so nobody waits.
@@ -43,13 +43,17 @@ impl ReplyPort<'_> {
     #[inline]
     pub(crate) fn reply(
         &mut self,
-        envelope: &Envelope,
+        head: Head,
+        extension: Option<&Extension>,
         write: impl FnOnce(&mut [u8]) -> Result<usize, HandlerError>,
     ) -> Result<(), HandlerError> {
         if self.producer.free_slots(1) == 0 {
             self.wait_for_room()?;
         }
-        let mut reservation = self.producer.reserve(envelope).map_err(too_large)?;
+        let mut reservation = self
+            .producer
+            .reserve_head(head, extension)
+            .map_err(too_large)?;
         let length = write(reservation.body_mut())?;
         reservation.commit(length).map_err(too_large)?;
         self.control.store_produced(self.producer.position());

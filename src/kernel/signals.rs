@@ -82,8 +82,10 @@ impl Gate {
     }
 }
 
-/// Everything about one kernel that is host memory and shared between its callers and whoever runs it.
+/// Everything about one kernel that is host memory and shared between its callers and whoever runs it. On cache lines of
+/// its own: both sides look at it with every message, and it hardly ever changes.
 #[derive(Debug)]
+#[repr(align(128))]
 pub(crate) struct KernelSignals {
     /// Name of the instance, for errors and logs.
     pub(crate) name: String,

@@ -7,6 +7,7 @@ use crate::message::RAW_KIND;
 
 /// Type ids by kind; kind 0 is raw bytes, kind `n` the `n`th entry. Entries are never removed.
 #[derive(Debug)]
+#[repr(align(128))]
 pub(crate) struct TypeTable {
     /// 0 marks a free entry.
     ids: [AtomicU64; Self::MAX_TYPES],

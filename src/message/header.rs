@@ -59,20 +59,68 @@ pub struct Envelope {
 }
 
 impl Envelope {
-    /// The header's second and third word for a payload of `length` bytes.
-    ///
-    /// `length` above [`MAX_PAYLOAD_BYTES`] loses its high bits: rings refuse such lengths before they come here.
+    /// The header words that do not depend on the payload.
     #[inline]
     #[must_use]
-    pub(crate) const fn words(&self, length: usize) -> [u32; 2] {
-        let mut word = (length as u32 & LENGTH_MASK) | ((self.priority as u32) << PRIORITY_SHIFT);
+    pub(crate) const fn head(&self) -> Head {
+        let mut flags = (self.priority as u32) << PRIORITY_SHIFT;
         if self.error {
-            word |= ERROR_BIT;
+            flags |= ERROR_BIT;
         }
         if self.extension.is_some() {
-            word |= EXTENDED_BIT;
+            flags |= EXTENDED_BIT;
         }
-        [word, self.kind as u32 | ((self.lane as u32) << 16)]
+        Head {
+            correlation: self.correlation,
+            flags,
+            kind_lane: self.kind as u32 | ((self.lane as u32) << 16),
+        }
+    }
+}
+
+/// The header words of a message whose payload is still to be written: three registers on the hot path.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Head {
+    pub(crate) correlation: u32,
+    /// The second word without its length.
+    flags: u32,
+    pub(crate) kind_lane: u32,
+}
+
+impl Head {
+    /// A plain message of this kind.
+    #[inline]
+    pub(crate) const fn of_kind(kind: u16) -> Self {
+        Self {
+            correlation: 0,
+            flags: (Priority::Normal as u32) << PRIORITY_SHIFT,
+            kind_lane: kind as u32,
+        }
+    }
+
+    /// The same with a correlation.
+    #[inline]
+    pub(crate) const fn correlated(self, correlation: u32) -> Self {
+        Self {
+            correlation,
+            ..self
+        }
+    }
+
+    /// The header's second word for a payload of `length` bytes, which the ring has checked against its slots.
+    #[inline]
+    pub(crate) const fn length_flags(self, length: usize) -> u32 {
+        (length as u32 & LENGTH_MASK) | self.flags
+    }
+
+    /// Bytes that the extension takes in front of the payload.
+    #[inline]
+    pub(crate) const fn extension_bytes(self) -> usize {
+        if self.flags & EXTENDED_BIT == 0 {
+            0
+        } else {
+            EXTENSION_BYTES
+        }
     }
 }
 
@@ -179,6 +227,27 @@ impl MessageHeader {
         self.length_flags & EXTENDED_BIT != 0
     }
 
+    /// The head of a reply of this kind: to the same correlation and lane, of the same priority, and extended if the
+    /// request was.
+    #[inline]
+    pub(crate) const fn reply_head(&self, kind: u16) -> Head {
+        Head {
+            correlation: self.correlation,
+            flags: self.length_flags & (PRIORITY_MASK | EXTENDED_BIT),
+            kind_lane: kind as u32 | ((self.lane as u32) << 16),
+        }
+    }
+
+    /// The head of an error reply, which is never extended.
+    #[inline]
+    pub(crate) const fn error_head(&self) -> Head {
+        let head = self.reply_head(0);
+        Head {
+            flags: (head.flags & PRIORITY_MASK) | ERROR_BIT,
+            ..head
+        }
+    }
+
     /// The envelope that this header travelled in; the extension is read separately.
     #[inline]
     #[must_use]
@@ -250,8 +319,13 @@ mod tests {
                     error,
                     extension,
                 };
-                let [length_flags, kind_lane] = envelope.words(MAX_PAYLOAD_BYTES);
-                let header = MessageHeader::from_words([7, 0xdead_beef, length_flags, kind_lane]);
+                let head = envelope.head();
+                let header = MessageHeader::from_words([
+                    7,
+                    head.correlation,
+                    head.length_flags(MAX_PAYLOAD_BYTES),
+                    head.kind_lane,
+                ]);
                 assert_eq!(header.sequence(), 7);
                 assert_eq!(header.length(), MAX_PAYLOAD_BYTES);
                 assert_eq!(header.is_extended(), extension.is_some());

@@ -6,6 +6,7 @@ pub mod codec;
 mod header;
 mod ring_message;
 
+pub(crate) use header::Head;
 pub use header::{
     EXTENSION_BYTES, Envelope, Extension, HEADER_BYTES, MAX_PAYLOAD_BYTES, MessageHeader, Priority,
 };

@@ -131,6 +131,23 @@ impl Consumer {
         Peek::Ready(header)
     }
 
+    /// As `peek`, but looks up to `polls` times, a pause apart, before it reports an empty ring. Nothing but the slot is
+    /// looked at in between, so that a message is seen as soon as it can be.
+    #[inline]
+    #[cfg(all(feature = "std", not(loom)))]
+    pub(crate) fn peek_spinning(&mut self, polls: u32) -> Peek {
+        let published = self.position.wrapping_add(1);
+        let sequence = &self.slots.header(self.position).sequence;
+        for _ in 1..polls {
+            // Relaxed: `peek` loads it again, with acquire.
+            if sequence.load(Ordering::Relaxed) == published {
+                break;
+            }
+            core::hint::spin_loop();
+        }
+        self.peek()
+    }
+
     #[inline]
     fn not_published(&mut self, sequence: u32) -> Peek {
         // An unpublished slot still shows the sequence of the lap before.

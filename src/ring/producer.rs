@@ -4,7 +4,7 @@ use core::fmt;
 
 use super::layout::RingLayout;
 use super::memory::{RingParts, Slots, WriteCombining, store_fence};
-use crate::message::{EXTENSION_BYTES, Envelope};
+use crate::message::{EXTENSION_BYTES, Envelope, Extension, Head};
 use crate::sync::Ordering;
 
 /// The one writer of a ring. `Send`, but neither `Sync` nor `Clone`: two producers on one ring cannot be written.
@@ -106,7 +106,7 @@ impl Producer {
     ///
     /// # Errors
     /// [`PushError::Full`] if no slot is free; [`PushError::TooLong`] if payload and extension exceed the slot.
-    /// Nothing has been written then.
+    /// Nothing has been published then.
     #[inline]
     pub fn try_push(&mut self, envelope: &Envelope, payload: &[u8]) -> Result<(), PushError> {
         let mut reservation = self.reserve(envelope)?;
@@ -128,14 +128,25 @@ impl Producer {
     /// [`PushError::Full`] if no slot is free; [`PushError::TooLong`] if the slot cannot even hold the extension.
     #[inline]
     pub fn reserve(&mut self, envelope: &Envelope) -> Result<Reservation<'_>, PushError> {
+        self.reserve_head(envelope.head(), envelope.extension.as_ref())
+    }
+
+    /// As [`reserve`](Self::reserve); `extension` goes with a head that says so.
+    #[inline]
+    pub(crate) fn reserve_head(
+        &mut self,
+        head: Head,
+        extension: Option<&Extension>,
+    ) -> Result<Reservation<'_>, PushError> {
         if self.free_slots(1) == 0 {
             return Err(PushError::Full);
         }
-        let offset = Self::body_offset(envelope, self.slots.body_bytes())?;
+        let position = self.position;
+        let offset = self.write_extension(position, head, extension)?;
         Ok(Reservation {
-            envelope: *envelope,
+            head,
             offset,
-            position: self.position,
+            position,
             producer: self,
         })
     }
@@ -152,16 +163,35 @@ impl Producer {
         }
     }
 
+    /// Writes the extension, if there is one, and returns the bytes that it takes.
+    ///
+    /// The caller must have established that `position` is free.
     #[inline]
-    fn body_offset(envelope: &Envelope, body: usize) -> Result<usize, PushError> {
-        match envelope.extension {
-            None => Ok(0),
-            Some(_) if body < EXTENSION_BYTES => Err(PushError::TooLong {
-                length: EXTENSION_BYTES,
-                max: body,
-            }),
-            Some(_) => Ok(EXTENSION_BYTES),
+    fn write_extension(
+        &mut self,
+        position: u32,
+        head: Head,
+        extension: Option<&Extension>,
+    ) -> Result<usize, PushError> {
+        let offset = head.extension_bytes();
+        if offset > 0 {
+            let max = self.slots.body_bytes();
+            if max < offset {
+                return Err(PushError::TooLong {
+                    length: offset,
+                    max,
+                });
+            }
+            let bytes = extension.copied().unwrap_or_default().to_bytes();
+            // SAFETY: as in `payload_mut`, and the extension fits, as just checked.
+            unsafe {
+                self.slots
+                    .body(position)
+                    .cast::<[u8; EXTENSION_BYTES]>()
+                    .write_unaligned(bytes);
+            }
         }
+        Ok(offset)
     }
 
     /// The payload bytes of a free slot.
@@ -178,26 +208,17 @@ impl Producer {
         }
     }
 
-    /// Writes everything of the header but the sequence, and the extension.
+    /// Writes everything of the header but the sequence.
     #[inline]
-    fn write_header(&mut self, position: u32, envelope: &Envelope, length: usize) {
-        if let Some(extension) = &envelope.extension {
-            let bytes = extension.to_bytes();
-            // SAFETY: as in `payload_mut`; `body_offset` established room for the extension.
-            unsafe {
-                self.slots
-                    .body(position)
-                    .cast::<[u8; EXTENSION_BYTES]>()
-                    .write_unaligned(bytes);
-            }
-        }
-        let [length_flags, kind_lane] = envelope.words(length);
+    fn write_header(&mut self, position: u32, head: Head, length: usize) {
         let header = self.slots.header(position);
         header
             .correlation
-            .store(envelope.correlation, Ordering::Relaxed);
-        header.length_flags.store(length_flags, Ordering::Relaxed);
-        header.kind_lane.store(kind_lane, Ordering::Relaxed);
+            .store(head.correlation, Ordering::Relaxed);
+        header
+            .length_flags
+            .store(head.length_flags(length), Ordering::Relaxed);
+        header.kind_lane.store(head.kind_lane, Ordering::Relaxed);
         // Touching the cell here, after the last write to the body, tells loom that the body was written.
         #[cfg(loom)]
         header.body.with_mut(|_| ());
@@ -230,7 +251,7 @@ impl Producer {
 #[derive(Debug)]
 pub struct Reservation<'a> {
     producer: &'a mut Producer,
-    envelope: Envelope,
+    head: Head,
     /// Bytes that the extension takes.
     offset: usize,
     position: u32,
@@ -254,8 +275,7 @@ impl Reservation<'_> {
         if length > max {
             return Err(PushError::TooLong { length, max });
         }
-        self.producer
-            .write_header(self.position, &self.envelope, length);
+        self.producer.write_header(self.position, self.head, length);
         self.producer.publish(1);
         Ok(())
     }
@@ -294,14 +314,17 @@ impl Batch<'_> {
             return Err(PushError::Full.into());
         }
         let position = self.producer.position.wrapping_add(self.staged);
-        let offset = Producer::body_offset(envelope, self.producer.slots.body_bytes())?;
+        let head = envelope.head();
+        let offset = self
+            .producer
+            .write_extension(position, head, envelope.extension.as_ref())?;
         let body = self.producer.payload_mut(position, offset);
         let max = body.len();
         let length = write(body)?;
         if length > max {
             return Err(PushError::TooLong { length, max }.into());
         }
-        self.producer.write_header(position, envelope, length);
+        self.producer.write_header(position, head, length);
         self.staged += 1;
         Ok(())
     }

@@ -6,13 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::instance::KernelInstance;
-use super::receive::{Found, ReceiveSide, Received, until_received};
+use super::receive::{Miss, ReceiveSide, Received, WaitEnd, until_found};
 use super::send::{
-    Route, SendBatch, SendOptions, SendSide, SendSlot, address, until_sent, write_bytes,
-    write_message,
+    Address, SendBatch, SendOptions, SendSide, SendSlot, until_sent, write_bytes, write_message,
 };
 use crate::error::{
-    MessageError, RecvTimeoutError, SendTimeoutError, TryRecvError, TrySendError,
+    RecvTimeoutError, SendTimeoutError, TryRecvError, TrySendError, Unavailable,
 };
 use crate::message::{Envelope, RAW_KIND, RingMessage};
 
@@ -119,7 +118,7 @@ impl<M> Sender<M> {
         match &mut self.side {
             Some(side) => Ok((side, &self.instance)),
             // Only `drop` takes the side.
-            None => Err(TrySendError::Unavailable(crate::error::Unavailable::Split)),
+            None => Err(TrySendError::Unavailable(Unavailable::Split)),
         }
     }
 
@@ -130,7 +129,7 @@ impl<M> Sender<M> {
     #[inline]
     pub fn try_send_bytes(&mut self, payload: &[u8]) -> Result<(), TrySendError> {
         let (side, instance) = self.parts()?;
-        side.try_send(instance, Route::RoundRobin, &Envelope::default(), |body| {
+        side.try_send(instance, &Address::plain(RAW_KIND), |body| {
             write_bytes(payload, body)
         })
     }
@@ -146,8 +145,8 @@ impl<M> Sender<M> {
         options: &SendOptions,
     ) -> Result<(), TrySendError> {
         let (side, instance) = self.parts()?;
-        let (envelope, route) = address(instance, RAW_KIND, options)?;
-        side.try_send(instance, route, &envelope, |body| {
+        let address = Address::with(instance, RAW_KIND, options)?;
+        side.try_send(instance, &address, |body| {
             write_bytes(payload, body)
         })
     }
@@ -183,8 +182,8 @@ impl<M> Sender<M> {
     pub fn reserve_with(&mut self, options: &SendOptions) -> Result<SendSlot<'_>, TrySendError> {
         let kind = self.kind;
         let (side, instance) = self.parts()?;
-        let (envelope, route) = address(instance, kind, options)?;
-        side.reserve(instance, route, &envelope)
+        let address = Address::with(instance, kind, options)?;
+        side.reserve(instance, &address)
     }
 
     /// Up to `wanted` free slots of one block, to be written one by one and published with one pass. Wait-free.
@@ -206,12 +205,9 @@ impl<M: RingMessage> Sender<M> {
     /// [`TrySendError`], but never `Busy`; nothing has been sent then.
     #[inline]
     pub fn try_send(&mut self, message: &M) -> Result<(), TrySendError> {
-        let envelope = Envelope {
-            kind: self.kind,
-            ..Envelope::default()
-        };
+        let address = Address::plain(self.kind);
         let (side, instance) = self.parts()?;
-        side.try_send(instance, Route::RoundRobin, &envelope, |body| {
+        side.try_send(instance, &address, |body| {
             write_message(message, body)
         })
     }
@@ -228,8 +224,8 @@ impl<M: RingMessage> Sender<M> {
     ) -> Result<(), TrySendError> {
         let kind = self.kind;
         let (side, instance) = self.parts()?;
-        let (envelope, route) = address(instance, kind, options)?;
-        side.try_send(instance, route, &envelope, |body| {
+        let address = Address::with(instance, kind, options)?;
+        side.try_send(instance, &address, |body| {
             write_message(message, body)
         })
     }
@@ -299,43 +295,30 @@ impl<M> Receiver<M> {
         }
     }
 
-    #[inline]
-    fn find(&mut self) -> Result<Found, TryRecvError> {
-        match &mut self.side {
-            Some(side) => side.find(&self.instance),
+    #[inline(always)]
+    fn find(&mut self) -> Result<Received<'_, M>, Miss> {
+        let Some(side) = &mut self.side else {
             // Only `drop` takes the side.
-            None => Err(TryRecvError::Empty),
-        }
+            return Err(Miss::Unavailable(Unavailable::Split));
+        };
+        let found = side.find(&self.instance, 1)?;
+        Ok(side.take(&self.instance, found))
     }
 
-    #[inline]
-    fn find_until(&mut self, timeout: Duration) -> Result<Found, RecvTimeoutError> {
-        // The common case of a busy endpoint: a message is there, and no clock is read.
-        match self.find() {
-            Ok(found) => return Ok(found),
-            Err(TryRecvError::Empty | TryRecvError::Busy) => {}
-            Err(TryRecvError::Unavailable(unavailable)) => return Err(unavailable.into()),
-            Err(TryRecvError::Message(error)) => return Err(error.into()),
-        }
+    #[inline(always)]
+    fn find_until(&mut self, timeout: Duration) -> Result<Received<'_, M>, WaitEnd> {
         let Some(side) = &mut self.side else {
-            return Err(RecvTimeoutError::Timeout);
+            return Err(WaitEnd::Unavailable(Unavailable::Split));
         };
         let instance = &*self.instance;
-        until_received(
+        let found = until_found(
             instance,
             timeout,
-            side,
-            |side| side.find(instance),
+            &mut *side,
+            |side, polls| side.find(instance, polls),
             |side| side.has_message() || instance.signals.gate.check_receive().is_err(),
-        )
-    }
-
-    #[inline]
-    fn take(&mut self, found: Found) -> Result<Received<'_, M>, MessageError> {
-        match &mut self.side {
-            Some(side) => Ok(side.take(&self.instance, found)),
-            None => Err(MessageError::Corrupt),
-        }
+        )?;
+        Ok(side.take(instance, found))
     }
 
     /// The next message of any type, in its slot. Wait-free; neither allocates, locks nor calls the system.
@@ -345,8 +328,7 @@ impl<M> Receiver<M> {
     /// they are.
     #[inline]
     pub fn try_recv_ref(&mut self) -> Result<Received<'_, M>, TryRecvError> {
-        let found = self.find()?;
-        Ok(self.take(found)?)
+        Ok(self.find()?)
     }
 
     /// The next message of any type, in its slot, waiting for `timeout` at most.
@@ -358,8 +340,7 @@ impl<M> Receiver<M> {
         &mut self,
         timeout: Duration,
     ) -> Result<Received<'_, M>, RecvTimeoutError> {
-        let found = self.find_until(timeout)?;
-        Ok(self.take(found)?)
+        Ok(self.find_until(timeout)?)
     }
 
     /// Receives a message of any type as raw bytes, and returns its length. Wait-free; neither allocates, locks nor
@@ -369,8 +350,7 @@ impl<M> Receiver<M> {
     /// [`TryRecvError`], but never `Busy`. A message that `buffer` is too small for stays where it is.
     #[inline]
     pub fn try_recv_bytes(&mut self, buffer: &mut [u8]) -> Result<usize, TryRecvError> {
-        let found = self.find()?;
-        Ok(self.take(found)?.copy_to(buffer)?)
+        Ok(self.find()?.copy_to(buffer)?)
     }
 
     /// Receives a message of any type as raw bytes, waiting for `timeout` at most, and returns its length. With
@@ -384,8 +364,7 @@ impl<M> Receiver<M> {
         buffer: &mut [u8],
         timeout: Duration,
     ) -> Result<usize, RecvTimeoutError> {
-        let found = self.find_until(timeout)?;
-        Ok(self.take(found)?.copy_to(buffer)?)
+        Ok(self.find_until(timeout)?.copy_to(buffer)?)
     }
 
     /// Hands up to `most` waiting messages to `read`, each in its slot, and returns how many. Does not wait; the slots
@@ -420,8 +399,7 @@ impl<M: RingMessage> Receiver<M> {
     #[inline]
     pub fn try_recv(&mut self) -> Result<M, TryRecvError> {
         let kind = Some(self.kind);
-        let found = self.find()?;
-        Ok(self.take(found)?.check_type::<M>(kind)?.decode()?)
+        Ok(self.find()?.check_type::<M>(kind)?.decode()?)
     }
 
     /// Receives a message, waiting for `timeout` at most. A message that comes before the deadline is never missed.
@@ -433,8 +411,7 @@ impl<M: RingMessage> Receiver<M> {
     #[inline]
     pub fn recv_timeout(&mut self, timeout: Duration) -> Result<M, RecvTimeoutError> {
         let kind = Some(self.kind);
-        let found = self.find_until(timeout)?;
-        Ok(self.take(found)?.check_type::<M>(kind)?.decode()?)
+        Ok(self.find_until(timeout)?.check_type::<M>(kind)?.decode()?)
     }
 
     /// Receives a message, waiting for `RuntimeConfig::default_timeout` at most.

@@ -4,21 +4,23 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::{MappedMutexGuard, MutexGuard};
+
 use super::calls::PendingCall;
 use super::endpoints::{Bytes, Receiver, Sender};
 use super::instance::KernelInstance;
 use super::metrics::{KernelMetrics, KernelStatus};
 use super::receive::{
-    Found, ReceiveSide, kind_of, read_reply, read_reply_bytes, until_received,
+    Found, Miss, ReceiveSide, WaitEnd, kind_of, read_reply, read_reply_bytes, until_found,
 };
 use super::send::{
-    Route, SendOptions, SendSide, address, until_sent, write_bytes, write_message,
+    Address, SendOptions, SendSide, until_sent, write_bytes, write_message,
 };
 use crate::error::{
     CallError, Error, MessageError, RecvTimeoutError, Rejection, SendTimeoutError, TryRecvError,
     TrySendError, Unavailable,
 };
-use crate::message::{Envelope, Extension, MessageHeader, RAW_KIND, RingMessage};
+use crate::message::{Extension, MessageHeader, RAW_KIND, RingMessage};
 use crate::thread::Waiter;
 use crate::time::Deadline;
 
@@ -134,8 +136,8 @@ impl KernelHandle {
         options: &SendOptions,
     ) -> Result<(), TrySendError> {
         let kind = self.instance.types.kind_of(T::TYPE_ID)?;
-        let (envelope, route) = address(&self.instance, kind, options)?;
-        self.send_once(SEND_LOCK, route, &envelope, |body| {
+        let address = Address::with(&self.instance, kind, options)?;
+        self.send_once(SEND_LOCK, &address, |body| {
             write_message(message, body)
         })
     }
@@ -165,8 +167,8 @@ impl KernelHandle {
         timeout: Duration,
     ) -> Result<(), SendTimeoutError> {
         let kind = self.instance.types.kind_of(T::TYPE_ID)?;
-        let (envelope, route) = address(&self.instance, kind, options)?;
-        self.send_until(timeout, route, &envelope, |body| {
+        let address = Address::with(&self.instance, kind, options)?;
+        self.send_until(timeout, &address, |body| {
             write_message(message, body)
         })
     }
@@ -199,8 +201,7 @@ impl KernelHandle {
     /// As `try_send`.
     #[inline]
     pub fn try_send_bytes(&self, payload: &[u8]) -> Result<(), TrySendError> {
-        let (envelope, route) = address(&self.instance, RAW_KIND, &SendOptions::default())?;
-        self.send_once(SEND_LOCK, route, &envelope, |body| {
+        self.send_once(SEND_LOCK, &Address::plain(RAW_KIND), |body| {
             write_bytes(payload, body)
         })
     }
@@ -216,16 +217,15 @@ impl KernelHandle {
         options: &SendOptions,
         timeout: Duration,
     ) -> Result<(), SendTimeoutError> {
-        let (envelope, route) = address(&self.instance, RAW_KIND, options)?;
-        self.send_until(timeout, route, &envelope, |body| write_bytes(payload, body))
+        let address = Address::with(&self.instance, RAW_KIND, options)?;
+        self.send_until(timeout, &address, |body| write_bytes(payload, body))
     }
 
     #[inline]
     fn send_once(
         &self,
         lock: Duration,
-        route: Route,
-        envelope: &Envelope,
+        address: &Address,
         write: impl FnOnce(&mut [u8]) -> Result<usize, Rejection>,
     ) -> Result<(), TrySendError> {
         // An uncontended attempt looks at no clock, whatever the bound.
@@ -235,19 +235,18 @@ impl KernelHandle {
             .try_lock_for(lock)
             .ok_or(TrySendError::Busy)?;
         let side = guard.as_mut().ok_or_else(|| self.split_off())?;
-        side.try_send(&self.instance, route, envelope, write)
+        side.try_send(&self.instance, address, write)
     }
 
     #[inline]
     fn send_until(
         &self,
         timeout: Duration,
-        route: Route,
-        envelope: &Envelope,
+        address: &Address,
         write: impl Fn(&mut [u8]) -> Result<usize, Rejection>,
     ) -> Result<(), SendTimeoutError> {
         until_sent(&self.instance, timeout, |remaining| {
-            self.send_once(remaining, route, envelope, &write)
+            self.send_once(remaining, address, &write)
         })
     }
 
@@ -270,7 +269,8 @@ impl KernelHandle {
     /// [`TryRecvError`]. A message of another type stays where it is.
     #[inline]
     pub fn try_recv<T: RingMessage>(&self) -> Result<T, TryRecvError> {
-        self.receive_once(&mut |side, found| self.typed(side, found))
+        let (mut side, found) = self.find(1)?;
+        Ok(self.typed(&mut side, found)?)
     }
 
     /// Receives a typed message, waiting for `timeout` at most. A message that comes before the deadline is never
@@ -280,7 +280,8 @@ impl KernelHandle {
     /// [`RecvTimeoutError`]. A message of another type stays where it is.
     #[inline]
     pub fn recv_timeout<T: RingMessage>(&self, timeout: Duration) -> Result<T, RecvTimeoutError> {
-        self.receive_until(timeout, |side, found| self.typed(side, found))
+        let (mut side, found) = self.find_until(timeout)?;
+        Ok(self.typed(&mut side, found)?)
     }
 
     /// Receives a typed message, waiting for `RuntimeConfig::default_timeout` at most.
@@ -298,9 +299,10 @@ impl KernelHandle {
     /// [`TryRecvError`]. A message that `buffer` is too small for stays where it is.
     #[inline]
     pub fn try_recv_bytes(&self, buffer: &mut [u8]) -> Result<usize, TryRecvError> {
-        self.receive_once(&mut |side, found| {
-            side.take::<Bytes>(&self.instance, found).copy_to(buffer)
-        })
+        let (mut side, found) = self.find(1)?;
+        Ok(side
+            .take::<Bytes>(&self.instance, found)
+            .copy_to(buffer)?)
     }
 
     /// Receives a message of any type as raw bytes, waiting for `timeout` at most, and returns its length.
@@ -313,9 +315,10 @@ impl KernelHandle {
         buffer: &mut [u8],
         timeout: Duration,
     ) -> Result<usize, RecvTimeoutError> {
-        self.receive_until(timeout, |side, found| {
-            side.take::<Bytes>(&self.instance, found).copy_to(buffer)
-        })
+        let (mut side, found) = self.find_until(timeout)?;
+        Ok(side
+            .take::<Bytes>(&self.instance, found)
+            .copy_to(buffer)?)
     }
 
     #[inline]
@@ -330,28 +333,26 @@ impl KernelHandle {
             .decode()
     }
 
-    #[inline]
-    fn receive_once<R>(
-        &self,
-        read: &mut impl FnMut(&mut ReceiveSide, Found) -> Result<R, MessageError>,
-    ) -> Result<R, TryRecvError> {
-        let mut guard = self.instance.receive.try_lock().ok_or(TryRecvError::Busy)?;
-        let side = guard.as_mut().ok_or_else(|| self.split_off())?;
-        let found = side.find(&self.instance)?;
-        Ok(read(side, found)?)
+    /// The next message, with the receiving side locked around it.
+    #[inline(always)]
+    fn find(&self, polls: u32) -> Result<(MappedMutexGuard<'_, ReceiveSide>, Found), Miss> {
+        let guard = self.instance.receive.try_lock().ok_or(Miss::Busy)?;
+        let mut side = MutexGuard::try_map(guard, Option::as_mut)
+            .map_err(|_| Miss::Unavailable(self.split_off()))?;
+        let found = side.find(&self.instance, polls)?;
+        Ok((side, found))
     }
 
     #[inline]
-    fn receive_until<R>(
+    fn find_until(
         &self,
         timeout: Duration,
-        mut read: impl FnMut(&mut ReceiveSide, Found) -> Result<R, MessageError>,
-    ) -> Result<R, RecvTimeoutError> {
-        until_received(
+    ) -> Result<(MappedMutexGuard<'_, ReceiveSide>, Found), WaitEnd> {
+        until_found(
             &self.instance,
             timeout,
-            &mut (),
-            |()| self.receive_once(&mut read),
+            (),
+            |(), polls| self.find(polls),
             |()| self.may_have_message(None),
         )
     }
@@ -426,27 +427,23 @@ impl KernelHandle {
     ) -> Result<R, CallError> {
         let instance = &*self.instance;
         let mut call = instance.calls.begin().ok_or(CallError::TooManyCalls)?;
-        let envelope = Envelope {
-            correlation: call.correlation,
-            kind,
-            ..Envelope::default()
-        };
+        let address = Address::call(kind, call.correlation);
         let mut waiter = Waiter::new(instance.host_wait, timeout);
         // The common case needs no clock: there is room.
-        match self.send_once(SEND_LOCK, Route::RoundRobin, &envelope, &write) {
+        match self.send_once(SEND_LOCK, &address, &write) {
             Ok(()) => {}
             Err(TrySendError::Unavailable(unavailable)) => return Err(unavailable.into()),
             Err(TrySendError::Rejected(rejection)) => return Err(rejection.into()),
             Err(TrySendError::Full | TrySendError::Busy) => {
                 let deadline = Deadline::after(timeout);
-                self.send_until(timeout, Route::RoundRobin, &envelope, &write)?;
+                self.send_until(timeout, &address, &write)?;
                 waiter = Waiter::new(instance.host_wait, deadline.remaining());
             }
         }
         let mut read = Some(read);
         let mut last = false;
         loop {
-            if let Some(outcome) = self.look_for_reply(&call, &mut read) {
+            if let Some(outcome) = self.look_for_reply(&call, &mut read, waiter.polls()) {
                 return outcome.map_err(CallError::from);
             }
             if last {
@@ -476,6 +473,7 @@ impl KernelHandle {
         &self,
         call: &PendingCall<'_>,
         read: &mut Option<F>,
+        polls: u32,
     ) -> Option<Result<R, MessageError>>
     where
         F: FnOnce(&MessageHeader, Option<Extension>, &[u8]) -> Result<R, MessageError>,
@@ -486,7 +484,7 @@ impl KernelHandle {
         let mut guard = self.instance.receive.try_lock()?;
         // Split off while the call was pending: `split` refuses that, so there is a side.
         let side = guard.as_mut()?;
-        let Some(found) = side.find_reply(&self.instance, call) else {
+        let Some(found) = side.find_reply(&self.instance, call, polls) else {
             drop(guard);
             return self.take_stored(call, read);
         };

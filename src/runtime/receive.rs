@@ -9,7 +9,9 @@ use std::time::Duration;
 use super::calls::{CALL_BIT, PendingCall};
 use super::instance::KernelInstance;
 use crate::backend::{HostConsumer, HostProducer};
-use crate::error::{HandlerError, MessageError, RecvTimeoutError, TryRecvError};
+use crate::error::{
+    HandlerError, MessageError, RecvTimeoutError, TryRecvError, Unavailable,
+};
 use crate::kernel::DeadLetterReason;
 use crate::message::{Extension, MessageHeader, RAW_KIND, RingMessage};
 use crate::ring::{Corruption, Peek};
@@ -27,20 +29,52 @@ pub(super) struct ReceiveSide {
     inbox_in: HostProducer,
     /// Messages in the inbox.
     inbox_depth: usize,
-}
-
-/// Where a message lies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Source {
-    Block(usize),
-    Inbox,
-}
-
-/// A message that has been found and not yet taken.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Found {
-    source: Source,
+    /// Header of the message that was found last.
     header: MessageHeader,
+}
+
+/// Where a message lies that has been found and not yet taken: a block, or behind the last of them the inbox.
+///
+/// One word, and the header stays in the `ReceiveSide`: moving a header about that was just stored word by word makes
+/// the processor wait for each of its stores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Found(usize);
+
+/// Why no message was found. Two bytes, so that an empty poll moves nothing about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Miss {
+    /// There is none yet.
+    Empty,
+    /// Another thread holds the receiving side.
+    Busy,
+    /// There never will be one.
+    Unavailable(Unavailable),
+}
+
+impl From<Miss> for TryRecvError {
+    fn from(miss: Miss) -> Self {
+        match miss {
+            Miss::Empty => Self::Empty,
+            Miss::Busy => Self::Busy,
+            Miss::Unavailable(unavailable) => Self::Unavailable(unavailable),
+        }
+    }
+}
+
+/// Why a wait for a message ended without one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum WaitEnd {
+    Timeout,
+    Unavailable(Unavailable),
+}
+
+impl From<WaitEnd> for RecvTimeoutError {
+    fn from(end: WaitEnd) -> Self {
+        match end {
+            WaitEnd::Timeout => Self::Timeout,
+            WaitEnd::Unavailable(unavailable) => Self::Unavailable(unavailable),
+        }
+    }
 }
 
 impl ReceiveSide {
@@ -51,6 +85,7 @@ impl ReceiveSide {
             inbox_in: inbox.0,
             inbox: inbox.1,
             inbox_depth: 0,
+            header: MessageHeader::from_words([0; 4]),
         }
     }
 
@@ -59,25 +94,80 @@ impl ReceiveSide {
         self.inbox_depth
     }
 
-    /// The next message that is not the reply to a call. Replies to calls are handed to them on the way.
-    ///
-    /// Fails with `Empty`, or with why there will never be one.
-    #[inline]
-    pub(super) fn find(&mut self, instance: &KernelInstance) -> Result<Found, TryRecvError> {
+    /// The next message that is not the reply to a call. Replies to calls are handed to them on the way. Looks up to
+    /// `polls` times.
+    #[inline(always)]
+    pub(super) fn find(&mut self, instance: &KernelInstance, polls: u32) -> Result<Found, Miss> {
+        if self.inbox_depth == 0
+            && let [only] = &mut *self.replies
+        {
+            // One block, nothing put aside: the message, if there is one, is at hand.
+            match only.peek_spinning(polls) {
+                Peek::Ready(header)
+                    if header.correlation() & CALL_BIT == 0 && is_valid(instance, &header) =>
+                {
+                    self.header = header;
+                    return Ok(Found(0));
+                }
+                Peek::Empty => {
+                    return match instance.signals.gate.check_receive() {
+                        Ok(()) => Err(Miss::Empty),
+                        Err(unavailable) => self.find_after_end(instance, unavailable),
+                    };
+                }
+                _ => {}
+            }
+        }
+        self.find_anywhere(instance)
+    }
+
+    /// As `find`, over all rings and for messages that need more than to be handed out.
+    fn find_anywhere(&mut self, instance: &KernelInstance) -> Result<Found, Miss> {
         if let Some(found) = self.next_uncorrelated(instance) {
             return Ok(found);
         }
-        let Err(unavailable) = instance.signals.gate.check_receive() else {
-            return Err(TryRecvError::Empty);
-        };
-        // The kernel ended after the look above; what it wrote before that still counts.
-        self.next_uncorrelated(instance)
-            .ok_or(TryRecvError::Unavailable(unavailable))
+        match instance.signals.gate.check_receive() {
+            Ok(()) => Err(Miss::Empty),
+            Err(unavailable) => self.find_after_end(instance, unavailable),
+        }
     }
 
-    /// The reply to one call. Other calls' replies are handed to them, uncorrelated ones put aside.
-    #[inline]
+    /// The kernel ended after the last look; what it wrote before that still counts.
+    #[cold]
+    fn find_after_end(
+        &mut self,
+        instance: &KernelInstance,
+        unavailable: Unavailable,
+    ) -> Result<Found, Miss> {
+        self.next_uncorrelated(instance)
+            .ok_or(Miss::Unavailable(unavailable))
+    }
+
+    /// The reply to one call. Other calls' replies are handed to them, uncorrelated ones put aside. Looks up to
+    /// `polls` times.
+    #[inline(always)]
     pub(super) fn find_reply(
+        &mut self,
+        instance: &KernelInstance,
+        call: &PendingCall<'_>,
+        polls: u32,
+    ) -> Option<Found> {
+        if let [only] = &mut *self.replies {
+            match only.peek_spinning(polls) {
+                Peek::Empty => return None,
+                Peek::Ready(header)
+                    if header.correlation() == call.correlation && is_valid(instance, &header) =>
+                {
+                    self.header = header;
+                    return Some(Found(0));
+                }
+                _ => {}
+            }
+        }
+        self.find_reply_anywhere(instance, call)
+    }
+
+    fn find_reply_anywhere(
         &mut self,
         instance: &KernelInstance,
         call: &PendingCall<'_>,
@@ -85,10 +175,8 @@ impl ReceiveSide {
         loop {
             let (block, header) = self.next_reply(instance)?;
             if header.correlation() == call.correlation {
-                return Some(Found {
-                    source: Source::Block(block),
-                    header,
-                });
+                self.header = header;
+                return Some(Found(block));
             }
             if header.correlation() & CALL_BIT != 0 {
                 self.hand_over(instance, block, &header);
@@ -112,18 +200,14 @@ impl ReceiveSide {
         if self.inbox_depth > 0
             && let Peek::Ready(header) = self.inbox.peek()
         {
-            return Some(Found {
-                source: Source::Inbox,
-                header,
-            });
+            self.header = header;
+            return Some(Found(self.replies.len()));
         }
         loop {
             let (block, header) = self.next_reply(instance)?;
             if header.correlation() & CALL_BIT == 0 {
-                return Some(Found {
-                    source: Source::Block(block),
-                    header,
-                });
+                self.header = header;
+                return Some(Found(block));
             }
             self.hand_over(instance, block, &header);
         }
@@ -143,8 +227,7 @@ impl ReceiveSide {
                 match self.replies[block].peek() {
                     Peek::Empty => break,
                     Peek::Ready(header) => {
-                        if instance.types.type_id_of(header.kind()).is_some() && header.lane() == 0
-                        {
+                        if is_valid(instance, &header) {
                             self.next = if block + 1 < count { block + 1 } else { 0 };
                             return Some((block, header));
                         }
@@ -213,18 +296,15 @@ impl ReceiveSide {
     }
 
     #[inline]
-    fn consumer(&self, source: Source) -> &HostConsumer {
-        match source {
-            Source::Block(block) => &self.replies[block],
-            Source::Inbox => &self.inbox,
-        }
+    fn consumer(&self, found: Found) -> &HostConsumer {
+        self.replies.get(found.0).unwrap_or(&self.inbox)
     }
 
     #[inline]
-    fn release(&mut self, source: Source) {
-        match source {
-            Source::Block(block) => self.replies[block].release(),
-            Source::Inbox => {
+    fn release(&mut self, found: Found) {
+        match self.replies.get_mut(found.0) {
+            Some(consumer) => consumer.release(),
+            None => {
                 self.inbox.release();
                 self.inbox_depth -= 1;
             }
@@ -248,31 +328,33 @@ impl ReceiveSide {
     }
 }
 
-/// Repeats `attempt` until it does anything but report emptiness, or the timeout has passed. The last attempt is made
-/// after the deadline, so that a message that came before it is never missed. Sleeps, if at all, only while
-/// `is_ready` says no.
+/// Whether a reply's header names a known type and the one lane there is. Its length has been checked by the ring.
 #[inline]
-pub(super) fn until_received<S, R>(
+fn is_valid(instance: &KernelInstance, header: &MessageHeader) -> bool {
+    header.lane() == 0
+        && (header.kind() == RAW_KIND || instance.types.type_id_of(header.kind()).is_some())
+}
+
+/// Repeats `attempt`, which may look as many times as it is told, until it does anything but report emptiness, or the
+/// timeout has passed. The last attempt is made after the deadline, so that a message that came before it is never
+/// missed. Sleeps, if at all, only while `is_ready` says no.
+#[inline(always)]
+pub(super) fn until_found<S, R>(
     instance: &KernelInstance,
     timeout: Duration,
-    side: &mut S,
-    mut attempt: impl FnMut(&mut S) -> Result<R, TryRecvError>,
+    mut side: S,
+    mut attempt: impl FnMut(&mut S, u32) -> Result<R, Miss>,
     mut is_ready: impl FnMut(&mut S) -> bool,
-) -> Result<R, RecvTimeoutError> {
+) -> Result<R, WaitEnd> {
     let mut waiter = Waiter::new(instance.host_wait, timeout);
     let mut last = false;
     loop {
-        match attempt(side) {
-            Ok(received) => return Ok(received),
-            Err(TryRecvError::Unavailable(unavailable)) => {
-                return Err(RecvTimeoutError::Unavailable(unavailable));
-            }
-            Err(TryRecvError::Message(error)) => return Err(RecvTimeoutError::Message(error)),
-            Err(TryRecvError::Empty | TryRecvError::Busy) if last => {
-                return Err(RecvTimeoutError::Timeout);
-            }
-            Err(TryRecvError::Empty | TryRecvError::Busy) => {
-                last = !waiter.pause(&instance.signals.replied, || is_ready(side));
+        match attempt(&mut side, waiter.polls()) {
+            Ok(found) => return Ok(found),
+            Err(Miss::Unavailable(unavailable)) => return Err(WaitEnd::Unavailable(unavailable)),
+            Err(Miss::Empty | Miss::Busy) if last => return Err(WaitEnd::Timeout),
+            Err(Miss::Empty | Miss::Busy) => {
+                last = !waiter.pause(&instance.signals.replied, || is_ready(&mut side));
             }
         }
     }
@@ -290,7 +372,7 @@ pub struct Received<'a, M> {
 impl<M> fmt::Debug for Received<'_, M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Received")
-            .field("header", &self.found.header)
+            .field("header", &self.side.header)
             .finish_non_exhaustive()
     }
 }
@@ -300,7 +382,7 @@ impl<M> Received<'_, M> {
     #[inline]
     #[must_use]
     pub fn header(&self) -> MessageHeader {
-        self.found.header
+        self.side.header
     }
 
     /// Timestamp, deadline and trace id, if the message carries them; a reply carries those of its request.
@@ -308,8 +390,8 @@ impl<M> Received<'_, M> {
     #[must_use]
     pub fn extension(&self) -> Option<Extension> {
         self.side
-            .consumer(self.found.source)
-            .extension(&self.found.header)
+            .consumer(self.found)
+            .extension(&self.side.header)
     }
 
     /// The payload, in place, 16-byte aligned.
@@ -317,15 +399,15 @@ impl<M> Received<'_, M> {
     #[must_use]
     pub fn payload(&self) -> &[u8] {
         self.side
-            .consumer(self.found.source)
-            .payload(&self.found.header)
+            .consumer(self.found)
+            .payload(&self.side.header)
     }
 
     /// The handler's error, if this is an error reply.
     #[inline]
     #[must_use]
     pub fn error(&self) -> Option<HandlerError> {
-        self.found
+        self.side
             .header
             .is_error()
             .then(|| HandlerError::decode(self.payload()))
@@ -356,7 +438,7 @@ impl<M> Received<'_, M> {
     /// Fails, and leaves the message where it is, unless it is of type `T`.
     #[inline]
     pub(super) fn check_type<T: RingMessage>(self, kind: Option<u16>) -> Result<Self, MessageError> {
-        let header = self.found.header;
+        let header = self.side.header;
         if Some(header.kind()) == kind || header.is_error() {
             return Ok(self);
         }
@@ -414,7 +496,7 @@ impl<M: RingMessage> Received<'_, M> {
 impl<M> Drop for Received<'_, M> {
     #[inline]
     fn drop(&mut self) {
-        self.side.release(self.found.source);
+        self.side.release(self.found);
         if self.corrupt.get() {
             self.instance
                 .signals

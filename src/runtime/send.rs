@@ -7,7 +7,7 @@ use super::calls::CALL_BIT;
 use super::instance::KernelInstance;
 use crate::backend::HostProducer;
 use crate::error::{Rejection, SendTimeoutError, TrySendError, Unavailable};
-use crate::message::{Envelope, Extension, Priority, RingMessage};
+use crate::message::{Envelope, Extension, Head, Priority, RingMessage};
 use crate::ring::{Batch, PushError, Reservation};
 use crate::thread::Waiter;
 
@@ -39,45 +39,76 @@ pub struct SendOptions {
     pub trace_id: Option<[u8; 16]>,
 }
 
-impl SendOptions {
-    #[inline]
-    fn envelope(&self, kind: u16, instance: &KernelInstance) -> Result<Envelope, Rejection> {
-        if self.correlation & CALL_BIT != 0 {
-            return Err(Rejection::Correlation {
-                correlation: self.correlation,
-            });
-        }
-        let extended = self.timestamp || self.deadline_ns.is_some() || self.trace_id.is_some();
-        Ok(Envelope {
-            correlation: self.correlation,
-            kind,
-            lane: 0,
-            priority: self.priority,
-            error: false,
-            extension: extended.then(|| Extension {
-                timestamp_ns: if self.timestamp {
-                    instance.timestamps.next()
-                } else {
-                    0
-                },
-                deadline_ns: self.deadline_ns.unwrap_or(0),
-                trace_id: self.trace_id.unwrap_or_default(),
-            }),
-        })
-    }
-}
-
 /// Which block a message goes to.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Route {
+enum Route {
     RoundRobin,
     Key(u64),
 }
 
-impl From<&SendOptions> for Route {
+/// Everything about a message but its payload: which block it goes to, and its header.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Address {
+    route: Route,
+    head: Head,
+    extension: Option<Extension>,
+}
+
+impl Address {
+    /// A plain message of this kind, to the block whose turn it is.
     #[inline]
-    fn from(options: &SendOptions) -> Self {
-        options.key.map_or(Self::RoundRobin, Self::Key)
+    pub(super) const fn plain(kind: u16) -> Self {
+        Self {
+            route: Route::RoundRobin,
+            head: Head::of_kind(kind),
+            extension: None,
+        }
+    }
+
+    /// A plain request of this kind, whose reply is to carry this correlation.
+    #[inline]
+    pub(super) const fn call(kind: u16, correlation: u32) -> Self {
+        Self {
+            head: Head::of_kind(kind).correlated(correlation),
+            ..Self::plain(kind)
+        }
+    }
+
+    /// A message of this kind with options.
+    #[inline]
+    pub(super) fn with(
+        instance: &KernelInstance,
+        kind: u16,
+        options: &SendOptions,
+    ) -> Result<Self, Rejection> {
+        if options.correlation & CALL_BIT != 0 {
+            return Err(Rejection::Correlation {
+                correlation: options.correlation,
+            });
+        }
+        let extended =
+            options.timestamp || options.deadline_ns.is_some() || options.trace_id.is_some();
+        let extension = extended.then(|| Extension {
+            timestamp_ns: if options.timestamp {
+                instance.timestamps.next()
+            } else {
+                0
+            },
+            deadline_ns: options.deadline_ns.unwrap_or(0),
+            trace_id: options.trace_id.unwrap_or_default(),
+        });
+        let envelope = Envelope {
+            correlation: options.correlation,
+            kind,
+            priority: options.priority,
+            extension,
+            ..Envelope::default()
+        };
+        Ok(Self {
+            route: options.key.map_or(Route::RoundRobin, Route::Key),
+            head: envelope.head(),
+            extension,
+        })
     }
 }
 
@@ -102,14 +133,15 @@ impl SendSide {
     pub(super) fn try_send(
         &mut self,
         instance: &KernelInstance,
-        route: Route,
-        envelope: &Envelope,
+        address: &Address,
         write: impl FnOnce(&mut [u8]) -> Result<usize, Rejection>,
     ) -> Result<(), TrySendError> {
         instance.signals.gate.check_send()?;
-        let block = self.choose(instance, route)?;
+        let block = self.choose(instance, address.route)?;
         let producer = &mut self.producers[block];
-        let mut reservation = producer.reserve(envelope).map_err(refused)?;
+        let mut reservation = producer
+            .reserve_head(address.head, address.extension.as_ref())
+            .map_err(refused)?;
         let length = write(reservation.body_mut())?;
         reservation.commit(length).map_err(refused)?;
         instance.sent(block, 1);
@@ -164,12 +196,13 @@ impl SendSide {
     pub(super) fn reserve<'a>(
         &'a mut self,
         instance: &'a KernelInstance,
-        route: Route,
-        envelope: &Envelope,
+        address: &Address,
     ) -> Result<SendSlot<'a>, TrySendError> {
         instance.signals.gate.check_send()?;
-        let block = self.choose(instance, route)?;
-        let reservation = self.producers[block].reserve(envelope).map_err(refused)?;
+        let block = self.choose(instance, address.route)?;
+        let reservation = self.producers[block]
+            .reserve_head(address.head, address.extension.as_ref())
+            .map_err(refused)?;
         Ok(SendSlot {
             reservation,
             instance,
@@ -236,16 +269,6 @@ fn refused(error: PushError) -> TrySendError {
         PushError::Full => TrySendError::Full,
         PushError::TooLong { max, .. } => TrySendError::Rejected(Rejection::TooLarge { max }),
     }
-}
-
-/// The envelope and the route of a message of this kind.
-#[inline]
-pub(super) fn address(
-    instance: &KernelInstance,
-    kind: u16,
-    options: &SendOptions,
-) -> Result<(Envelope, Route), Rejection> {
-    Ok((options.envelope(kind, instance)?, options.into()))
 }
 
 /// Puts raw bytes into a slot.

@@ -14,4 +14,4 @@ pub(crate) use cores::{CoreLease, SpinPermit};
 #[cfg(not(loom))]
 pub use wait::WaitStrategy;
 #[cfg(not(loom))]
-pub(crate) use wait::{IdleStep, KernelWait, Waiter};
+pub(crate) use wait::{IdleStep, KernelWait, POLLS_PER_STEP, Waiter};

@@ -13,26 +13,27 @@ use crate::kernel::{
     BlockState, CpuHandler, DeadLetterReason, Dim3, FailureReason, KernelContext, KernelFailure,
     ReplyPort, Request, TelemetryWriter, TypeTable, UndeliveredMessage,
 };
-use crate::message::{Envelope, MessageHeader, RAW_KIND};
+use crate::message::{MessageHeader, RAW_KIND};
 use crate::ring::{Consumer, Corruption, Peek};
-use crate::thread::{IdleStep, KernelWait};
+use crate::thread::{IdleStep, KernelWait, POLLS_PER_STEP};
 use crate::time;
 
-/// Empty polls between two heartbeats: a few microseconds.
-const POLLS_PER_BEAT: u32 = 64;
+/// Empty steps between two heartbeats: a few microseconds.
+const STEPS_PER_BEAT: u32 = 8;
 
-/// Empty polls after a message until the counters are written out: late enough that a reply to the next message of a
-/// ping-pong never waits for it.
-const POLLS_BEFORE_STORE: u32 = 48;
+/// Empty steps after a message until the counters are written out: late enough that the next message of a ping-pong
+/// never waits for it.
+const STEPS_BEFORE_STORE: u32 = 6;
 
-/// Empty polls between two writes of the counters, for their sign of life: some 100 us.
-const POLLS_PER_STORE: u32 = 4096;
+/// Empty steps between two writes of the counters, for their sign of life: some 100 us.
+const STEPS_PER_STORE: u32 = 512;
 
 /// Messages without an empty poll between two writes of the counters.
 const MESSAGES_PER_STORE: u32 = 256;
 
-/// What all blocks of a kernel have in common.
+/// What all blocks of a kernel have in common. On cache lines of its own: the loop looks at it with every poll.
 #[derive(Debug)]
+#[repr(align(128))]
 pub(super) struct WorkerSetup {
     pub(super) handler: Handler,
     pub(super) types: Arc<TypeTable>,
@@ -95,7 +96,7 @@ impl Worker {
             handler: handler.as_ref(),
             telemetry: TelemetryWriter::default(),
             unstored: 0,
-            in_hand: None,
+            in_hand: false,
         };
         let end = catch_unwind(AssertUnwindSafe(|| block.run()));
         let failure = match end {
@@ -127,8 +128,8 @@ struct BlockLoop<'a> {
     telemetry: TelemetryWriter,
     /// Messages since the counters were written out.
     unstored: u32,
-    /// The request that the handler has right now.
-    in_hand: Option<MessageHeader>,
+    /// Whether the handler has the request at the consumer's position right now.
+    in_hand: bool,
 }
 
 impl BlockLoop<'_> {
@@ -163,16 +164,16 @@ impl BlockLoop<'_> {
 
     #[inline]
     fn poll_while_active(&mut self) -> Result<(), Corruption> {
-        let mut empty_polls = 0_u32;
+        let mut empty_steps = 0_u32;
         while !self.must_stop() {
-            match self.requests.peek() {
+            match self.requests.peek_spinning(POLLS_PER_STEP) {
                 Peek::Ready(header) => {
-                    empty_polls = 0;
+                    empty_steps = 0;
                     self.handle(header);
                 }
                 Peek::Empty => {
-                    empty_polls = empty_polls.wrapping_add(1);
-                    self.idle(empty_polls);
+                    empty_steps = empty_steps.wrapping_add(1);
+                    self.idle(empty_steps);
                 }
                 Peek::Corrupt(corruption) => return Err(corruption),
             }
@@ -181,16 +182,16 @@ impl BlockLoop<'_> {
     }
 
     #[inline]
-    fn idle(&mut self, empty_polls: u32) {
-        if empty_polls.is_multiple_of(POLLS_PER_BEAT) {
+    fn idle(&mut self, empty_steps: u32) {
+        if empty_steps.is_multiple_of(STEPS_PER_BEAT) {
             self.port.control.beat();
         }
-        if (empty_polls == POLLS_BEFORE_STORE && self.unstored > 0)
-            || empty_polls.is_multiple_of(POLLS_PER_STORE)
+        if (empty_steps == STEPS_BEFORE_STORE && self.unstored > 0)
+            || empty_steps.is_multiple_of(STEPS_PER_STORE)
         {
             self.store_telemetry();
         }
-        match self.setup.wait.idle(empty_polls) {
+        match self.setup.wait.idle(empty_steps) {
             IdleStep::Poll => {}
             IdleStep::Sleep => {
                 self.store_telemetry();
@@ -230,12 +231,12 @@ impl BlockLoop<'_> {
             0
         };
         let replies_before = self.port.replies;
-        self.in_hand = Some(header);
+        self.in_hand = true;
         let outcome = self.call_handler(header);
         if let Err(error) = &outcome {
             self.reply_error(&header, error);
         }
-        self.in_hand = None;
+        self.in_hand = false;
         self.requests.release();
         self.port
             .control
@@ -269,11 +270,10 @@ impl BlockLoop<'_> {
                 "kind is not in the type table",
             ));
         }
-        let extension = self.requests.extension(&header);
         let request = Request {
             header,
-            extension,
             payload: self.requests.payload(&header),
+            ring: &self.requests,
             types,
         };
         let mut context = KernelContext {
@@ -283,7 +283,7 @@ impl BlockLoop<'_> {
             state: &mut *self.state,
             port: &mut self.port,
             header,
-            extension,
+            ring: &self.requests,
             types,
         };
         self.handler.handle(&request, &mut context)
@@ -293,12 +293,10 @@ impl BlockLoop<'_> {
     fn reply_error(&mut self, header: &MessageHeader, error: &HandlerError) {
         self.telemetry.errors += 1;
         self.port.control.store_last_error(error.code);
-        let envelope = Envelope {
-            kind: RAW_KIND,
-            error: true,
-            ..header.envelope(None)
-        };
-        if let Err(refused) = self.port.reply(&envelope, |body| Ok(error.encode(body))) {
+        if let Err(refused) =
+            self.port
+                .reply(header.error_head(), None, |body| Ok(error.encode(body)))
+        {
             // The kernel is ending: the caller learns that instead.
             log::debug!(
                 "kernel '{}': error reply not written: {refused}",
@@ -332,22 +330,27 @@ impl BlockLoop<'_> {
         }
     }
 
-    fn panicked(&self, panic: &(dyn Any + Send)) -> KernelFailure {
+    fn panicked(&mut self, panic: &(dyn Any + Send)) -> KernelFailure {
         let message = panic
             .downcast_ref::<&str>()
             .map(|text| (*text).to_owned())
             .or_else(|| panic.downcast_ref::<String>().cloned())
             .unwrap_or_else(|| "the handler panicked with a value that is no text".into());
-        KernelFailure {
-            reason: FailureReason::Panic,
-            message,
-            block: Some(self.memory.index),
-            request: self.in_hand.map(|header| UndeliveredMessage {
+        // The slot has not been given back, so the message is still there.
+        let request = match self.requests.peek() {
+            Peek::Ready(header) if self.in_hand => Some(UndeliveredMessage {
                 kernel: self.port.signals.name.clone(),
                 block: self.memory.index,
                 header,
                 payload: self.requests.payload(&header).to_vec(),
             }),
+            _ => None,
+        };
+        KernelFailure {
+            reason: FailureReason::Panic,
+            message,
+            block: Some(self.memory.index),
+            request,
         }
     }
 }

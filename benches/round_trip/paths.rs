@@ -1,0 +1,493 @@
+//! The round trips that are compared.
+
+use std::cell::UnsafeCell;
+use std::hint::spin_loop;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+use ringkernel::{
+    Dim3, KernelHandle, LaunchOptions, RingKernelRuntime, RuntimeConfig, WaitStrategy,
+    thread::affinity::pin_current_thread, time::now_ns,
+};
+use rkyv::{Archive, Deserialize, Serialize};
+
+use crate::{Config, Failure};
+
+/// Slots of every queue.
+pub const CAPACITY: usize = 4096;
+
+/// Kernels that are launched, and idle, beside the one that is measured.
+const IDLE_KERNELS: usize = 64;
+
+/// Longer than any scheduler keeps a thread away; a message that takes longer is a failure.
+pub const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A payload that differs from message to message in every 8 bytes.
+pub fn fill<const N: usize>(payload: &mut [u8; N], message: u64) {
+    for (index, bytes) in payload.chunks_exact_mut(8).enumerate() {
+        bytes.copy_from_slice(&(message.wrapping_mul(31) + index as u64).to_ne_bytes());
+    }
+}
+
+/// The same, as a typed message.
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, PartialEq)]
+pub struct Typed<const N: usize> {
+    payload: [u8; N],
+}
+ringkernel::ring_message!(Typed<48>, "bench.Typed48.v1");
+ringkernel::ring_message!(Typed<256>, "bench.Typed256.v1");
+ringkernel::ring_message!(Typed<1024>, "bench.Typed1024.v1");
+
+/// One way from a caller to an echo and back.
+pub struct Path<const N: usize> {
+    pub name: &'static str,
+    pub backend: &'static str,
+    echo: Box<dyn Echo<N>>,
+}
+
+/// Sends messages and receives each one's echo, in a loop that `Meter` drives.
+trait Echo<const N: usize> {
+    fn round(&mut self, config: &Config, meter: &mut Meter<'_, N>) -> Result<(), Failure>;
+}
+
+/// Makes payloads, takes times, compares what comes back.
+pub struct Meter<'a, const N: usize> {
+    histogram: &'a mut Histogram<u64>,
+    messages: usize,
+}
+
+impl<const N: usize> Meter<'_, N> {
+    #[inline(always)]
+    fn run(
+        &mut self,
+        mut exchange: impl FnMut(&[u8; N], &mut [u8; N]) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let (mut payload, mut reply) = ([0; N], [0; N]);
+        // The first tenth warms caches and branch predictors up and is not counted.
+        for message in 0..self.messages + self.messages / 10 {
+            fill(&mut payload, message as u64);
+            let begin = now_ns();
+            exchange(&payload, &mut reply)?;
+            let end = now_ns();
+            if reply != payload {
+                return Err(format!("message {message} came back changed").into());
+            }
+            if message >= self.messages / 10 {
+                self.histogram.record((end - begin).max(1))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Messages of a round, warm-up included.
+    fn total(&self) -> usize {
+        self.messages + self.messages / 10
+    }
+}
+
+impl<const N: usize> Path<N> {
+    pub fn round(
+        &mut self,
+        config: &Config,
+        histogram: &mut Histogram<u64>,
+    ) -> Result<(), Failure> {
+        let mut meter = Meter {
+            histogram,
+            messages: config.messages,
+        };
+        self.echo
+            .round(config, &mut meter)
+            .map_err(|error| format!("{}: {error}", self.name).into())
+    }
+}
+
+/// A runtime whose kernels and callers spin.
+pub fn runtime(config: &Config) -> Result<RingKernelRuntime, Failure> {
+    Ok(RingKernelRuntime::builder()
+        .backend(config.backend)
+        .config(RuntimeConfig {
+            default_queue_capacity: CAPACITY,
+            kernel_wait: WaitStrategy::Spin,
+            host_wait: WaitStrategy::Spin,
+            ..RuntimeConfig::default()
+        })
+        .build()?)
+}
+
+/// Options that put a one-block kernel onto the kernel core.
+pub fn pinned<const N: usize>(config: &Config) -> LaunchOptions {
+    LaunchOptions {
+        message_size: Some(N),
+        cores: vec![config.kernel_core],
+        ..LaunchOptions::default()
+    }
+}
+
+/// All paths, the floor first.
+pub fn all<const N: usize>(config: &Config) -> Result<Vec<Path<N>>, Failure>
+where
+    Typed<N>: ringkernel::RingMessage,
+{
+    let path = |name, backend, echo| Path {
+        name,
+        backend,
+        echo,
+    };
+    let ours = config.backend.name();
+    let kernel = |idle| Kernel::new::<N>(config, idle);
+    Ok(vec![
+        path("floor", "cpu", Box::new(Floor)),
+        path("endpoints", ours, Box::new(Endpoints(kernel(0)?))),
+        path("endpoints_typed", ours, Box::new(EndpointsTyped(kernel(0)?))),
+        path("handle_call", ours, Box::new(HandleCall(kernel(0)?))),
+        path(
+            "endpoints_64_idle_kernels",
+            ours,
+            Box::new(Endpoints(kernel(IDLE_KERNELS)?)),
+        ),
+        path("ring", "cpu", Box::new(Ring)),
+        path("rtrb", "cpu", Box::new(Rtrb)),
+        path("crossbeam", "cpu", Box::new(Crossbeam)),
+        path("std_mpsc", "cpu", Box::new(StdMpsc)),
+    ])
+}
+
+/// Runs `echo` on a thread of the kernel core while `caller` runs here. A caller that fails ends the other side too.
+fn with_echo_thread(
+    config: &Config,
+    echo: impl FnOnce(&AtomicBool) + Send,
+    caller: impl FnOnce() -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let (started, stop) = (AtomicBool::new(false), AtomicBool::new(false));
+    thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            let pinned = pin_current_thread(config.kernel_core);
+            started.store(true, Ordering::Release);
+            if pinned.is_ok() {
+                echo(&stop);
+            }
+            pinned
+        });
+        while !started.load(Ordering::Acquire) {
+            thread::yield_now();
+        }
+        let outcome = caller();
+        stop.store(true, Ordering::Release);
+        let pinned = thread.join().map_err(|_| "the echo thread panicked")?;
+        pinned?;
+        outcome
+    })
+}
+
+/// The least that can be done: a payload and a sequence word that one core writes and the other polls, in the same
+/// memory every time.
+struct Floor;
+
+#[repr(align(128))]
+struct Mailbox<const N: usize> {
+    sequence: AtomicU32,
+    payload: UnsafeCell<[u8; N]>,
+}
+
+// SAFETY: the payload is written before the sequence is stored with release, and read after the sequence was loaded
+// with acquire; the other side writes only after it has seen this side's answer.
+unsafe impl<const N: usize> Sync for Mailbox<N> {}
+
+impl<const N: usize> Mailbox<N> {
+    const fn new() -> Self {
+        Self {
+            sequence: AtomicU32::new(0),
+            payload: UnsafeCell::new([0; N]),
+        }
+    }
+
+    #[inline(always)]
+    fn write(&self, sequence: u32, payload: &[u8; N]) {
+        // SAFETY: it is this side's turn; see `Sync`.
+        unsafe { self.payload.get().copy_from_nonoverlapping(payload, 1) };
+        self.sequence.store(sequence, Ordering::Release);
+    }
+
+    #[inline(always)]
+    fn read(&self, payload: &mut [u8; N]) {
+        // SAFETY: the caller has seen the sequence; see `Sync`.
+        unsafe { self.payload.get().copy_to_nonoverlapping(payload, 1) };
+    }
+}
+
+impl<const N: usize> Echo<N> for Floor {
+    fn round(&mut self, config: &Config, meter: &mut Meter<'_, N>) -> Result<(), Failure> {
+        let (there, back) = (Mailbox::<N>::new(), Mailbox::<N>::new());
+        with_echo_thread(
+            config,
+            |stop| {
+                let mut payload = [0; N];
+                let mut sequence = 1;
+                while !stop.load(Ordering::Relaxed) {
+                    if there.sequence.load(Ordering::Acquire) == sequence {
+                        there.read(&mut payload);
+                        back.write(sequence, &payload);
+                        sequence += 1;
+                    } else {
+                        spin_loop();
+                    }
+                }
+            },
+            || {
+                let mut sequence = 0;
+                meter.run(|payload, reply| {
+                    sequence += 1;
+                    there.write(sequence, payload);
+                    while back.sequence.load(Ordering::Acquire) != sequence {
+                        spin_loop();
+                    }
+                    back.read(reply);
+                    Ok(())
+                })
+            },
+        )
+    }
+}
+
+/// A resident echo kernel, active only during its own rounds.
+struct Kernel {
+    handle: KernelHandle,
+    /// Launched, and asleep until they are activated, which never happens.
+    _idle: Vec<KernelHandle>,
+    _runtime: RingKernelRuntime,
+}
+
+impl Kernel {
+    fn new<const N: usize>(config: &Config, idle: usize) -> Result<Self, Failure> {
+        let runtime = runtime(config)?;
+        let one = Dim3::x(1);
+        let handle = runtime.launch("echo", one, one, pinned::<N>(config))?;
+        let idle = (0..idle)
+            .map(|_| {
+                let small = LaunchOptions {
+                    queue_capacity: Some(64),
+                    wait: Some(WaitStrategy::Park),
+                    ..LaunchOptions::default()
+                };
+                runtime.launch("echo", one, one, small)
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            handle,
+            _idle: idle,
+            _runtime: runtime,
+        })
+    }
+
+    fn active(
+        &self,
+        run: impl FnOnce(&KernelHandle) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        self.handle.activate()?;
+        run(&self.handle)?;
+        Ok(self.handle.deactivate()?)
+    }
+}
+
+/// Exclusive endpoints, raw bytes.
+struct Endpoints(Kernel);
+
+impl<const N: usize> Echo<N> for Endpoints {
+    fn round(&mut self, _: &Config, meter: &mut Meter<'_, N>) -> Result<(), Failure> {
+        self.0.active(|kernel| {
+            let (mut sender, mut receiver) = kernel.split_bytes()?;
+            meter.run(|payload, reply| {
+                sender.try_send_bytes(payload)?;
+                receiver.recv_bytes_timeout(reply, TIMEOUT)?;
+                Ok(())
+            })
+        })
+    }
+}
+
+/// Exclusive endpoints, archived and validated messages.
+struct EndpointsTyped(Kernel);
+
+impl<const N: usize> Echo<N> for EndpointsTyped
+where
+    Typed<N>: ringkernel::RingMessage,
+{
+    fn round(&mut self, _: &Config, meter: &mut Meter<'_, N>) -> Result<(), Failure> {
+        self.0.active(|kernel| {
+            let (mut sender, mut receiver) = kernel.split::<Typed<N>, Typed<N>>()?;
+            meter.run(|payload, reply| {
+                sender.try_send(&Typed { payload: *payload })?;
+                *reply = receiver.recv_timeout(TIMEOUT)?.payload;
+                Ok(())
+            })
+        })
+    }
+}
+
+/// The shared handle's `call`.
+struct HandleCall(Kernel);
+
+impl<const N: usize> Echo<N> for HandleCall {
+    fn round(&mut self, _: &Config, meter: &mut Meter<'_, N>) -> Result<(), Failure> {
+        self.0.active(|kernel| {
+            meter.run(|payload, reply| {
+                kernel.call_bytes(payload, reply, TIMEOUT)?;
+                Ok(())
+            })
+        })
+    }
+}
+
+/// Our bare ring between two threads: neither runtime nor kernel.
+struct Ring;
+
+impl<const N: usize> Echo<N> for Ring {
+    fn round(&mut self, config: &Config, meter: &mut Meter<'_, N>) -> Result<(), Failure> {
+        use ringkernel::message::Envelope;
+        let (there, back) = (crate::streams::ring(N)?, crate::streams::ring(N)?);
+        let (mut sender, mut echo_in) = there.ends();
+        let (mut echo_out, mut receiver) = back.ends();
+        let plain = Envelope::default();
+        with_echo_thread(
+            config,
+            move |stop| {
+                while !stop.load(Ordering::Relaxed) {
+                    match echo_in.try_next() {
+                        Ok(Some(incoming)) => {
+                            if echo_out.try_push(&plain, incoming.payload()).is_err() {
+                                return;
+                            }
+                        }
+                        _ => spin_loop(),
+                    }
+                }
+            },
+            move || {
+                meter.run(|payload, reply| {
+                    sender.try_push(&plain, payload)?;
+                    loop {
+                        if let Some(incoming) = receiver.try_next()? {
+                            reply.copy_from_slice(incoming.payload());
+                            return Ok(());
+                        }
+                        spin_loop();
+                    }
+                })
+            },
+        )
+    }
+}
+
+/// rtrb, both sides spinning.
+struct Rtrb;
+
+impl<const N: usize> Echo<N> for Rtrb {
+    fn round(&mut self, config: &Config, meter: &mut Meter<'_, N>) -> Result<(), Failure> {
+        let (mut sender, mut echo_in) = rtrb::RingBuffer::<[u8; N]>::new(CAPACITY);
+        let (mut echo_out, mut receiver) = rtrb::RingBuffer::<[u8; N]>::new(CAPACITY);
+        with_echo_thread(
+            config,
+            move |stop| {
+                while !stop.load(Ordering::Relaxed) {
+                    match echo_in.pop() {
+                        Ok(payload) => {
+                            if echo_out.push(payload).is_err() {
+                                return;
+                            }
+                        }
+                        Err(_) => spin_loop(),
+                    }
+                }
+            },
+            move || {
+                meter.run(|payload, reply| {
+                    sender.push(*payload)?;
+                    loop {
+                        if let Ok(payload) = receiver.pop() {
+                            *reply = payload;
+                            return Ok(());
+                        }
+                        spin_loop();
+                    }
+                })
+            },
+        )
+    }
+}
+
+/// crossbeam-channel, bounded, both sides spinning.
+struct Crossbeam;
+
+impl<const N: usize> Echo<N> for Crossbeam {
+    fn round(&mut self, config: &Config, meter: &mut Meter<'_, N>) -> Result<(), Failure> {
+        let (sender, echo_in) = crossbeam_channel::bounded::<[u8; N]>(CAPACITY);
+        let (echo_out, receiver) = crossbeam_channel::bounded::<[u8; N]>(CAPACITY);
+        with_echo_thread(
+            config,
+            move |stop| {
+                while !stop.load(Ordering::Relaxed) {
+                    match echo_in.try_recv() {
+                        Ok(payload) => {
+                            if echo_out.try_send(payload).is_err() {
+                                return;
+                            }
+                        }
+                        Err(_) => spin_loop(),
+                    }
+                }
+            },
+            move || {
+                meter.run(|payload, reply| {
+                    sender.try_send(*payload)?;
+                    loop {
+                        if let Ok(payload) = receiver.try_recv() {
+                            *reply = payload;
+                            return Ok(());
+                        }
+                        spin_loop();
+                    }
+                })
+            },
+        )
+    }
+}
+
+/// The standard library's bounded channel, both sides spinning.
+struct StdMpsc;
+
+impl<const N: usize> Echo<N> for StdMpsc {
+    fn round(&mut self, config: &Config, meter: &mut Meter<'_, N>) -> Result<(), Failure> {
+        let (sender, echo_in) = mpsc::sync_channel::<[u8; N]>(CAPACITY);
+        let (echo_out, receiver) = mpsc::sync_channel::<[u8; N]>(CAPACITY);
+        with_echo_thread(
+            config,
+            move |stop| {
+                while !stop.load(Ordering::Relaxed) {
+                    match echo_in.try_recv() {
+                        Ok(payload) => {
+                            if echo_out.try_send(payload).is_err() {
+                                return;
+                            }
+                        }
+                        Err(_) => spin_loop(),
+                    }
+                }
+            },
+            move || {
+                meter.run(|payload, reply| {
+                    sender.try_send(*payload)?;
+                    loop {
+                        if let Ok(payload) = receiver.try_recv() {
+                            *reply = payload;
+                            return Ok(());
+                        }
+                        spin_loop();
+                    }
+                })
+            },
+        )
+    }
+}
