@@ -177,10 +177,7 @@ impl KernelContext<'_, '_> {
     /// ending.
     #[inline]
     pub fn reply<T: RingMessage>(&mut self, reply: &T) -> HandlerResult {
-        let kind = self
-            .types
-            .kind_of(T::TYPE_ID)
-            .map_err(|_| HandlerError::from("reply type is not registered"))?;
+        let kind = self.kind_of::<T>()?;
         self.write(kind, |body| Ok(reply.encode(body)?))
     }
 
@@ -206,6 +203,17 @@ impl KernelContext<'_, '_> {
         self.write(RAW_KIND, write)
     }
 
+    /// Answers with bytes that the handler has archived itself as a `T`; whoever receives them validates them. Waits
+    /// while the reply ring is full.
+    ///
+    /// # Errors
+    /// [`HandlerError`] if the kernel was not registered for `T`, the bytes exceed the slot, or the kernel is ending.
+    #[inline]
+    pub fn reply_as<T: RingMessage>(&mut self, archived: &[u8]) -> HandlerResult {
+        let kind = self.kind_of::<T>()?;
+        self.write(kind, |body| copy(archived, body))
+    }
+
     /// Answers with the request's own payload, under the request's own type. Waits while the reply ring is full.
     ///
     /// # Errors
@@ -213,6 +221,13 @@ impl KernelContext<'_, '_> {
     #[inline]
     pub fn echo(&mut self, request: &Request<'_>) -> HandlerResult {
         self.write(request.header.kind(), |body| copy(request.payload, body))
+    }
+
+    #[inline]
+    fn kind_of<T: RingMessage>(&self) -> Result<u16, HandlerError> {
+        self.types
+            .kind_of(T::TYPE_ID)
+            .map_err(|_| HandlerError::from("reply type is not registered"))
     }
 
     #[inline]

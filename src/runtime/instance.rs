@@ -314,10 +314,11 @@ impl KernelInstance {
             }
         }
         let dead_lettered = self.signals.dead_letters.counts();
+        let (accepted, processed) = self.request_counts();
         Closing {
             requests: MessageTally {
-                accepted: self.accepted(),
-                delivered: self.processed() - dead_lettered.corrupt_requests,
+                accepted,
+                delivered: processed.saturating_sub(dead_lettered.corrupt_requests),
                 dead_lettered: dead_lettered.requests(),
                 returned: leftovers.len() as u64,
             },
@@ -325,25 +326,27 @@ impl KernelInstance {
         }
     }
 
-    /// Requests accepted so far.
-    pub(super) fn accepted(&self) -> u64 {
-        self.accepted.iter().map(Counter::get).sum()
-    }
-
-    /// Requests that blocks are done with. Blocks count modulo 2^32; the difference to what was accepted does not
-    /// exceed a ring.
-    pub(super) fn processed(&self) -> u64 {
+    /// Requests accepted so far, and those of them that blocks are done with.
+    pub(super) fn request_counts(&self) -> (u64, u64) {
         self.blocks
             .iter()
             .zip(&self.accepted)
             .map(|(block, accepted)| {
+                // In this order, so that what is processed has been accepted.
                 let processed = block.control().processed();
                 let accepted = accepted.get();
-                // Negative while a send that a fast kernel has already handled is not yet counted.
+                // Blocks count modulo 2^32; the difference does not exceed a ring. Negative while a send that a fast
+                // kernel has already handled is not yet counted.
                 let depth = (accepted as u32).wrapping_sub(processed) as i32;
-                accepted.wrapping_sub_signed(depth.into())
+                (accepted, accepted - u64::from(depth.max(0).cast_unsigned()))
             })
-            .sum()
+            .fold((0, 0), |sum, counts| (sum.0 + counts.0, sum.1 + counts.1))
+    }
+
+    /// Requests that are queued or in a handler's hands.
+    pub(super) fn queue_depth(&self) -> u64 {
+        let (accepted, processed) = self.request_counts();
+        accepted - processed
     }
 
     /// Accounts of the replies, as of now.
@@ -388,14 +391,14 @@ impl KernelInstance {
             }
             sum
         });
-        let (accepted, processed) = (self.accepted(), self.processed());
+        let (accepted, processed) = self.request_counts();
         let controls = || self.blocks.iter().map(|block| block.control());
         KernelMetrics {
             status: self.status(),
             blocks: self.blocks.len() as u32,
             accepted,
             processed,
-            queue_depth: accepted.saturating_sub(processed),
+            queue_depth: accepted - processed,
             produced: self.reply_tally().accepted,
             received_replies: self.delivered.get(),
             dropped: controls().map(|control| u64::from(control.dropped())).sum(),

@@ -294,9 +294,9 @@ impl RingKernelRuntime {
             kernel.signals.gate.set_draining();
         }
         let busy = || {
-            kernels.iter().any(|kernel| {
-                kernel.state() == KernelState::Active && kernel.accepted() > kernel.processed()
-            })
+            kernels
+                .iter()
+                .any(|kernel| kernel.state() == KernelState::Active && kernel.queue_depth() > 0)
         };
         while busy() && !deadline.has_passed() {
             std::thread::sleep(DRAIN_INTERVAL.min(deadline.remaining()));
@@ -304,7 +304,7 @@ impl RingKernelRuntime {
         let remaining = kernels
             .iter()
             .filter(|kernel| !kernel.state().is_final())
-            .map(|kernel| kernel.accepted().saturating_sub(kernel.processed()))
+            .map(|kernel| kernel.queue_depth())
             .sum();
         Ok(DrainReport {
             complete: !busy(),

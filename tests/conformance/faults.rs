@@ -1,0 +1,190 @@
+//! Handlers that misbehave, and memory that is not there.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ringkernel::error::{CallError, RecvTimeoutError, Unavailable};
+use ringkernel::kernel::FailureReason;
+use ringkernel::{Error, KernelState, LaunchOptions, RuntimeConfig, WaitStrategy};
+
+use super::kernels::{Opened, UNSTUCK};
+use super::{LONG, Subject, active, eventually, runtime, runtime_from};
+
+pub fn a_panic_fails_its_kernel_and_no_other<S: Subject>() {
+    let runtime = runtime::<S>();
+    for host_wait in [WaitStrategy::Spin, WaitStrategy::Park] {
+        let options = LaunchOptions {
+            host_wait: Some(host_wait),
+            ..LaunchOptions::default()
+        };
+        let kernel = active(&runtime, "test.panic", options);
+        let other = active(&runtime, "echo", LaunchOptions::default());
+        kernel.send_bytes(b"before").unwrap();
+        let mut reply = [0; 8];
+        thread::scope(|scope| {
+            let blocked = scope.spawn(|| {
+                let first = kernel.recv_bytes_timeout(&mut [0; 8], LONG);
+                (first, kernel.recv_bytes_timeout(&mut [0; 8], LONG))
+            });
+            thread::sleep(Duration::from_millis(5));
+            assert_eq!(
+                kernel.call_bytes(b"panic", &mut reply, LONG),
+                Err(CallError::Unavailable(Unavailable::Failed))
+            );
+            let (before, after) = blocked.join().unwrap();
+            assert_eq!(before, Ok(6));
+            assert_eq!(
+                after,
+                Err(RecvTimeoutError::Unavailable(Unavailable::Failed))
+            );
+        });
+        let status = kernel.status();
+        assert_eq!(status.state, KernelState::Failed);
+        let failure = status.failure.unwrap();
+        assert_eq!(failure.reason, FailureReason::Panic);
+        assert_eq!(failure.message, "told to panic");
+        assert_eq!(failure.block, Some(0));
+        assert_eq!(failure.request.unwrap().payload, b"panic");
+        assert!(matches!(
+            kernel.activate(),
+            Err(Error::InvalidTransition { from: "Failed", .. })
+        ));
+        assert_eq!(other.call_bytes(b"fine", &mut reply, LONG), Ok(4));
+        // Its threads and cores are given back; its state stays.
+        kernel.terminate().unwrap();
+        assert_eq!(kernel.status().state, KernelState::Failed);
+        assert!(kernel.terminate().is_err());
+        other.terminate().unwrap();
+    }
+    let report = runtime.complete_shutdown().unwrap();
+    assert_eq!(report.failed_kernels.len(), 2);
+    assert!(report.requests.adds_up(), "{report}");
+    assert_eq!(report.requests.dead_lettered, 2);
+    assert_eq!(report.requests.delivered, 4);
+}
+
+pub fn a_panic_in_one_block_ends_the_whole_grid<S: Subject>() {
+    let runtime = runtime::<S>();
+    let kernel = runtime
+        .launch("test.panic", 3, 1, LaunchOptions::default())
+        .unwrap();
+    kernel.activate().unwrap();
+    for message in [&b"a"[..], b"b", b"c", b"panic"] {
+        kernel.send_bytes(message).unwrap();
+    }
+    eventually("the failure", || {
+        kernel.status().state == KernelState::Failed
+    });
+    let report = runtime.complete_shutdown().unwrap();
+    assert!(report.requests.adds_up(), "{report}");
+    assert_eq!(report.requests.accepted, 4);
+    assert_eq!(report.requests.dead_lettered, 1);
+    assert!(report.errors.is_empty(), "{report}");
+}
+
+pub fn a_handler_that_never_returns_is_reported_in_time<S: Subject>() {
+    let timeout = Duration::from_millis(100);
+    let config = RuntimeConfig {
+        termination_timeout: timeout,
+        ..RuntimeConfig::default()
+    };
+    let runtime = runtime_from(S::builder().config(config));
+    let kernel = active(&runtime, "test.stuck", LaunchOptions::default());
+    let other = active(&runtime, "echo", LaunchOptions::default());
+    for _ in 0..3 {
+        kernel.send_bytes(b"x").unwrap();
+    }
+    thread::sleep(Duration::from_millis(10));
+    let begin = Instant::now();
+    let error = kernel.terminate().unwrap_err();
+    let took = begin.elapsed();
+    assert!(matches!(&error, Error::Timeout { after, .. } if *after == timeout));
+    assert!(took >= timeout.mul_f64(0.999), "{took:?}");
+    assert!(took < Duration::from_secs(4), "{took:?}: the default is 5 s");
+    let status = kernel.status();
+    assert_eq!(status.state, KernelState::Failed);
+    assert_eq!(status.failure.unwrap().reason, FailureReason::Stuck);
+    assert_eq!(
+        kernel.recv_bytes_timeout(&mut [0; 8], LONG),
+        Err(RecvTimeoutError::Unavailable(Unavailable::Failed))
+    );
+    assert_eq!(other.call_bytes(b"fine", &mut [0; 8], LONG), Ok(4));
+    // Shutting down finds another one, says so, and ends.
+    let second = active(&runtime, "test.stuck", LaunchOptions::default());
+    second.send_bytes(b"x").unwrap();
+    thread::sleep(Duration::from_millis(10));
+    let report = runtime.complete_shutdown().unwrap();
+    assert!(matches!(report.errors[..], [Error::Timeout { .. }]), "{report}");
+    assert!(report.requests.adds_up(), "{report}");
+    assert_eq!(report.requests.dead_lettered, 2, "one in each handler");
+    assert_eq!(report.requests.returned, 2);
+    drop((runtime, kernel, second, other));
+    // The threads that were left behind end once their handlers do.
+    let _open = Opened::new(&UNSTUCK);
+    #[cfg(target_os = "linux")]
+    eventually("the end of the threads left behind", || {
+        !std::fs::read_dir("/proc/self/task").unwrap().any(|task| {
+            // A thread may end between the listing and the reading.
+            std::fs::read_to_string(task.unwrap().path().join("comm"))
+                .is_ok_and(|name| name.starts_with("rk-test.stuck"))
+        })
+    });
+}
+
+pub fn memory_that_is_not_there_is_an_error<S: Subject>() {
+    let config = RuntimeConfig {
+        cpu_memory_limit: Some(1 << 20),
+        ..RuntimeConfig::default()
+    };
+    let runtime = runtime_from(S::builder().config(config));
+    let first = active(&runtime, "echo", LaunchOptions::default());
+    let error = runtime
+        .launch("echo", 1, 1, LaunchOptions::default())
+        .unwrap_err();
+    match &error {
+        Error::OutOfMemory {
+            asked, available, ..
+        } => assert!(asked > available, "{error}"),
+        other => panic!("{other}"),
+    }
+    assert_eq!(first.call_bytes(b"fine", &mut [0; 8], LONG), Ok(4));
+    first.terminate().unwrap();
+    drop(first);
+    let _ = runtime.kernels();
+    active(&runtime, "echo", LaunchOptions::default());
+    // More than any machine has, without a limit.
+    let unlimited = runtime_from(S::builder());
+    let huge = LaunchOptions {
+        queue_capacity: Some(1 << 24),
+        message_size: Some((1 << 24) - 1),
+        ..LaunchOptions::default()
+    };
+    assert!(matches!(
+        unlimited.launch("echo", 1, 1, huge),
+        Err(Error::OutOfMemory { .. })
+    ));
+    assert_eq!(unlimited.memory_in_use(0).unwrap(), 0);
+}
+
+pub fn a_failed_launch_leaves_nothing_behind<S: Subject>() {
+    let config = RuntimeConfig {
+        cpu_memory_limit: Some(1 << 20),
+        ..RuntimeConfig::default()
+    };
+    let runtime = runtime_from(S::builder().config(config));
+    // The first of four blocks fits, the second does not.
+    assert!(matches!(
+        runtime.launch("echo", 4, 1, LaunchOptions::default()),
+        Err(Error::OutOfMemory { .. })
+    ));
+    let bare = ringkernel::KernelRegistration::new("test.no_code");
+    runtime.register(bare).unwrap();
+    assert!(matches!(
+        runtime.launch("test.no_code", 1, 1, LaunchOptions::default()),
+        Err(Error::NoHandler { .. })
+    ));
+    assert_eq!(runtime.memory_in_use(0).unwrap(), 0);
+    assert!(runtime.kernels().is_empty());
+    let report = runtime.complete_shutdown();
+    assert_eq!(report.unwrap().kernels, 0);
+}

@@ -1,0 +1,146 @@
+//! Kernels that the suite launches, beside the built-in ones.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use ringkernel::error::HandlerError;
+use ringkernel::{KernelRegistration, ring_message};
+use rkyv::{Archive, Deserialize, Serialize};
+
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Add {
+    pub left: u64,
+    pub right: u64,
+    /// Not every byte is a valid `bool`, so that a message can be corrupt.
+    pub negate: bool,
+}
+ring_message!(Add, "test.Add.v1");
+
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sum {
+    pub value: i128,
+}
+ring_message!(Sum, "test.Sum.v1");
+
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stranger {
+    pub value: u8,
+}
+ring_message!(Stranger, "test.Stranger.v1");
+
+/// Lets the handlers of `gated` go on.
+pub static GATE_OPEN: AtomicBool = AtomicBool::new(false);
+
+/// Lets the handlers of `stuck` go on.
+pub static UNSTUCK: AtomicBool = AtomicBool::new(false);
+
+/// Code of the error that `add` answers an overflow with.
+pub const OVERFLOW: u32 = 7;
+
+pub fn all() -> Vec<KernelRegistration> {
+    vec![
+        KernelRegistration::new("test.add").typed_cpu_handler::<Add, Sum, _>(|add, _| {
+            let sum = add
+                .left
+                .to_native()
+                .checked_add(add.right.to_native())
+                .ok_or_else(|| HandlerError::new(OVERFLOW, "overflow"))?;
+            let value = i128::from(sum);
+            Ok(Sum {
+                value: if add.negate { -value } else { value },
+            })
+        }),
+        // Replies with its block, and how many messages the block has had.
+        KernelRegistration::new("test.count")
+            .any_message()
+            .state_size(8)
+            .cpu_handler(|_, context| {
+                let count = context.state_as::<u64>()?;
+                *count += 1;
+                let (count, block) = (*count, context.block_index());
+                let mut reply = [0; 12];
+                reply[..8].copy_from_slice(&count.to_ne_bytes());
+                reply[8..].copy_from_slice(&block.to_ne_bytes());
+                context.reply_bytes(&reply)
+            }),
+        // The first byte says how many replies are wanted; each carries its index.
+        KernelRegistration::new("test.repeat").cpu_handler(|request, context| {
+            for index in 0..request.payload().first().copied().unwrap_or(0) {
+                context.reply_bytes(&[index])?;
+            }
+            Ok(())
+        }),
+        // Echoes once `GATE_OPEN` is set.
+        KernelRegistration::new("test.gated")
+            .any_message()
+            .cpu_handler(|request, context| {
+                while !GATE_OPEN.load(Ordering::Acquire) {
+                    std::thread::sleep(Duration::from_micros(100));
+                }
+                context.echo(request)
+            }),
+        // Never returns until `UNSTUCK` is set.
+        KernelRegistration::new("test.stuck").cpu_handler(|_, _| {
+            while !UNSTUCK.load(Ordering::Acquire) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Ok(())
+        }),
+        // Panics on `panic`, echoes anything else.
+        KernelRegistration::new("test.panic").cpu_handler(|request, context| {
+            assert!(request.payload() != b"panic", "told to panic");
+            context.echo(request)
+        }),
+        // Sleeps for the payload's milliseconds, then echoes.
+        KernelRegistration::new("test.sleep").cpu_handler(|request, context| {
+            let millis = request.payload().first().copied().unwrap_or(0);
+            std::thread::sleep(Duration::from_millis(millis.into()));
+            context.echo(request)
+        }),
+        // Says what it sees around itself.
+        KernelRegistration::new("test.context")
+            .any_message()
+            .state_size(100)
+            .cpu_handler(|request, context| {
+                let state_bytes = context.state().len();
+                let text = format!(
+                    "{} {} {:?} {:?} {} {}",
+                    context.kernel(),
+                    context.block_index(),
+                    context.grid_size(),
+                    context.block_size(),
+                    state_bytes,
+                    request.payload().as_ptr().addr() % 16,
+                );
+                context.reply_bytes(text.as_bytes())
+            }),
+        // Writes an `Add` whose bool is neither true nor false.
+        KernelRegistration::new("test.corrupt")
+            .message::<Add>()
+            .cpu_handler(|request, context| {
+                let mut add = *request.payload().first_chunk::<24>().unwrap();
+                // `negate` is the last field of 17 bytes, padded to 24.
+                add[16] = 2;
+                context.reply_as::<Add>(&add)
+            }),
+        // Answers with more than any of its slots holds.
+        KernelRegistration::new("test.too_large")
+            .cpu_handler(|_, context| context.reply_bytes(&[0; 1 << 16])),
+    ]
+}
+
+/// Opens a gate for as long as it lives, also when a test fails.
+pub struct Opened(&'static AtomicBool);
+
+impl Opened {
+    pub fn new(gate: &'static AtomicBool) -> Self {
+        gate.store(true, Ordering::Release);
+        Self(gate)
+    }
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}

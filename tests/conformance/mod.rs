@@ -1,0 +1,136 @@
+//! What must hold on every backend, as functions over a [`Subject`]. A backend's own test file instantiates all of them
+//! by [`conformance!`].
+
+pub mod faults;
+pub mod kernels;
+pub mod life;
+pub mod messages;
+pub mod sharing;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use ringkernel::{KernelHandle, LaunchOptions, RingKernelRuntime, RuntimeBuilder};
+
+/// A backend under test.
+pub trait Subject {
+    /// A builder for a runtime on this backend.
+    fn builder() -> RuntimeBuilder;
+}
+
+/// Long enough for anything on a machine with two shared cores; a test that waits so long has failed.
+pub const LONG: Duration = Duration::from_secs(30);
+
+/// Kernels and callers that spin starve each other: tests run one at a time.
+pub fn one_at_a_time() -> MutexGuard<'static, ()> {
+    static LOCK: Mutex<()> = Mutex::new(());
+    LOCK.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A runtime that knows the test kernels.
+pub fn runtime<S: Subject>() -> RingKernelRuntime {
+    runtime_from(S::builder())
+}
+
+/// The same from a builder that has been configured.
+pub fn runtime_from(builder: RuntimeBuilder) -> RingKernelRuntime {
+    kernels::all()
+        .into_iter()
+        .fold(builder, RuntimeBuilder::register)
+        .build()
+        .unwrap()
+}
+
+/// Launches and activates one block of a kernel.
+pub fn active(runtime: &RingKernelRuntime, id: &str, options: LaunchOptions) -> KernelHandle {
+    let kernel = runtime.launch(id, 1, 1, options).unwrap();
+    kernel.activate().unwrap();
+    kernel
+}
+
+/// Waits until `condition` holds.
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let begin = std::time::Instant::now();
+    while !condition() {
+        assert!(begin.elapsed() < LONG, "{what} never came");
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+/// Instantiates the whole suite for one backend.
+#[macro_export]
+macro_rules! conformance {
+    ($subject:ty: $($module:ident :: { $($test:ident),* $(,)? })*) => {
+        $(mod $module {
+            $(#[test]
+            fn $test() {
+                let _one = $crate::conformance::one_at_a_time();
+                $crate::conformance::$module::$test::<$subject>();
+            })*
+        })*
+    };
+    ($subject:ty) => {
+        $crate::conformance! { $subject:
+            messages::{
+                echo_returns_every_size_unchanged_and_in_order,
+                a_payload_one_byte_too_long_is_refused_and_loses_nothing,
+                typed_messages_travel_there_and_back,
+                a_message_of_another_type_stays_where_it_is,
+                a_type_that_was_not_registered_is_refused,
+                a_corrupt_archive_is_an_error_of_that_message_alone,
+                handler_errors_reach_the_caller_and_are_counted,
+                a_handler_may_reply_any_number_of_times,
+                a_full_ring_gives_the_message_back_and_frees_its_slots,
+                a_quarter_of_a_busy_ring_comes_back,
+                a_message_before_the_deadline_is_never_missed,
+                a_receive_without_timeout_is_a_try,
+                timestamps_of_one_kernel_strictly_increase,
+                extensions_travel_with_their_message,
+                saxpy_computes_what_it_says,
+                batches_arrive_whole_and_in_order,
+                messages_are_read_and_written_in_place,
+                bad_correlations_are_refused,
+                state_is_kept_between_messages,
+            }
+            sharing::{
+                cloned_handles_lose_and_double_nothing,
+                calls_from_many_threads_never_mix,
+                a_late_reply_becomes_a_dead_letter,
+                calls_beyond_the_limit_are_refused,
+                replies_put_aside_by_calls_can_be_received,
+                an_inbox_that_nobody_empties_overflows_into_the_dead_letters,
+                split_is_exclusive_and_gives_back,
+                a_grid_spreads_messages_and_keeps_keys_together,
+                every_wait_strategy_delivers,
+                auto_starves_nobody,
+            }
+            life::{
+                an_unknown_kernel_is_refused_with_a_list,
+                bad_launch_options_are_refused,
+                bad_configurations_are_refused,
+                transitions_are_enforced,
+                each_state_refuses_sends_with_an_error_of_its_own,
+                deactivation_keeps_state_and_queue,
+                a_kernel_blocked_on_a_full_reply_ring_can_be_deactivated_and_terminated,
+                terminate_wakes_blocked_senders_and_receivers,
+                handles_endpoints_and_runtime_may_be_dropped_in_any_order,
+                drain_delivers_what_is_in_flight_and_its_report_adds_up,
+                what_is_queued_at_shutdown_is_returned,
+                the_life_of_a_runtime_only_goes_forward,
+                many_launches_leave_nothing_behind,
+                telemetry_equals_ground_truth,
+                metrics_show_signs_of_life,
+                configured_numbers_are_honoured,
+                a_default_echo_takes_less_than_a_mebibyte,
+                several_devices_are_told_apart,
+            }
+            faults::{
+                a_panic_fails_its_kernel_and_no_other,
+                a_panic_in_one_block_ends_the_whole_grid,
+                a_handler_that_never_returns_is_reported_in_time,
+                memory_that_is_not_there_is_an_error,
+                a_failed_launch_leaves_nothing_behind,
+            }
+        }
+    };
+}
