@@ -137,3 +137,54 @@ mod tests {
         assert_eq!(event.waiters.load(Ordering::Relaxed), 0);
     }
 }
+
+/// `RUSTFLAGS="--cfg loom" cargo test --release --lib`
+#[cfg(all(test, loom))]
+mod model {
+    use super::*;
+    use loom::sync::Arc;
+
+    /// Loom's `wait_timeout` never times out, so that a lost wake-up shows as a deadlock.
+    fn sleep_until_set(shared: &(EventCount, AtomicU32)) {
+        while shared.1.load(Ordering::Relaxed) == 0 {
+            let prepared = shared.0.prepare();
+            if shared.1.load(Ordering::Relaxed) == 0 {
+                prepared.wait(Duration::from_secs(1));
+            }
+        }
+    }
+
+    #[test]
+    fn no_wake_up_is_lost() {
+        loom::model(|| {
+            let shared = Arc::new((EventCount::new(), AtomicU32::new(0)));
+            let other = Arc::clone(&shared);
+            let sleeper = loom::thread::spawn(move || sleep_until_set(&other));
+            shared.1.store(1, Ordering::Relaxed);
+            shared.0.notify();
+            sleeper.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn two_sleepers_are_both_woken() {
+        // Three threads have too many interleavings for all of them; bugs of this kind need two preemptions (loom's
+        // documentation, "Large models").
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(2);
+        model.check(|| {
+            let shared = Arc::new((EventCount::new(), AtomicU32::new(0)));
+            let sleepers: Vec<_> = (0..2)
+                .map(|_| {
+                    let other = Arc::clone(&shared);
+                    loom::thread::spawn(move || sleep_until_set(&other))
+                })
+                .collect();
+            shared.1.store(1, Ordering::Relaxed);
+            shared.0.notify();
+            for sleeper in sleepers {
+                sleeper.join().unwrap();
+            }
+        });
+    }
+}
