@@ -77,7 +77,10 @@ impl fmt::Display for Rejection {
         match self {
             Self::TooLarge { max } => write!(f, "the payload exceeds the slot's {max} bytes"),
             Self::UnknownType { type_id } => {
-                write!(f, "the kernel does not take messages of type {type_id:#018x}")
+                write!(
+                    f,
+                    "the kernel does not take messages of type {type_id:#018x}"
+                )
             }
             Self::TypeTableFull { type_id } => write!(
                 f,
@@ -180,7 +183,7 @@ impl HandlerError {
 
     /// Writes the error as the payload of an error reply and returns its length; a short `payload` cuts the text (and
     /// below four bytes the code).
-    pub(crate) fn encode(&self, payload: &mut [u8]) -> usize {
+    pub fn encode(&self, payload: &mut [u8]) -> usize {
         let mut bytes = [0; Self::MAX_BYTES];
         bytes[..4].copy_from_slice(&self.code.to_ne_bytes());
         bytes[4..].copy_from_slice(&self.text);
@@ -189,8 +192,9 @@ impl HandlerError {
         length
     }
 
-    /// The inverse of `encode`. Accepts anything: missing bytes are zero, a text that is not UTF-8 is cut there.
-    pub(crate) fn decode(payload: &[u8]) -> Self {
+    /// The inverse of [`encode`](Self::encode). Accepts anything: missing bytes are zero, a text that is not UTF-8 is cut there.
+    #[must_use]
+    pub fn decode(payload: &[u8]) -> Self {
         let mut code = [0; 4];
         let code_bytes = payload.len().min(4);
         code[..code_bytes].copy_from_slice(&payload[..code_bytes]);

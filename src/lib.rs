@@ -1,6 +1,67 @@
-//! RingKernel
+//! A synchronous runtime for persistent compute kernels.
+//!
+//! A kernel is launched once and stays resident on a device. Realtime threads exchange small messages with it by blocking
+//! calls, over lock-free rings in memory that both sides see. No async executor, no thread pool: dedicated threads poll.
+//!
+//! ```
+//! use std::time::Duration;
+//! use ringkernel::{Dim3, KernelRegistration, LaunchOptions, RingKernelRuntime};
+//! use rkyv::{Archive, Deserialize, Serialize};
+//!
+//! #[derive(Archive, Serialize, Deserialize)]
+//! struct Order { price: u64, quantity: u64 }
+//! ringkernel::ring_message!(Order, "example.Order.v1");
+//!
+//! #[derive(Archive, Serialize, Deserialize, Debug, PartialEq)]
+//! struct Value { total: u64 }
+//! ringkernel::ring_message!(Value, "example.Value.v1");
+//!
+//! let value = KernelRegistration::new("value").typed_cpu_handler::<Order, Value, _>(|order, _context| {
+//!     Ok(Value { total: order.price.to_native() * order.quantity.to_native() })
+//! });
+//!
+//! let runtime = RingKernelRuntime::builder().register(value).build()?;
+//! let kernel = runtime.launch("value", Dim3::x(1), Dim3::x(1), LaunchOptions::default())?;
+//! kernel.activate()?;
+//!
+//! // Any thread:
+//! let reply: Value = kernel.call(&Order { price: 7, quantity: 6 }, Duration::from_millis(100))?;
+//! assert_eq!(reply, Value { total: 42 });
+//!
+//! // One realtime thread, wait-free:
+//! let (mut sender, mut receiver) = kernel.split::<Order, Value>()?;
+//! sender.try_send(&Order { price: 2, quantity: 3 })?;
+//! assert_eq!(receiver.recv_timeout(Duration::from_millis(100))?.total, 6);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # The realtime promise
+//!
+//! | call | allocates | locks | system calls | bound |
+//! |---|---|---|---|---|
+//! | [`Sender::try_send`], [`Receiver::try_recv`] | no | no | no ¹ | wait-free ¹ |
+//! | [`Receiver::recv_timeout`] with [`WaitStrategy::Spin`] | no | no | no | the timeout |
+//! | [`KernelHandle::send`], [`recv_timeout`](KernelHandle::recv_timeout) | no | one, uncontended | none while spinning ¹ | the timeout |
+//! | [`KernelHandle::call`] | no | one a direction, uncontended | none while spinning ¹ | the timeout |
+//! | [`launch`](RingKernelRuntime::launch), [`activate`](KernelHandle::activate), [`terminate`](KernelHandle::terminate) | yes | yes | yes | `termination_timeout` |
+//!
+//! ¹ To a kernel that spins. Waking a kernel that sleeps ([`WaitStrategy::Park`], or `Auto` on a machine without a core
+//! for it) is one system call and takes the lock under its condition variable.
+//!
+//! Messages whose own type allocates (a `Vec`) allocate when they are received by value; read in place they do not.
+//! The first two columns are shown by `tests/hot_path.rs` (`nothing_is_allocated_per_message`,
+//! `no_system_call_is_made_per_message`), the bounds by the conformance suite (`tests/conformance/`:
+//! `a_full_ring_gives_the_message_back_and_frees_its_slots`, `terminate_wakes_blocked_senders_and_receivers`,
+//! `a_handler_that_never_returns_is_reported_in_time`).
+//!
+//! # Features
+//!
+//! `std` (default) is everything. Without it the crate is `no_std` and allocation-free: [`message`] and [`ring`] alone,
+//! for the far side of a link.
+
 #![cfg_attr(not(feature = "std"), no_std)]
-#![warn(clippy::unwrap_used)]
+#![warn(missing_docs, missing_debug_implementations)]
+#![warn(clippy::unwrap_used, clippy::expect_used)]
 
 pub mod error;
 pub mod message;
@@ -19,22 +80,28 @@ mod runtime;
 #[cfg(all(feature = "std", not(loom)))]
 pub mod time;
 
-pub use error::*;
+#[cfg(feature = "std")]
+pub use error::Error;
 pub use message::{MessageHeader, Priority, RingMessage};
 
 #[cfg(all(feature = "std", not(loom)))]
 pub use crate::{
     backend::{BackendType, DeviceInfo},
     kernel::{
-        ControlBlock, CpuHandler, Dim3, HandlerResult, KernelContext, KernelFailure,
-        KernelRegistration, KernelState, LaunchOptions, Request, TelemetryBuffer, find_kernel,
+        ControlBlock, CpuHandler, Dim3, HandlerResult, KernelContext, KernelRegistration,
+        KernelState, LaunchOptions, Request, TelemetryBuffer, find_kernel,
     },
-    runtime::*,
+    runtime::{
+        Bytes, DrainReport, KernelHandle, KernelMetrics, KernelStatus, LifecycleState,
+        MessageTally, Received, Receiver, RingKernelRuntime, RuntimeBuilder, RuntimeConfig,
+        SendBatch, SendOptions, SendSlot, Sender, ShutdownReport,
+    },
     thread::WaitStrategy,
 };
 
 #[doc(hidden)]
 pub mod __private {
+    //! What the macros of this crate refer to from other crates.
     #[cfg(feature = "std")]
     pub use linkme;
     pub use rkyv;

@@ -236,12 +236,10 @@ impl TimestampSource {
         let mut last = self.last.load(Ordering::Relaxed);
         loop {
             let next = now.max(last + 1);
-            match self.last.compare_exchange_weak(
-                last,
-                next,
-                Ordering::Relaxed,
-                Ordering::Relaxed,
-            ) {
+            match self
+                .last
+                .compare_exchange_weak(last, next, Ordering::Relaxed, Ordering::Relaxed)
+            {
                 Ok(_) => return next,
                 Err(current) => last = current,
             }
@@ -270,10 +268,7 @@ mod tests {
         let left = deadline.remaining().as_secs();
         assert!((3500..=3600).contains(&left), "{left}");
         assert!(Deadline::after(Duration::ZERO).has_passed());
-        assert_eq!(
-            Deadline::after(Duration::ZERO).remaining(),
-            Duration::ZERO
-        );
+        assert_eq!(Deadline::after(Duration::ZERO).remaining(), Duration::ZERO);
         assert!(!Deadline::after(Duration::MAX).has_passed());
     }
 

@@ -61,9 +61,7 @@ const LONG: Duration = Duration::from_secs(60);
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 fn one_at_a_time() -> MutexGuard<'static, ()> {
-    ONE_AT_A_TIME
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
+    ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
@@ -224,8 +222,5 @@ fn no_system_call_is_made_per_message() {
         let calls = &lines[bracket[0] + 1..bracket[1]];
         assert!(calls.is_empty(), "{} calls: {calls:?}", calls.len());
     }
-    println!(
-        "0 system calls in {} messages",
-        TRACED_ROUNDS * (4 + 5)
-    );
+    println!("0 system calls in {} messages", TRACED_ROUNDS * (4 + 5));
 }

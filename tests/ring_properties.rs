@@ -80,7 +80,11 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 fn start() -> impl Strategy<Value = u32> {
-    prop_oneof![Just(0), (0..40_u32).prop_map(|back| u32::MAX - back), any::<u32>()]
+    prop_oneof![
+        Just(0),
+        (0..40_u32).prop_map(|back| u32::MAX - back),
+        any::<u32>()
+    ]
 }
 
 proptest! {

@@ -20,7 +20,10 @@ fn payload(number: u64) -> [u8; 24] {
 }
 
 #[test]
-#[cfg_attr(debug_assertions, ignore = "takes minutes without optimisation: run with --release")]
+#[cfg_attr(
+    debug_assertions,
+    ignore = "takes minutes without optimisation: run with --release"
+)]
 fn fifty_million_messages_come_back_unchanged_and_in_order() {
     let runtime = RingKernelRuntime::builder().build().unwrap();
     let kernel = runtime
@@ -56,9 +59,15 @@ fn fifty_million_messages_come_back_unchanged_and_in_order() {
     }
     let metrics = kernel.metrics();
     assert_eq!((metrics.accepted, metrics.processed), (MESSAGES, MESSAGES));
-    assert_eq!((metrics.produced, metrics.received_replies), (MESSAGES, MESSAGES));
+    assert_eq!(
+        (metrics.produced, metrics.received_replies),
+        (MESSAGES, MESSAGES)
+    );
     let report = runtime.complete_shutdown().unwrap();
-    assert!(report.requests.adds_up() && report.replies.adds_up(), "{report}");
+    assert!(
+        report.requests.adds_up() && report.replies.adds_up(),
+        "{report}"
+    );
     println!(
         "{MESSAGES} verified round trips in {:.1} s",
         begin.elapsed().as_secs_f64()

@@ -5,10 +5,10 @@
 //! Every path sends, has the message echoed by another pinned thread, receives it, and compares every byte. The paths
 //! take turns in short rounds, so that whatever else happens on the machine happens to all of them.
 
-mod paths;
-mod streams;
 #[path = "../support/machine.rs"]
 mod machine;
+mod paths;
+mod streams;
 
 use std::fs;
 use std::process::ExitCode;

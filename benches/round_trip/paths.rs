@@ -81,11 +81,6 @@ impl<const N: usize> Meter<'_, N> {
         }
         Ok(())
     }
-
-    /// Messages of a round, warm-up included.
-    fn total(&self) -> usize {
-        self.messages + self.messages / 10
-    }
 }
 
 impl<const N: usize> Path<N> {
@@ -141,7 +136,11 @@ where
     Ok(vec![
         path("floor", "cpu", Box::new(Floor)),
         path("endpoints", ours, Box::new(Endpoints(kernel(0)?))),
-        path("endpoints_typed", ours, Box::new(EndpointsTyped(kernel(0)?))),
+        path(
+            "endpoints_typed",
+            ours,
+            Box::new(EndpointsTyped(kernel(0)?)),
+        ),
         path("handle_call", ours, Box::new(HandleCall(kernel(0)?))),
         path(
             "endpoints_64_idle_kernels",

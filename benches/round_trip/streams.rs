@@ -85,8 +85,16 @@ pub fn measure<const N: usize>(config: &Config) -> Result<Vec<Value>, Failure> {
             ours,
             Box::new(|messages| handle_send::<N>(&kernel, messages)),
         ),
-        ("ring", "cpu", Box::new(|messages| bare_ring::<N>(config, messages))),
-        ("rtrb", "cpu", Box::new(|messages| rtrb::<N>(config, messages))),
+        (
+            "ring",
+            "cpu",
+            Box::new(|messages| bare_ring::<N>(config, messages)),
+        ),
+        (
+            "rtrb",
+            "cpu",
+            Box::new(|messages| rtrb::<N>(config, messages)),
+        ),
         (
             "crossbeam",
             "cpu",
@@ -180,10 +188,7 @@ fn endpoints<const N: usize>(kernel: &KernelHandle, messages: usize) -> Result<u
     })
 }
 
-fn endpoints_batch<const N: usize>(
-    kernel: &KernelHandle,
-    messages: usize,
-) -> Result<u64, Failure> {
+fn endpoints_batch<const N: usize>(kernel: &KernelHandle, messages: usize) -> Result<u64, Failure> {
     with_kernel::<N>(kernel, || {
         let (mut sender, _receiver) = kernel.split_bytes()?;
         let mut number = 0;

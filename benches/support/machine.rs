@@ -16,7 +16,8 @@ pub fn describe() -> Value {
             .to_owned()
     };
     let read = |path: &str| {
-        fs::read_to_string(path).map_or_else(|_| "unknown".to_owned(), |text| text.trim().to_owned())
+        fs::read_to_string(path)
+            .map_or_else(|_| "unknown".to_owned(), |text| text.trim().to_owned())
     };
     json!({
         "cpu": field("model name"),

@@ -116,11 +116,7 @@ pub(crate) trait Device: Send + Sync + fmt::Debug {
     fn memory_in_use(&self) -> u64;
 
     /// Zeroed memory of at least `bytes`. Never blocks on a running kernel.
-    fn allocate(
-        &self,
-        bytes: usize,
-        placement: Placement,
-    ) -> Result<Arc<dyn DeviceMemory>, Error>;
+    fn allocate(&self, bytes: usize, placement: Placement) -> Result<Arc<dyn DeviceMemory>, Error>;
 
     /// Starts a dispatch: its blocks are resident, and idle until their control blocks say otherwise.
     fn dispatch(&self, request: DispatchRequest) -> Result<Box<dyn Dispatch>, Error>;

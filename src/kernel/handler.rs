@@ -4,9 +4,9 @@ use std::fmt;
 
 use bytemuck::Pod;
 
+use super::options::Dim3;
 use super::reply_port::ReplyPort;
 use super::types::TypeTable;
-use super::options::Dim3;
 use crate::error::HandlerError;
 use crate::message::{Extension, MessageHeader, RAW_KIND, RingMessage};
 use crate::ring::Consumer;

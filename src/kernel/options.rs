@@ -98,9 +98,6 @@ mod tests {
     fn dimensions_multiply_without_overflow() {
         assert_eq!(Dim3::new(2, 3, 4).count(), 24);
         assert_eq!(Dim3::x(0).count(), 0);
-        assert_eq!(
-            Dim3::new(u32::MAX, u32::MAX, u32::MAX).count(),
-            u64::MAX
-        );
+        assert_eq!(Dim3::new(u32::MAX, u32::MAX, u32::MAX).count(), u64::MAX);
     }
 }

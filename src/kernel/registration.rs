@@ -159,8 +159,12 @@ impl KernelRegistration {
 
     /// Largest payload as declared, or as the declared types imply.
     pub(crate) fn message_size(&self) -> Option<usize> {
-        self.largest_message
-            .or_else(|| self.types.iter().map(|declared| declared.archived_bytes).max())
+        self.largest_message.or_else(|| {
+            self.types
+                .iter()
+                .map(|declared| declared.archived_bytes)
+                .max()
+        })
     }
 
     pub(crate) fn capacity(&self) -> Option<usize> {

@@ -208,9 +208,6 @@ mod tests {
             signals.failure().map(|failure| failure.reason),
             Some(FailureReason::DeviceLost)
         );
-        assert_eq!(
-            signals.gate.check_receive(),
-            Err(Unavailable::DeviceLost)
-        );
+        assert_eq!(signals.gate.check_receive(), Err(Unavailable::DeviceLost));
     }
 }

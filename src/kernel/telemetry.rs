@@ -259,7 +259,10 @@ mod tests {
         let reader = std::thread::spawn(|| {
             while !DONE.load(Ordering::Relaxed) {
                 let copy = BUFFER.snapshot();
-                assert_eq!((copy.received, copy.bytes_in), (copy.replied, copy.bytes_out));
+                assert_eq!(
+                    (copy.received, copy.bytes_in),
+                    (copy.replied, copy.bytes_out)
+                );
             }
         });
         let mut writer = TelemetryWriter::default();

@@ -95,8 +95,8 @@ where
 pub fn decode<T>(bytes: &[u8]) -> Result<T, CodecError>
 where
     T: Archive,
-    T::Archived: for<'a> CheckBytes<LowValidator<'a, Failure>>
-        + Deserialize<T, LowDeserializer<Failure>>,
+    T::Archived:
+        for<'a> CheckBytes<LowValidator<'a, Failure>> + Deserialize<T, LowDeserializer<Failure>>,
 {
     let archived = access::<T>(bytes)?;
     rkyv::api::low::deserialize::<T, Failure>(archived).map_err(|_| CodecError::Invalid)
@@ -107,7 +107,8 @@ fn check_alignment<T: Archive>(bytes: &[u8]) -> Result<(), CodecError> {
     if bytes
         .as_ptr()
         .addr()
-        .is_multiple_of(align_of::<T::Archived>()) {
+        .is_multiple_of(align_of::<T::Archived>())
+    {
         Ok(())
     } else {
         Err(CodecError::Misaligned)
@@ -144,10 +145,7 @@ mod tests {
         let mut slot = Slot([0; 64]);
         let length = encode(&Quote { bid: 1, side: true }, &mut slot.0).unwrap();
         slot.0[8] = 2;
-        assert_eq!(
-            decode::<Quote>(&slot.0[..length]),
-            Err(CodecError::Invalid)
-        );
+        assert_eq!(decode::<Quote>(&slot.0[..length]), Err(CodecError::Invalid));
         slot.0[8] = 1;
         assert_eq!(
             decode::<Quote>(&slot.0[..length]),
@@ -165,9 +163,6 @@ mod tests {
             encode(&Quote { bid: 1, side: true }, &mut slot.0[1..]),
             Err(CodecError::Misaligned)
         );
-        assert_eq!(
-            decode::<Quote>(&slot.0[1..17]),
-            Err(CodecError::Misaligned)
-        );
+        assert_eq!(decode::<Quote>(&slot.0[1..17]), Err(CodecError::Misaligned));
     }
 }

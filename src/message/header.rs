@@ -90,6 +90,7 @@ pub(crate) struct Head {
 impl Head {
     /// A plain message of this kind.
     #[inline]
+    #[cfg(all(feature = "std", not(loom)))]
     pub(crate) const fn of_kind(kind: u16) -> Self {
         Self {
             correlation: 0,
@@ -100,6 +101,7 @@ impl Head {
 
     /// The same with a correlation.
     #[inline]
+    #[cfg(all(feature = "std", not(loom)))]
     pub(crate) const fn correlated(self, correlation: u32) -> Self {
         Self {
             correlation,
@@ -230,6 +232,7 @@ impl MessageHeader {
     /// The head of a reply of this kind: to the same correlation and lane, of the same priority, and extended if the
     /// request was.
     #[inline]
+    #[cfg(all(feature = "std", not(loom)))]
     pub(crate) const fn reply_head(&self, kind: u16) -> Head {
         Head {
             correlation: self.correlation,
@@ -240,6 +243,7 @@ impl MessageHeader {
 
     /// The head of an error reply, which is never extended.
     #[inline]
+    #[cfg(all(feature = "std", not(loom)))]
     pub(crate) const fn error_head(&self) -> Head {
         let head = self.reply_head(0);
         Head {
@@ -289,7 +293,25 @@ impl Extension {
     /// The inverse of `to_bytes`.
     #[inline]
     pub(crate) fn from_bytes(bytes: &[u8; EXTENSION_BYTES]) -> Self {
-        let [t0, t1, t2, t3, t4, t5, t6, t7, d0, d1, d2, d3, d4, d5, d6, d7, trace_id @ ..] = *bytes;
+        let [
+            t0,
+            t1,
+            t2,
+            t3,
+            t4,
+            t5,
+            t6,
+            t7,
+            d0,
+            d1,
+            d2,
+            d3,
+            d4,
+            d5,
+            d6,
+            d7,
+            trace_id @ ..,
+        ] = *bytes;
         Self {
             timestamp_ns: u64::from_ne_bytes([t0, t1, t2, t3, t4, t5, t6, t7]),
             deadline_ns: u64::from_ne_bytes([d0, d1, d2, d3, d4, d5, d6, d7]),

@@ -102,11 +102,7 @@ impl RingLayout {
     /// assert_eq!((layout.capacity(), layout.stride(), layout.max_payload()), (1024, 64, 48));
     /// # Ok::<(), ringkernel::ring::LayoutError>(())
     /// ```
-    pub const fn new(
-        capacity: usize,
-        payload: usize,
-        extended: bool,
-    ) -> Result<Self, LayoutError> {
+    pub const fn new(capacity: usize, payload: usize, extended: bool) -> Result<Self, LayoutError> {
         if capacity == 0 || capacity > MAX_CAPACITY {
             return Err(LayoutError::Capacity { asked: capacity });
         }

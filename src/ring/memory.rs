@@ -4,8 +4,6 @@ use core::ptr::NonNull;
 
 use super::layout::{CursorLine, RingLayout, SLOT_HEADER_BYTES, SlotHeader};
 use crate::sync::AtomicU32;
-#[cfg(not(target_arch = "x86_64"))]
-use crate::sync::Ordering;
 
 /// Whether the producer's stores to the slots go through write-combining buffers.
 ///
@@ -123,5 +121,5 @@ pub(super) fn store_fence() {
         core::arch::x86_64::_mm_sfence();
     }
     #[cfg(not(target_arch = "x86_64"))]
-    crate::sync::fence(Ordering::SeqCst);
+    core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
 }

@@ -236,7 +236,10 @@ mod tests {
         assert!(table.deliver(reply_to(two.correlation, 3), None, b"two"));
         assert!(!table.deliver(reply_to(two.correlation, 3), None, b"dup"));
         assert!(!one.is_done());
-        assert_eq!(two.take(|_, _, payload| payload.to_vec()), Some(b"two".to_vec()));
+        assert_eq!(
+            two.take(|_, _, payload| payload.to_vec()),
+            Some(b"two".to_vec())
+        );
     }
 
     #[test]

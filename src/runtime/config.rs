@@ -110,7 +110,10 @@ impl RuntimeConfig {
         if let Err(error) =
             RingLayout::new(self.default_queue_capacity, self.default_message_size, true)
         {
-            return invalid("default_queue_capacity or default_message_size", error.to_string());
+            return invalid(
+                "default_queue_capacity or default_message_size",
+                error.to_string(),
+            );
         }
         for (option, value) in [
             ("bridge_poll_interval", self.bridge_poll_interval),

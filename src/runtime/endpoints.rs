@@ -10,9 +10,7 @@ use super::receive::{Miss, ReceiveSide, Received, WaitEnd, until_found};
 use super::send::{
     Address, SendBatch, SendOptions, SendSide, SendSlot, until_sent, write_bytes, write_message,
 };
-use crate::error::{
-    RecvTimeoutError, SendTimeoutError, TryRecvError, TrySendError, Unavailable,
-};
+use crate::error::{RecvTimeoutError, SendTimeoutError, TryRecvError, TrySendError, Unavailable};
 use crate::message::{Envelope, RAW_KIND, RingMessage};
 
 /// Marks endpoints of raw bytes.
@@ -146,9 +144,7 @@ impl<M> Sender<M> {
     ) -> Result<(), TrySendError> {
         let (side, instance) = self.parts()?;
         let address = Address::with(instance, RAW_KIND, options)?;
-        side.try_send(instance, &address, |body| {
-            write_bytes(payload, body)
-        })
+        side.try_send(instance, &address, |body| write_bytes(payload, body))
     }
 
     /// Sends raw bytes, waiting for room for `timeout` at most.
@@ -207,9 +203,7 @@ impl<M: RingMessage> Sender<M> {
     pub fn try_send(&mut self, message: &M) -> Result<(), TrySendError> {
         let address = Address::plain(self.kind);
         let (side, instance) = self.parts()?;
-        side.try_send(instance, &address, |body| {
-            write_message(message, body)
-        })
+        side.try_send(instance, &address, |body| write_message(message, body))
     }
 
     /// As [`try_send`](Self::try_send), with options.
@@ -225,9 +219,7 @@ impl<M: RingMessage> Sender<M> {
         let kind = self.kind;
         let (side, instance) = self.parts()?;
         let address = Address::with(instance, kind, options)?;
-        side.try_send(instance, &address, |body| {
-            write_message(message, body)
-        })
+        side.try_send(instance, &address, |body| write_message(message, body))
     }
 
     /// Sends a message, waiting for room for `timeout` at most.

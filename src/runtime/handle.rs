@@ -13,9 +13,7 @@ use super::metrics::{KernelMetrics, KernelStatus};
 use super::receive::{
     Found, Miss, ReceiveSide, WaitEnd, kind_of, read_reply, read_reply_bytes, until_found,
 };
-use super::send::{
-    Address, SendOptions, SendSide, until_sent, write_bytes, write_message,
-};
+use super::send::{Address, SendOptions, SendSide, until_sent, write_bytes, write_message};
 use crate::error::{
     CallError, Error, MessageError, RecvTimeoutError, Rejection, SendTimeoutError, TryRecvError,
     TrySendError, Unavailable,
@@ -137,9 +135,7 @@ impl KernelHandle {
     ) -> Result<(), TrySendError> {
         let kind = self.instance.types.kind_of(T::TYPE_ID)?;
         let address = Address::with(&self.instance, kind, options)?;
-        self.send_once(SEND_LOCK, &address, |body| {
-            write_message(message, body)
-        })
+        self.send_once(SEND_LOCK, &address, |body| write_message(message, body))
     }
 
     /// Sends a typed message, waiting for room for `timeout` at most.
@@ -168,9 +164,7 @@ impl KernelHandle {
     ) -> Result<(), SendTimeoutError> {
         let kind = self.instance.types.kind_of(T::TYPE_ID)?;
         let address = Address::with(&self.instance, kind, options)?;
-        self.send_until(timeout, &address, |body| {
-            write_message(message, body)
-        })
+        self.send_until(timeout, &address, |body| write_message(message, body))
     }
 
     /// Sends a typed message, waiting for room for `RuntimeConfig::default_timeout` at most.
@@ -300,9 +294,7 @@ impl KernelHandle {
     #[inline]
     pub fn try_recv_bytes(&self, buffer: &mut [u8]) -> Result<usize, TryRecvError> {
         let (mut side, found) = self.find(1)?;
-        Ok(side
-            .take::<Bytes>(&self.instance, found)
-            .copy_to(buffer)?)
+        Ok(side.take::<Bytes>(&self.instance, found).copy_to(buffer)?)
     }
 
     /// Receives a message of any type as raw bytes, waiting for `timeout` at most, and returns its length.
@@ -316,9 +308,7 @@ impl KernelHandle {
         timeout: Duration,
     ) -> Result<usize, RecvTimeoutError> {
         let (mut side, found) = self.find_until(timeout)?;
-        Ok(side
-            .take::<Bytes>(&self.instance, found)
-            .copy_to(buffer)?)
+        Ok(side.take::<Bytes>(&self.instance, found).copy_to(buffer)?)
     }
 
     #[inline]
@@ -572,10 +562,7 @@ impl KernelHandle {
         if instance.calls.any_pending() {
             return Err(busy("a call is pending"));
         }
-        if receive
-            .as_ref()
-            .is_some_and(|side| side.inbox_depth() > 0)
-        {
+        if receive.as_ref().is_some_and(|side| side.inbox_depth() > 0) {
             return Err(busy("replies that a call put aside have not been received"));
         }
         match (send.take(), receive.take()) {

@@ -300,8 +300,8 @@ impl KernelInstance {
             .and_then(|failure| failure.request)
             .map(|request| request.block);
         for block in &self.blocks {
-            let in_hand = failed == Some(block.index)
-                || block.control().state() != Some(BlockState::Ended);
+            let in_hand =
+                failed == Some(block.index) || block.control().state() != Some(BlockState::Ended);
             if in_hand
                 && let Some(first) = leftovers
                     .iter()
@@ -353,12 +353,9 @@ impl KernelInstance {
     pub(super) fn reply_tally(&self) -> MessageTally {
         let dead_lettered = self.signals.dead_letters.counts().replies();
         let delivered = self.delivered.get();
-        let produced = self
-            .blocks
-            .iter()
-            .fold(0_u32, |sum, block| {
-                sum.wrapping_add(block.control().produced())
-            });
+        let produced = self.blocks.iter().fold(0_u32, |sum, block| {
+            sum.wrapping_add(block.control().produced())
+        });
         let taken = delivered + dead_lettered;
         let returned = u64::from(produced.wrapping_sub(taken as u32));
         MessageTally {

@@ -9,9 +9,7 @@ use std::time::Duration;
 use super::calls::{CALL_BIT, PendingCall};
 use super::instance::KernelInstance;
 use crate::backend::{HostConsumer, HostProducer};
-use crate::error::{
-    HandlerError, MessageError, RecvTimeoutError, TryRecvError, Unavailable,
-};
+use crate::error::{HandlerError, MessageError, RecvTimeoutError, TryRecvError, Unavailable};
 use crate::kernel::DeadLetterReason;
 use crate::message::{Extension, MessageHeader, RAW_KIND, RingMessage};
 use crate::ring::{Corruption, Peek};
@@ -389,18 +387,14 @@ impl<M> Received<'_, M> {
     #[inline]
     #[must_use]
     pub fn extension(&self) -> Option<Extension> {
-        self.side
-            .consumer(self.found)
-            .extension(&self.side.header)
+        self.side.consumer(self.found).extension(&self.side.header)
     }
 
     /// The payload, in place, 16-byte aligned.
     #[inline]
     #[must_use]
     pub fn payload(&self) -> &[u8] {
-        self.side
-            .consumer(self.found)
-            .payload(&self.side.header)
+        self.side.consumer(self.found).payload(&self.side.header)
     }
 
     /// The handler's error, if this is an error reply.
@@ -437,7 +431,10 @@ impl<M> Received<'_, M> {
 
     /// Fails, and leaves the message where it is, unless it is of type `T`.
     #[inline]
-    pub(super) fn check_type<T: RingMessage>(self, kind: Option<u16>) -> Result<Self, MessageError> {
+    pub(super) fn check_type<T: RingMessage>(
+        self,
+        kind: Option<u16>,
+    ) -> Result<Self, MessageError> {
         let header = self.side.header;
         if Some(header.kind()) == kind || header.is_error() {
             return Ok(self);

@@ -252,7 +252,10 @@ mod tests {
         ] {
             let (elapsed, _) = run_out(strategy, timeout);
             // The calibrated clock may run 10 ppm fast; nothing else may end a wait early.
-            assert!(elapsed >= timeout.mul_f64(0.999), "{strategy:?} {elapsed:?}");
+            assert!(
+                elapsed >= timeout.mul_f64(0.999),
+                "{strategy:?} {elapsed:?}"
+            );
         }
     }
 

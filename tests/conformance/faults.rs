@@ -100,7 +100,10 @@ pub fn a_handler_that_never_returns_is_reported_in_time<S: Subject>() {
     let took = begin.elapsed();
     assert!(matches!(&error, Error::Timeout { after, .. } if *after == timeout));
     assert!(took >= timeout.mul_f64(0.999), "{took:?}");
-    assert!(took < Duration::from_secs(4), "{took:?}: the default is 5 s");
+    assert!(
+        took < Duration::from_secs(4),
+        "{took:?}: the default is 5 s"
+    );
     let status = kernel.status();
     assert_eq!(status.state, KernelState::Failed);
     assert_eq!(status.failure.unwrap().reason, FailureReason::Stuck);
@@ -114,7 +117,10 @@ pub fn a_handler_that_never_returns_is_reported_in_time<S: Subject>() {
     second.send_bytes(b"x").unwrap();
     thread::sleep(Duration::from_millis(10));
     let report = runtime.complete_shutdown().unwrap();
-    assert!(matches!(report.errors[..], [Error::Timeout { .. }]), "{report}");
+    assert!(
+        matches!(report.errors[..], [Error::Timeout { .. }]),
+        "{report}"
+    );
     assert!(report.requests.adds_up(), "{report}");
     assert_eq!(report.requests.dead_lettered, 2, "one in each handler");
     assert_eq!(report.requests.returned, 2);

@@ -27,9 +27,7 @@ fn state(kernel: &KernelHandle) -> KernelState {
 
 pub fn an_unknown_kernel_is_refused_with_a_list<S: Subject>() {
     let runtime = runtime::<S>();
-    let error = runtime
-        .launch("no.such.kernel", 1, 1, small())
-        .unwrap_err();
+    let error = runtime.launch("no.such.kernel", 1, 1, small()).unwrap_err();
     match &error {
         Error::KernelNotFound { id, registered } => {
             assert_eq!(id, "no.such.kernel");
@@ -129,7 +127,9 @@ pub fn bad_launch_options_are_refused<S: Subject>() {
         kernel.activate().unwrap();
         let (mut sender, _receiver) = kernel.split_bytes().unwrap();
         eventually("an empty ring", || {
-            sender.batch(5000).is_ok_and(|batch| batch.room() == rounded)
+            sender
+                .batch(5000)
+                .is_ok_and(|batch| batch.room() == rounded)
         });
     }
 }
@@ -139,15 +139,42 @@ pub fn bad_configurations_are_refused<S: Subject>() {
     let day = Duration::from_secs(24 * 60 * 60);
     let long = day + Duration::from_nanos(1);
     let bad = [
-        RuntimeConfig { default_queue_capacity: 0, ..base() },
-        RuntimeConfig { default_message_size: 1 << 24, ..base() },
-        RuntimeConfig { bridge_poll_interval: long, ..base() },
-        RuntimeConfig { termination_timeout: long, ..base() },
-        RuntimeConfig { default_timeout: long, ..base() },
-        RuntimeConfig { heartbeat_interval: long, ..base() },
-        RuntimeConfig { heartbeat_interval: Duration::ZERO, ..base() },
-        RuntimeConfig { cpu_devices: 0, ..base() },
-        RuntimeConfig { cpu_devices: 65, ..base() },
+        RuntimeConfig {
+            default_queue_capacity: 0,
+            ..base()
+        },
+        RuntimeConfig {
+            default_message_size: 1 << 24,
+            ..base()
+        },
+        RuntimeConfig {
+            bridge_poll_interval: long,
+            ..base()
+        },
+        RuntimeConfig {
+            termination_timeout: long,
+            ..base()
+        },
+        RuntimeConfig {
+            default_timeout: long,
+            ..base()
+        },
+        RuntimeConfig {
+            heartbeat_interval: long,
+            ..base()
+        },
+        RuntimeConfig {
+            heartbeat_interval: Duration::ZERO,
+            ..base()
+        },
+        RuntimeConfig {
+            cpu_devices: 0,
+            ..base()
+        },
+        RuntimeConfig {
+            cpu_devices: 65,
+            ..base()
+        },
     ];
     for config in bad {
         let error = S::builder().config(config).build().unwrap_err();
@@ -265,7 +292,11 @@ pub fn deactivation_keeps_state_and_queue<S: Subject>() {
     });
     let frozen = kernel.metrics();
     thread::sleep(Duration::from_millis(20));
-    assert_eq!(kernel.metrics().processed, frozen.processed, "still working");
+    assert_eq!(
+        kernel.metrics().processed,
+        frozen.processed,
+        "still working"
+    );
     assert_eq!(frozen.accepted, accepted + 1);
     kernel.activate().unwrap();
     // It goes on counting where it stopped, through all that was queued.
@@ -327,9 +358,8 @@ pub fn terminate_wakes_blocked_senders_and_receivers<S: Subject>() {
         thread::scope(|scope| {
             let unavailable = Unavailable::Terminated;
             let receiver = scope.spawn(|| kernel.recv_bytes_timeout(&mut [0; 8], LONG));
-            let sender = scope.spawn(|| {
-                kernel.send_bytes_with(b"y", &ringkernel::SendOptions::default(), LONG)
-            });
+            let sender = scope
+                .spawn(|| kernel.send_bytes_with(b"y", &ringkernel::SendOptions::default(), LONG));
             let calling = scope.spawn(|| caller.call_bytes(b"z", &mut [0; 8], LONG));
             thread::sleep(Duration::from_millis(20));
             let begin = Instant::now();
@@ -347,8 +377,7 @@ pub fn terminate_wakes_blocked_senders_and_receivers<S: Subject>() {
             // The message in the handler's hands was answered.
             let received = receiver.join().unwrap();
             assert!(
-                received == Ok(1)
-                    || received == Err(RecvTimeoutError::Unavailable(unavailable)),
+                received == Ok(1) || received == Err(RecvTimeoutError::Unavailable(unavailable)),
                 "{received:?}"
             );
             assert_eq!(
@@ -458,7 +487,10 @@ pub fn drain_delivers_what_is_in_flight_and_its_report_adds_up<S: Subject>() {
     assert_eq!((report.kernels, report.failed_kernels.len()), (3, 0));
     assert_eq!(report.requests.accepted, 1020);
     assert_eq!(report.requests.delivered, 1020);
-    assert!(report.requests.adds_up() && report.replies.adds_up(), "{report}");
+    assert!(
+        report.requests.adds_up() && report.replies.adds_up(),
+        "{report}"
+    );
     assert_eq!(report.replies.accepted, 1020);
     assert_eq!(report.replies.delivered, 10);
     assert_eq!(report.replies.returned, 1010);
@@ -687,7 +719,10 @@ pub fn configured_numbers_are_honoured<S: Subject>() {
     while kernel.try_send_bytes(b"x").is_ok() {}
     assert_eq!(kernel.send_bytes(b"x"), Err(SendTimeoutError::Timeout));
     assert!(begin.elapsed() >= Duration::from_millis(59));
-    assert!(begin.elapsed() < Duration::from_secs(4), "the default is 5 s");
+    assert!(
+        begin.elapsed() < Duration::from_secs(4),
+        "the default is 5 s"
+    );
     let open = Opened::new(&GATE_OPEN);
     drop(hasty);
     drop(open);
@@ -710,7 +745,10 @@ pub fn configured_numbers_are_honoured<S: Subject>() {
         beats_in_100_ms(Duration::ZERO),
         beats_in_100_ms(Duration::from_millis(10)),
     );
-    assert!(polling <= 40 && spinning > 10 * polling, "{spinning}, {polling}");
+    assert!(
+        polling <= 40 && spinning > 10 * polling,
+        "{spinning}, {polling}"
+    );
     // Wait strategies.
     for (preset, spins) in [
         (RuntimeConfig::development(), false),
@@ -724,7 +762,11 @@ pub fn configured_numbers_are_honoured<S: Subject>() {
     if let [first, .., last] = cores[..] {
         for (reserved, expected) in [(first, last), (last, first)] {
             let config = RuntimeConfig {
-                reserved_cores: cores.iter().copied().filter(|core| *core != expected).collect(),
+                reserved_cores: cores
+                    .iter()
+                    .copied()
+                    .filter(|core| *core != expected)
+                    .collect(),
                 kernel_wait: WaitStrategy::Spin,
                 ..base()
             };

@@ -26,7 +26,9 @@ pub fn cloned_handles_lose_and_double_nothing<S: Subject>() {
             scope.spawn(move || {
                 for number in 0..each {
                     let message = (thread * each + number).to_ne_bytes();
-                    sender.send_bytes_with(&message, &SendOptions::default(), LONG).unwrap();
+                    sender
+                        .send_bytes_with(&message, &SendOptions::default(), LONG)
+                        .unwrap();
                 }
             });
             let (receiver, received) = (kernel.clone(), &received);
@@ -69,7 +71,10 @@ pub fn calls_from_many_threads_never_mix<S: Subject>() {
         }
     });
     let metrics = kernel.metrics();
-    assert_eq!((metrics.accepted, metrics.received_replies), (18_000, 18_000));
+    assert_eq!(
+        (metrics.accepted, metrics.received_replies),
+        (18_000, 18_000)
+    );
     assert_eq!(metrics.dead_letters.replies(), 0);
 }
 
@@ -196,7 +201,9 @@ pub fn split_is_exclusive_and_gives_back<S: Subject>() {
     thread::scope(|scope| {
         scope.spawn(move || {
             for number in 0..1000_u32 {
-                sender.send_bytes_timeout(&number.to_ne_bytes(), LONG).unwrap();
+                sender
+                    .send_bytes_timeout(&number.to_ne_bytes(), LONG)
+                    .unwrap();
             }
         });
         scope.spawn(move || {

@@ -143,11 +143,7 @@ pub fn read_a_ring_with_a_bad_word(slot: usize, word: usize, value: u32) {
     let offset = (slot % CAPACITY) * STRIDE + (word % 4) * 4;
     // SAFETY: within the slots, aligned to 4.
     unsafe {
-        parts
-            .slots
-            .add(offset)
-            .cast::<u32>()
-            .write_volatile(value);
+        parts.slots.add(offset).cast::<u32>().write_volatile(value);
     }
     read_all(&mut consumer);
     drop(consumer);

@@ -40,7 +40,12 @@ impl CpuDevice {
                 cores: if cores.len() < count {
                     cores.clone()
                 } else {
-                    cores.iter().copied().skip(index * share).take(share).collect()
+                    cores
+                        .iter()
+                        .copied()
+                        .skip(index * share)
+                        .take(share)
+                        .collect()
                 },
             })
             .collect()

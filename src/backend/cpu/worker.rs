@@ -238,9 +238,7 @@ impl BlockLoop<'_> {
         }
         self.in_hand = false;
         self.requests.release();
-        self.port
-            .control
-            .store_processed(self.requests.position());
+        self.port.control.store_processed(self.requests.position());
         if self.port.replies != replies_before {
             self.port.signals.replies_settled();
         }
@@ -293,9 +291,9 @@ impl BlockLoop<'_> {
     fn reply_error(&mut self, header: &MessageHeader, error: &HandlerError) {
         self.telemetry.errors += 1;
         self.port.control.store_last_error(error.code);
-        if let Err(refused) =
-            self.port
-                .reply(header.error_head(), None, |body| Ok(error.encode(body)))
+        if let Err(refused) = self
+            .port
+            .reply(header.error_head(), None, |body| Ok(error.encode(body)))
         {
             // The kernel is ending: the caller learns that instead.
             log::debug!(
