@@ -86,7 +86,7 @@ fn run() -> Result<(), Failure> {
     println!("machine: {}", machine::one_line(&machine));
     println!(
         "configuration: backend {}, {} rounds of {} messages, caller on core {}, kernel on core {}, both spin, \
-         kernel telemetry on, rings of {} slots",
+         kernel telemetry off but where named, rings of {} slots",
         config.backend,
         config.rounds,
         config.messages,
@@ -124,7 +124,7 @@ fn run() -> Result<(), Failure> {
                 "caller_core": config.caller_core,
                 "kernel_core": config.kernel_core,
                 "wait": "spin",
-                "telemetry": true,
+                "telemetry": false,
                 "queue_capacity": paths::CAPACITY,
             },
             "round_trips": round_trips,

@@ -99,15 +99,14 @@ impl<const N: usize> Path<N> {
     }
 }
 
-/// A runtime whose kernels and callers spin.
-pub fn runtime(config: &Config) -> Result<RingKernelRuntime, Failure> {
+/// A runtime of the high-performance preset: kernels and callers spin, kernels do not time their handlers unless asked.
+pub fn runtime(config: &Config, telemetry: bool) -> Result<RingKernelRuntime, Failure> {
     Ok(RingKernelRuntime::builder()
         .backend(config.backend)
         .config(RuntimeConfig {
             default_queue_capacity: CAPACITY,
-            kernel_wait: WaitStrategy::Spin,
-            host_wait: WaitStrategy::Spin,
-            ..RuntimeConfig::default()
+            enable_telemetry: telemetry,
+            ..RuntimeConfig::high_performance()
         })
         .build()?)
 }
@@ -132,7 +131,7 @@ where
         echo,
     };
     let ours = config.backend.name();
-    let kernel = |idle| Kernel::new::<N>(config, idle);
+    let kernel = |idle| Kernel::new::<N>(config, idle, false);
     Ok(vec![
         path("floor", "cpu", Box::new(Floor)),
         path("endpoints", ours, Box::new(Endpoints(kernel(0)?))),
@@ -142,6 +141,11 @@ where
             Box::new(EndpointsTyped(kernel(0)?)),
         ),
         path("handle_call", ours, Box::new(HandleCall(kernel(0)?))),
+        path(
+            "endpoints_telemetry",
+            ours,
+            Box::new(Endpoints(Kernel::new::<N>(config, 0, true)?)),
+        ),
         path(
             "endpoints_64_idle_kernels",
             ours,
@@ -260,8 +264,8 @@ struct Kernel {
 }
 
 impl Kernel {
-    fn new<const N: usize>(config: &Config, idle: usize) -> Result<Self, Failure> {
-        let runtime = runtime(config)?;
+    fn new<const N: usize>(config: &Config, idle: usize, telemetry: bool) -> Result<Self, Failure> {
+        let runtime = runtime(config, telemetry)?;
         let one = Dim3::x(1);
         let handle = runtime.launch("echo", one, one, pinned::<N>(config))?;
         let idle = (0..idle)

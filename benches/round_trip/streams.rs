@@ -64,7 +64,7 @@ type Stream<'a> = (
 
 /// Measures all streams with payloads of `N` bytes, in rounds that take turns; medians are reported.
 pub fn measure<const N: usize>(config: &Config) -> Result<Vec<Value>, Failure> {
-    let runtime = runtime(config)?;
+    let runtime = runtime(config, false)?;
     runtime.register(sum_kernel())?;
     let one = Dim3::x(1);
     let kernel = runtime.launch("bench.sum", one, one, pinned::<N>(config))?;
