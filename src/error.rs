@@ -97,7 +97,8 @@ impl fmt::Display for Rejection {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum MessageError {
-    /// The next message is of another type. It stays where it is: receive it as that type, or as bytes.
+    /// The next message is of another type. It stays where it is: receive it as that type, or as bytes. (The reply of a
+    /// `call` is taken all the same: it has nobody else to go to.)
     TypeMismatch {
         /// Type id asked for.
         expected: u64,
@@ -106,7 +107,7 @@ pub enum MessageError {
     },
     /// The message's header or archive is invalid. It has been taken and counted as a dead letter.
     Corrupt,
-    /// The buffer is too small for the message. It stays where it is.
+    /// The buffer is too small for the message. It stays where it is, but for the reply of a `call`.
     BufferTooSmall {
         /// Bytes of the message.
         length: usize,
@@ -304,7 +305,8 @@ channel_error! {
         /// Another thread holds the handle's receiving side. Never returned by an exclusive endpoint.
         Busy => "another thread is receiving",
         @
-        /// The kernel has ended, and every message it wrote has been received.
+        /// The kernel has ended. On request: every message it wrote has been received. By a failure: every message that
+        /// was there when it was found to have failed.
         Unavailable(Unavailable),
         /// The next message is not what was asked for.
         Message(MessageError),
@@ -317,7 +319,8 @@ channel_error! {
         /// No message came within the timeout.
         Timeout => "no message came within the timeout",
         @
-        /// The kernel has ended, and every message it wrote has been received.
+        /// The kernel has ended. On request: every message it wrote has been received. By a failure: every message that
+        /// was there when it was found to have failed.
         Unavailable(Unavailable),
         /// The next message is not what was asked for.
         Message(MessageError),

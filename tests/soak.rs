@@ -41,7 +41,7 @@ fn fifty_million_messages_come_back_unchanged_and_in_order() {
                         batch.stage_bytes(&payload(sent)).unwrap();
                         sent += 1;
                     }
-                    batch.commit();
+                    batch.commit().unwrap();
                 }
                 Err(error) => assert_eq!(error, TrySendError::Full),
             }

@@ -199,7 +199,7 @@ fn endpoints_batch<const N: usize>(kernel: &KernelHandle, messages: usize) -> Re
                         batch.stage_bytes(&numbered::<N>(number as u64))?;
                         number += 1;
                     }
-                    batch.commit();
+                    batch.commit()?;
                 }
                 Err(TrySendError::Full) => spin_loop(),
                 Err(error) => return Err(error.into()),

@@ -199,6 +199,22 @@ impl BlockMemory {
         }
     }
 
+    /// Overwrites a word of a reply slot's header, as a faulty device might.
+    #[cfg(test)]
+    pub(crate) fn overwrite_reply_word(&self, slot: usize, word: usize, value: u32) {
+        let offset = slot * self.layout.ring.stride() + 4 * word;
+        assert!(offset < self.layout.ring.slots_bytes() && word < 4);
+        // SAFETY: within the slots, aligned to 4; all accesses to these words are atomic.
+        unsafe {
+            self.device_to_host
+                .host_ptr()
+                .add(offset)
+                .cast::<std::sync::atomic::AtomicU32>()
+                .as_ref()
+                .store(value, std::sync::atomic::Ordering::Release);
+        }
+    }
+
     #[inline]
     pub(crate) fn control(&self) -> &ControlBlock {
         // SAFETY: the bytes were zero at first, which is a valid control block; all its fields are atomics, so that
@@ -217,7 +233,8 @@ impl BlockMemory {
     ///
     /// # Safety
     /// The block must have ended, or be inside a handler that was given up as stuck, with its `terminate` word set:
-    /// its consumer then reads no further slot.
+    /// its consumer then takes no further slot. No sender writes a slot that was not given back, whatever it does
+    /// meanwhile.
     pub(crate) unsafe fn leftovers(&self, kernel: &str, position: u32) -> Vec<UndeliveredMessage> {
         // SAFETY: the ring is initialised, and alive as long as `self`. The caller promises that the ring's own
         // consumer reads no further, so that this one is its successor.

@@ -133,8 +133,8 @@ pub(crate) trait Dispatch: Send + fmt::Debug {
     /// Waits for its end, but not beyond the deadline: `Running` then.
     fn join(&mut self, deadline: Deadline) -> DispatchStatus;
 
-    /// Requests that no handler has seen, in order. Only after the dispatch ended, or was given up as stuck.
-    fn leftovers(&self) -> Vec<UndeliveredMessage>;
+    /// Requests of a block from a position on, in order. Only after the dispatch ended, or was given up as stuck.
+    fn leftovers(&self, block: u32, position: u32) -> Vec<UndeliveredMessage>;
 }
 
 /// How a dispatch is doing.

@@ -134,6 +134,7 @@ impl ControlBlock {
         }
     }
 
+    /// Counts a request that was consumed, but given to no handler.
     pub(crate) fn count_dropped(&self) {
         let dropped = self.dropped.load(Ordering::Relaxed);
         self.dropped
@@ -174,7 +175,7 @@ impl ControlBlock {
         self.heartbeat.load(Ordering::Relaxed)
     }
 
-    /// Messages that the block could not make sense of.
+    /// Requests that the block consumed, but gave to no handler.
     pub(crate) fn dropped(&self) -> u32 {
         self.dropped.load(Ordering::Relaxed)
     }

@@ -8,6 +8,9 @@ use super::types::TypeTable;
 use crate::error::{Error, HandlerError};
 use crate::message::RingMessage;
 
+/// Most state that a block may have: a tebibyte, beyond any device and far from any overflow.
+const MAX_STATE_BYTES: u64 = 1 << 40;
+
 /// A kernel: its id, the messages it speaks, the memory it needs, and its code.
 ///
 /// ```
@@ -103,7 +106,7 @@ impl KernelRegistration {
         self
     }
 
-    /// Bytes of state of each block, zero at launch.
+    /// Bytes of state of each block, zero at launch; 2^40 at most.
     #[must_use]
     pub fn state_size(mut self, bytes: usize) -> Self {
         self.state_size = bytes;
@@ -189,6 +192,15 @@ impl KernelRegistration {
         let invalid = |option, reason| Err(Error::InvalidOption { option, reason });
         if self.id.is_empty() {
             return invalid("kernel id", "it is empty".into());
+        }
+        if self.id.contains('\0') {
+            return invalid("kernel id", "it contains a NUL byte".into());
+        }
+        if self.state_size as u64 > MAX_STATE_BYTES {
+            return invalid(
+                "state size",
+                format!("{} bytes exceed {MAX_STATE_BYTES}", self.state_size),
+            );
         }
         if self.types.len() > TypeTable::MAX_TYPES {
             return invalid(

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::control_block::{BlockState, ControlBlock};
 use super::signals::KernelSignals;
+use super::telemetry::TelemetryBuffer;
 use crate::error::HandlerError;
 use crate::message::{Extension, Head};
 use crate::ring::{Producer, PushError};
@@ -20,6 +21,8 @@ const NAP: Duration = Duration::from_micros(200);
 pub(crate) struct ReplyPort<'a> {
     pub(crate) producer: Producer,
     pub(crate) control: &'a ControlBlock,
+    /// `None` if none is kept.
+    pub(crate) telemetry: Option<&'a TelemetryBuffer>,
     pub(crate) signals: Arc<KernelSignals>,
     pub(crate) block: u32,
     /// Whether this block may sleep at all.
@@ -59,14 +62,13 @@ impl ReplyPort<'_> {
         self.control.store_produced(self.producer.position());
         self.replies += 1;
         self.bytes += length as u64;
-        self.signals.replies_written();
+        self.signals.reply_written();
         Ok(())
     }
 
     /// Back-pressure: nothing is dropped, so the block waits until a caller has read.
     #[cold]
     fn wait_for_room(&mut self) -> Result<(), HandlerError> {
-        self.signals.replies_settled();
         let mut looks = 0_u32;
         let mut paused = false;
         while self.producer.free_slots(1) == 0 {
@@ -86,8 +88,11 @@ impl ReplyPort<'_> {
             if looks.is_multiple_of(64) {
                 self.control.beat();
             }
+            if looks.is_multiple_of(LOOKS_BEFORE_NAP) {
+                self.show_life();
+            }
             if self.may_nap && looks > LOOKS_BEFORE_NAP {
-                self.control.beat();
+                self.show_life();
                 if let Some(work) = self.signals.work.get(self.block as usize) {
                     work.prepare().wait(NAP);
                 }
@@ -99,6 +104,16 @@ impl ReplyPort<'_> {
             self.control.store_state(BlockState::Polling);
         }
         Ok(())
+    }
+}
+
+impl ReplyPort<'_> {
+    /// A sign of life outside the message path.
+    pub(crate) fn show_life(&self) {
+        self.control.beat();
+        if let Some(telemetry) = self.telemetry {
+            telemetry.show_life();
+        }
     }
 }
 

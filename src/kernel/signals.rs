@@ -99,6 +99,8 @@ pub(crate) struct KernelSignals {
     /// Messages that could not be delivered.
     pub(crate) dead_letters: DeadLetters,
     failure: Mutex<Option<KernelFailure>>,
+    /// Blocks whose handler panicked: the request that it had is still the first in its ring.
+    poisoned: Mutex<Vec<u32>>,
 }
 
 impl KernelSignals {
@@ -111,11 +113,15 @@ impl KernelSignals {
             work: (0..blocks).map(|_| EventCount::new()).collect(),
             dead_letters: DeadLetters::default(),
             failure: Mutex::new(None),
+            poisoned: Mutex::new(Vec::new()),
         }
     }
 
     /// Fails the kernel, keeps the first failure, and wakes everybody. Does nothing to a kernel that has ended.
     pub(crate) fn fail(&self, failure: KernelFailure) {
+        if let (Some(block), Some(_)) = (failure.block, &failure.request) {
+            self.poisoned.lock().push(block);
+        }
         {
             let mut slot = self.failure.lock();
             if self.gate.state().is_final() {
@@ -140,22 +146,19 @@ impl KernelSignals {
         }
     }
 
+    /// Blocks whose handler panicked.
+    pub(crate) fn poisoned_blocks(&self) -> Vec<u32> {
+        self.poisoned.lock().clone()
+    }
+
     /// How the kernel failed, if it did.
     pub(crate) fn failure(&self) -> Option<KernelFailure> {
         self.failure.lock().clone()
     }
 
-    /// Tells callers of replies that were just written; cheap, and may miss one that is just falling asleep.
+    /// Tells callers of a reply that was just written, or handed over.
     #[inline]
-    pub(crate) fn replies_written(&self) {
-        if self.callers_park {
-            self.replied.notify_seen();
-        }
-    }
-
-    /// Tells callers of all replies written so far; misses nobody.
-    #[inline]
-    pub(crate) fn replies_settled(&self) {
+    pub(crate) fn reply_written(&self) {
         if self.callers_park {
             self.replied.notify();
         }

@@ -136,6 +136,12 @@ impl TelemetryBuffer {
         copy
     }
 
+    /// Says that the loop is alive, though its counters have not changed. For the loop alone.
+    pub(crate) fn show_life(&self) {
+        self.alive_at_ns
+            .store(crate::time::now_ns(), Ordering::Relaxed);
+    }
+
     fn copy(&self) -> Telemetry {
         let nanos = |word: &AtomicU64| Duration::from_nanos(word.load(Ordering::Relaxed));
         Telemetry {

@@ -112,6 +112,10 @@ impl RingLayout {
         let body = payload + if extended { EXTENSION_BYTES } else { 0 };
         let stride = (SLOT_HEADER_BYTES + body).next_multiple_of(LINE_BYTES);
         let rounded = capacity.next_power_of_two();
+        // Only an address space of 32 bits is smaller than the largest ring.
+        if stride.checked_mul(rounded).is_none() {
+            return Err(LayoutError::Capacity { asked: capacity });
+        }
         Ok(Self {
             capacity: if rounded < MIN_CAPACITY {
                 MIN_CAPACITY as u32

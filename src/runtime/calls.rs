@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use parking_lot::Mutex;
 
-use crate::message::{Extension, MessageHeader};
+use crate::message::MessageHeader;
 
 /// Correlations with this bit belong to calls; those below it to the users of endpoints.
 pub(super) const CALL_BIT: u32 = 1 << 31;
@@ -41,7 +41,6 @@ struct CallSlot {
 #[derive(Debug)]
 struct StoredReply {
     header: MessageHeader,
-    extension: Option<Extension>,
     /// 16-byte units, so that a stored payload is as aligned as it was in its slot.
     payload: Box<[u128]>,
 }
@@ -58,28 +57,32 @@ pub(super) struct PendingCall<'a> {
 }
 
 impl CallTable {
-    /// Room for `calls` at once, each with a reply of up to `payload` bytes.
-    pub(super) fn new(calls: usize, payload: usize) -> Self {
+    /// Room for `calls` at once, each with a reply of up to `payload` bytes; `None` if there is no memory for it.
+    pub(super) fn new(calls: usize, payload: usize) -> Option<Self> {
         let units = payload.div_ceil(size_of::<u128>());
-        Self {
-            slots: (0..calls.min(MAX_CALLS))
-                .map(|_| CallSlot {
-                    state: AtomicU32::new(FREE),
-                    generation: AtomicU32::new(0),
-                    reply: Mutex::new(StoredReply {
-                        header: MessageHeader::from_words([0; 4]),
-                        extension: None,
-                        payload: vec![0; units].into_boxed_slice(),
-                    }),
-                })
-                .collect(),
-            hint: AtomicU32::new(0),
+        let mut slots = Vec::new();
+        for _ in 0..calls.min(MAX_CALLS) {
+            let mut buffer = Vec::new();
+            buffer.try_reserve_exact(units).ok()?;
+            buffer.resize(units, 0);
+            slots.push(CallSlot {
+                state: AtomicU32::new(FREE),
+                generation: AtomicU32::new(0),
+                reply: Mutex::new(StoredReply {
+                    header: MessageHeader::from_words([0; 4]),
+                    payload: buffer.into_boxed_slice(),
+                }),
+            });
         }
+        Some(Self {
+            slots: slots.into_boxed_slice(),
+            hint: AtomicU32::new(0),
+        })
     }
 
-    /// Bytes of the buffers.
-    pub(super) fn memory_bytes(&self) -> usize {
-        self.slots.iter().map(CallSlot::memory_bytes).sum()
+    /// Bytes that the buffers of such a table take.
+    pub(super) fn bytes(calls: usize, payload: usize) -> u64 {
+        calls as u64 * payload.next_multiple_of(size_of::<u128>()) as u64
     }
 
     /// Whether any call waits for its reply.
@@ -118,12 +121,7 @@ impl CallTable {
     }
 
     /// Stores a reply for the call that waits for it; false if there is none (any more).
-    pub(super) fn deliver(
-        &self,
-        header: MessageHeader,
-        extension: Option<Extension>,
-        payload: &[u8],
-    ) -> bool {
+    pub(super) fn deliver(&self, header: MessageHeader, payload: &[u8]) -> bool {
         let index = (header.correlation() & ((1 << INDEX_BITS) - 1)) as usize;
         let Some(slot) = self.slots.get(index) else {
             return false;
@@ -145,7 +143,6 @@ impl CallTable {
         {
             let mut reply = slot.reply.lock();
             reply.header = header;
-            reply.extension = extension;
             let stored = bytemuck::cast_slice_mut::<u128, u8>(&mut reply.payload);
             // Never shorter than the payload: both are sized by the reply ring's slots.
             for (stored, byte) in stored.iter_mut().zip(payload) {
@@ -157,12 +154,6 @@ impl CallTable {
     }
 }
 
-impl CallSlot {
-    fn memory_bytes(&self) -> usize {
-        size_of_val(&*self.reply.lock().payload)
-    }
-}
-
 impl PendingCall<'_> {
     /// Whether the reply has been stored.
     #[inline]
@@ -171,17 +162,14 @@ impl PendingCall<'_> {
     }
 
     /// Hands the stored reply to `read`, if it is there.
-    pub(super) fn take<R>(
-        &self,
-        read: impl FnOnce(&MessageHeader, Option<Extension>, &[u8]) -> R,
-    ) -> Option<R> {
+    pub(super) fn take<R>(&self, read: impl FnOnce(&MessageHeader, &[u8]) -> R) -> Option<R> {
         if !self.is_done() {
             return None;
         }
         let reply = self.slot.reply.lock();
         let stored = bytemuck::cast_slice::<u128, u8>(&reply.payload);
         let payload = stored.get(..reply.header.length()).unwrap_or(stored);
-        Some(read(&reply.header, reply.extension, payload))
+        Some(read(&reply.header, payload))
     }
 
     /// Gives the call up, so that no reply is stored any more. False if one just was: take it.
@@ -230,45 +218,45 @@ mod tests {
 
     #[test]
     fn a_reply_reaches_its_call_and_no_other() {
-        let table = CallTable::new(2, 8);
+        let table = CallTable::new(2, 8).unwrap();
         let (one, two) = (table.begin().unwrap(), table.begin().unwrap());
         assert!(table.begin().is_none());
-        assert!(table.deliver(reply_to(two.correlation, 3), None, b"two"));
-        assert!(!table.deliver(reply_to(two.correlation, 3), None, b"dup"));
+        assert!(table.deliver(reply_to(two.correlation, 3), b"two"));
+        assert!(!table.deliver(reply_to(two.correlation, 3), b"dup"));
         assert!(!one.is_done());
         assert_eq!(
-            two.take(|_, _, payload| payload.to_vec()),
+            two.take(|_, payload| payload.to_vec()),
             Some(b"two".to_vec())
         );
     }
 
     #[test]
     fn a_late_reply_finds_nobody_even_when_the_slot_is_taken_again() {
-        let table = CallTable::new(1, 8);
+        let table = CallTable::new(1, 8).unwrap();
         let first = table.begin().unwrap();
         let late = first.correlation;
         drop(first);
-        assert!(!table.deliver(reply_to(late, 1), None, b"x"));
+        assert!(!table.deliver(reply_to(late, 1), b"x"));
         let second = table.begin().unwrap();
         assert_ne!(second.correlation, late);
-        assert!(!table.deliver(reply_to(late, 1), None, b"x"));
+        assert!(!table.deliver(reply_to(late, 1), b"x"));
         assert!(!second.is_done());
     }
 
     #[test]
     fn generations_wrap_around_without_leaving_the_calls_half() {
-        let table = CallTable::new(1, 0);
+        let table = CallTable::new(1, 0).unwrap();
         table.slots[0].generation.store(u32::MAX, Ordering::Relaxed);
         let last = table.begin().unwrap().correlation;
         let first = table.begin().unwrap();
         assert_ne!(first.correlation, last);
         assert!(first.correlation & CALL_BIT != 0 && last & CALL_BIT != 0);
-        assert!(table.deliver(reply_to(first.correlation, 0), None, b""));
+        assert!(table.deliver(reply_to(first.correlation, 0), b""));
     }
 
     #[test]
     fn a_correlation_that_no_slot_has_is_nobodys() {
-        let table = CallTable::new(1, 0);
-        assert!(!table.deliver(reply_to(CALL_BIT | 0xff, 0), None, b""));
+        let table = CallTable::new(1, 0).unwrap();
+        assert!(!table.deliver(reply_to(CALL_BIT | 0xff, 0), b""));
     }
 }

@@ -31,7 +31,7 @@ pub struct RuntimeConfig {
     /// empty polls. Zero, the default, means that the wait strategy decides; anything else overrides it, saves the
     /// core, and adds up to that much latency. At most a day.
     pub bridge_poll_interval: Duration,
-    /// How long `activate`, `deactivate` and `terminate` wait for a kernel. Default 5 s, at most a day.
+    /// How long `activate`, `deactivate` and `terminate` wait for a kernel. Default 5 s; 1 ms to a day.
     pub termination_timeout: Duration,
     /// Whether kernels keep [`Telemetry`](crate::kernel::Telemetry). It costs two counter reads (some 20 ns) a
     /// message.
@@ -125,11 +125,13 @@ impl RuntimeConfig {
                 return invalid(option, format!("{value:?} exceeds a day"));
             }
         }
-        if self.heartbeat_interval < Duration::from_millis(1) {
-            return invalid(
-                "heartbeat_interval",
-                format!("{:?} is below 1 ms", self.heartbeat_interval),
-            );
+        for (option, value) in [
+            ("termination_timeout", self.termination_timeout),
+            ("heartbeat_interval", self.heartbeat_interval),
+        ] {
+            if value < Duration::from_millis(1) {
+                return invalid(option, format!("{value:?} is below 1 ms"));
+            }
         }
         if !(1..=64).contains(&self.cpu_devices) {
             return invalid(

@@ -84,7 +84,6 @@ pub struct Receiver<M> {
     instance: Arc<KernelInstance>,
     /// `None` only while the endpoint is being dropped.
     side: Option<ReceiveSide>,
-    kind: u16,
     message: PhantomData<fn() -> M>,
 }
 
@@ -143,7 +142,7 @@ impl<M> Sender<M> {
         options: &SendOptions,
     ) -> Result<(), TrySendError> {
         let (side, instance) = self.parts()?;
-        let address = Address::with(instance, RAW_KIND, options)?;
+        let address = Address::with(RAW_KIND, options)?;
         side.try_send(instance, &address, |body| write_bytes(payload, body))
     }
 
@@ -158,7 +157,7 @@ impl<M> Sender<M> {
         timeout: Duration,
     ) -> Result<(), SendTimeoutError> {
         let instance = Arc::clone(&self.instance);
-        until_sent(&instance, timeout, |_| self.try_send_bytes(payload))
+        until_sent(&instance, timeout, || self.try_send_bytes(payload))
     }
 
     /// A free slot, to write a message into it in place. Wait-free.
@@ -178,7 +177,7 @@ impl<M> Sender<M> {
     pub fn reserve_with(&mut self, options: &SendOptions) -> Result<SendSlot<'_>, TrySendError> {
         let kind = self.kind;
         let (side, instance) = self.parts()?;
-        let address = Address::with(instance, kind, options)?;
+        let address = Address::with(kind, options)?;
         side.reserve(instance, &address)
     }
 
@@ -218,7 +217,7 @@ impl<M: RingMessage> Sender<M> {
     ) -> Result<(), TrySendError> {
         let kind = self.kind;
         let (side, instance) = self.parts()?;
-        let address = Address::with(instance, kind, options)?;
+        let address = Address::with(kind, options)?;
         side.try_send(instance, &address, |body| write_message(message, body))
     }
 
@@ -229,7 +228,7 @@ impl<M: RingMessage> Sender<M> {
     #[inline]
     pub fn send_timeout(&mut self, message: &M, timeout: Duration) -> Result<(), SendTimeoutError> {
         let instance = Arc::clone(&self.instance);
-        until_sent(&instance, timeout, |_| self.try_send(message))
+        until_sent(&instance, timeout, || self.try_send(message))
     }
 
     /// Sends a message, waiting for room for `RuntimeConfig::default_timeout` at most.
@@ -266,7 +265,7 @@ impl<M: RingMessage> Sender<M> {
                 Err(_) => break,
             }
         }
-        Ok(batch.commit())
+        batch.commit()
     }
 }
 
@@ -278,11 +277,10 @@ impl<M> Drop for Sender<M> {
 }
 
 impl<M> Receiver<M> {
-    pub(super) fn new(instance: Arc<KernelInstance>, side: ReceiveSide, kind: u16) -> Self {
+    pub(super) fn new(instance: Arc<KernelInstance>, side: ReceiveSide) -> Self {
         Self {
             instance,
             side: Some(side),
-            kind,
             message: PhantomData,
         }
     }
@@ -307,7 +305,7 @@ impl<M> Receiver<M> {
             instance,
             timeout,
             &mut *side,
-            |side, polls| side.find(instance, polls),
+            |side, look| side.find(instance, look.polls),
             |side| side.has_message() || instance.signals.gate.check_receive().is_err(),
         )?;
         Ok(side.take(instance, found))
@@ -390,8 +388,7 @@ impl<M: RingMessage> Receiver<M> {
     /// [`TryRecvError`], but never `Busy`. A message of another type stays where it is.
     #[inline]
     pub fn try_recv(&mut self) -> Result<M, TryRecvError> {
-        let kind = Some(self.kind);
-        Ok(self.find()?.check_type::<M>(kind)?.decode()?)
+        Ok(self.find()?.into_message()?)
     }
 
     /// Receives a message, waiting for `timeout` at most. A message that comes before the deadline is never missed.
@@ -402,8 +399,7 @@ impl<M: RingMessage> Receiver<M> {
     /// [`RecvTimeoutError`]. A message of another type stays where it is.
     #[inline]
     pub fn recv_timeout(&mut self, timeout: Duration) -> Result<M, RecvTimeoutError> {
-        let kind = Some(self.kind);
-        Ok(self.find_until(timeout)?.check_type::<M>(kind)?.decode()?)
+        Ok(self.find_until(timeout)?.into_message()?)
     }
 
     /// Receives a message, waiting for `RuntimeConfig::default_timeout` at most.
@@ -427,13 +423,22 @@ impl<M: RingMessage> Receiver<M> {
         messages: &mut Vec<M>,
         most: usize,
     ) -> Result<usize, TryRecvError> {
-        let mut count = 0;
+        if most == 0 {
+            return Ok(0);
+        }
+        messages.push(self.try_recv()?);
+        let mut count = 1;
         while count < most {
-            match self.try_recv() {
+            let Ok(received) = self.find() else {
+                break;
+            };
+            match received.decode() {
                 Ok(message) => messages.push(message),
-                // The messages before it must not be lost with the error; one that stays is met again.
-                Err(error) if count == 0 => return Err(error),
-                Err(_) => break,
+                // Left where it is, so that the error comes with the next call and the messages before it with this.
+                Err(_) => {
+                    received.keep();
+                    break;
+                }
             }
             count += 1;
         }

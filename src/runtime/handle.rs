@@ -11,20 +11,20 @@ use super::endpoints::{Bytes, Receiver, Sender};
 use super::instance::KernelInstance;
 use super::metrics::{KernelMetrics, KernelStatus};
 use super::receive::{
-    Found, Miss, ReceiveSide, WaitEnd, kind_of, read_reply, read_reply_bytes, until_found,
+    Found, Look, Miss, ReceiveSide, WaitEnd, kind_of, read_reply, read_reply_bytes, until_found,
 };
 use super::send::{Address, SendOptions, SendSide, until_sent, write_bytes, write_message};
 use crate::error::{
     CallError, Error, MessageError, RecvTimeoutError, Rejection, SendTimeoutError, TryRecvError,
     TrySendError, Unavailable,
 };
-use crate::message::{Extension, MessageHeader, RAW_KIND, RingMessage};
+use crate::message::{MessageHeader, RAW_KIND, RingMessage};
 use crate::thread::Waiter;
 use crate::time::Deadline;
 
-/// How long `try_send` waits for another thread to be done with the sending side: copying one message takes
-/// nanoseconds, so longer means that the other thread was preempted.
-const SEND_LOCK: Duration = Duration::from_micros(100);
+/// How long a thread waits for another one to be done with a side: copying one message or looking at a slot eight times
+/// takes less than a microsecond, so longer means that the other thread was preempted.
+const PATIENCE: Duration = Duration::from_micros(100);
 
 /// A launched kernel, shared by as many threads as like to.
 ///
@@ -134,8 +134,8 @@ impl KernelHandle {
         options: &SendOptions,
     ) -> Result<(), TrySendError> {
         let kind = self.instance.types.kind_of(T::TYPE_ID)?;
-        let address = Address::with(&self.instance, kind, options)?;
-        self.send_once(SEND_LOCK, &address, |body| write_message(message, body))
+        let address = Address::with(kind, options)?;
+        self.send_once(&address, |body| write_message(message, body))
     }
 
     /// Sends a typed message, waiting for room for `timeout` at most.
@@ -163,7 +163,7 @@ impl KernelHandle {
         timeout: Duration,
     ) -> Result<(), SendTimeoutError> {
         let kind = self.instance.types.kind_of(T::TYPE_ID)?;
-        let address = Address::with(&self.instance, kind, options)?;
+        let address = Address::with(kind, options)?;
         self.send_until(timeout, &address, |body| write_message(message, body))
     }
 
@@ -195,9 +195,7 @@ impl KernelHandle {
     /// As `try_send`.
     #[inline]
     pub fn try_send_bytes(&self, payload: &[u8]) -> Result<(), TrySendError> {
-        self.send_once(SEND_LOCK, &Address::plain(RAW_KIND), |body| {
-            write_bytes(payload, body)
-        })
+        self.send_once(&Address::plain(RAW_KIND), |body| write_bytes(payload, body))
     }
 
     /// Sends raw bytes with options, waiting for room for `timeout` at most.
@@ -211,14 +209,13 @@ impl KernelHandle {
         options: &SendOptions,
         timeout: Duration,
     ) -> Result<(), SendTimeoutError> {
-        let address = Address::with(&self.instance, RAW_KIND, options)?;
+        let address = Address::with(RAW_KIND, options)?;
         self.send_until(timeout, &address, |body| write_bytes(payload, body))
     }
 
     #[inline]
     fn send_once(
         &self,
-        lock: Duration,
         address: &Address,
         write: impl FnOnce(&mut [u8]) -> Result<usize, Rejection>,
     ) -> Result<(), TrySendError> {
@@ -226,7 +223,7 @@ impl KernelHandle {
         let mut guard = self
             .instance
             .send
-            .try_lock_for(lock)
+            .try_lock_for(PATIENCE)
             .ok_or(TrySendError::Busy)?;
         let side = guard.as_mut().ok_or_else(|| self.split_off())?;
         side.try_send(&self.instance, address, write)
@@ -239,9 +236,15 @@ impl KernelHandle {
         address: &Address,
         write: impl Fn(&mut [u8]) -> Result<usize, Rejection>,
     ) -> Result<(), SendTimeoutError> {
-        until_sent(&self.instance, timeout, |remaining| {
-            self.send_once(remaining, address, &write)
-        })
+        match self.send_once(address, &write) {
+            Err(TrySendError::Full | TrySendError::Busy) if !timeout.is_zero() => {}
+            Err(TrySendError::Full | TrySendError::Busy) => return Err(SendTimeoutError::Timeout),
+            Err(TrySendError::Unavailable(unavailable)) => return Err(unavailable.into()),
+            Err(TrySendError::Rejected(rejection)) => return Err(rejection.into()),
+            Ok(()) => return Ok(()),
+        }
+        let _waiting = self.instance.waiting();
+        until_sent(&self.instance, timeout, || self.send_once(address, &write))
     }
 
     /// Why the sides are gone: the kernel's own reason if it has one, else that they were split off.
@@ -263,7 +266,7 @@ impl KernelHandle {
     /// [`TryRecvError`]. A message of another type stays where it is.
     #[inline]
     pub fn try_recv<T: RingMessage>(&self) -> Result<T, TryRecvError> {
-        let (mut side, found) = self.find(1)?;
+        let (mut side, found) = self.find(Look::ONCE)?;
         Ok(self.typed(&mut side, found)?)
     }
 
@@ -293,7 +296,7 @@ impl KernelHandle {
     /// [`TryRecvError`]. A message that `buffer` is too small for stays where it is.
     #[inline]
     pub fn try_recv_bytes(&self, buffer: &mut [u8]) -> Result<usize, TryRecvError> {
-        let (mut side, found) = self.find(1)?;
+        let (mut side, found) = self.find(Look::ONCE)?;
         Ok(side.take::<Bytes>(&self.instance, found).copy_to(buffer)?)
     }
 
@@ -317,19 +320,22 @@ impl KernelHandle {
         side: &mut ReceiveSide,
         found: Found,
     ) -> Result<T, MessageError> {
-        let kind = kind_of::<T>(&self.instance);
-        side.take::<T>(&self.instance, found)
-            .check_type::<T>(kind)?
-            .decode()
+        side.take::<T>(&self.instance, found).into_message()
     }
 
     /// The next message, with the receiving side locked around it.
     #[inline(always)]
-    fn find(&self, polls: u32) -> Result<(MappedMutexGuard<'_, ReceiveSide>, Found), Miss> {
-        let guard = self.instance.receive.try_lock().ok_or(Miss::Busy)?;
+    fn find(&self, look: Look) -> Result<(MappedMutexGuard<'_, ReceiveSide>, Found), Miss> {
+        let receive = &self.instance.receive;
+        let guard = if look.last {
+            receive.try_lock_for(PATIENCE)
+        } else {
+            receive.try_lock()
+        }
+        .ok_or(Miss::Busy)?;
         let mut side = MutexGuard::try_map(guard, Option::as_mut)
             .map_err(|_| Miss::Unavailable(self.split_off()))?;
-        let found = side.find(&self.instance, polls)?;
+        let found = side.find(&self.instance, look.polls)?;
         Ok((side, found))
     }
 
@@ -338,11 +344,18 @@ impl KernelHandle {
         &self,
         timeout: Duration,
     ) -> Result<(MappedMutexGuard<'_, ReceiveSide>, Found), WaitEnd> {
+        match self.find(Look::ONCE) {
+            Err(Miss::Empty | Miss::Busy) if !timeout.is_zero() => {}
+            Err(Miss::Empty | Miss::Busy) => return Err(WaitEnd::Timeout),
+            Err(Miss::Unavailable(unavailable)) => return Err(WaitEnd::Unavailable(unavailable)),
+            Ok(found) => return Ok(found),
+        }
+        let _waiting = self.instance.waiting();
         until_found(
             &self.instance,
             timeout,
             (),
-            |(), polls| self.find(polls),
+            |(), look| self.find(look),
             |()| self.may_have_message(None),
         )
     }
@@ -353,10 +366,15 @@ impl KernelHandle {
         let Some(mut guard) = self.instance.receive.try_lock() else {
             return true;
         };
-        // Looked at under the lock: whoever handed it over did so under the lock as well.
-        call.is_some_and(PendingCall::is_done)
-            || self.instance.signals.gate.check_receive().is_err()
-            || guard.as_mut().is_none_or(ReceiveSide::has_message)
+        if self.instance.signals.gate.check_receive().is_err() {
+            return true;
+        }
+        match call {
+            // Looked at under the lock: whoever handed it over did so under the lock as well. The inbox is nothing to
+            // a call.
+            Some(call) => call.is_done() || guard.as_mut().is_none_or(ReceiveSide::has_reply),
+            None => guard.as_mut().is_none_or(ReceiveSide::has_message),
+        }
     }
 
     // Calls.
@@ -380,7 +398,7 @@ impl KernelHandle {
             kind,
             timeout,
             |body| write_message(request, body),
-            |header, _, payload| {
+            |header, payload| {
                 let found = || types.type_id_of(header.kind());
                 read_reply::<Resp>(reply_kind, found, header, payload)
             },
@@ -403,7 +421,7 @@ impl KernelHandle {
             RAW_KIND,
             timeout,
             |body| write_bytes(request, body),
-            |header, _, payload| read_reply_bytes(reply, header, payload),
+            |header, payload| read_reply_bytes(reply, header, payload),
         )
     }
 
@@ -413,14 +431,18 @@ impl KernelHandle {
         kind: u16,
         timeout: Duration,
         write: impl Fn(&mut [u8]) -> Result<usize, Rejection>,
-        read: impl FnOnce(&MessageHeader, Option<Extension>, &[u8]) -> Result<R, MessageError>,
+        read: impl FnOnce(&MessageHeader, &[u8]) -> Result<R, MessageError>,
     ) -> Result<R, CallError> {
         let instance = &*self.instance;
+        // A request whose reply nobody could fetch must not be sent. Whoever holds the lock holds the side.
+        if let Some(None) = instance.receive.try_lock().as_deref() {
+            return Err(self.split_off().into());
+        }
         let mut call = instance.calls.begin().ok_or(CallError::TooManyCalls)?;
         let address = Address::call(kind, call.correlation);
         let mut waiter = Waiter::new(instance.host_wait, timeout);
         // The common case needs no clock: there is room.
-        match self.send_once(SEND_LOCK, &address, &write) {
+        match self.send_once(&address, &write) {
             Ok(()) => {}
             Err(TrySendError::Unavailable(unavailable)) => return Err(unavailable.into()),
             Err(TrySendError::Rejected(rejection)) => return Err(rejection.into()),
@@ -433,7 +455,11 @@ impl KernelHandle {
         let mut read = Some(read);
         let mut last = false;
         loop {
-            if let Some(outcome) = self.look_for_reply(&call, &mut read, waiter.polls()) {
+            let look = Look {
+                polls: waiter.polls(),
+                last,
+            };
+            if let Some(outcome) = self.look_for_reply(&call, &mut read, look) {
                 return outcome.map_err(CallError::from);
             }
             if last {
@@ -463,28 +489,28 @@ impl KernelHandle {
         &self,
         call: &PendingCall<'_>,
         read: &mut Option<F>,
-        polls: u32,
+        look: Look,
     ) -> Option<Result<R, MessageError>>
     where
-        F: FnOnce(&MessageHeader, Option<Extension>, &[u8]) -> Result<R, MessageError>,
+        F: FnOnce(&MessageHeader, &[u8]) -> Result<R, MessageError>,
     {
         if call.is_done() {
             return self.take_stored(call, read);
         }
-        let mut guard = self.instance.receive.try_lock()?;
-        // Split off while the call was pending: `split` refuses that, so there is a side.
+        let receive = &self.instance.receive;
+        let mut guard = if look.last {
+            receive.try_lock_for(PATIENCE)?
+        } else {
+            receive.try_lock()?
+        };
+        // There is a side: `split` refuses while a call is pending.
         let side = guard.as_mut()?;
-        let Some(found) = side.find_reply(&self.instance, call, polls) else {
+        let Some(found) = side.find_reply(&self.instance, call, look.polls) else {
             drop(guard);
             return self.take_stored(call, read);
         };
         let received = side.take::<Bytes>(&self.instance, found);
-        let read = read.take()?;
-        Some(read(
-            &received.header(),
-            received.extension(),
-            received.payload(),
-        ))
+        Some(received.read_with(read.take()?))
     }
 
     #[inline]
@@ -494,13 +520,15 @@ impl KernelHandle {
         read: &mut Option<F>,
     ) -> Option<Result<R, MessageError>>
     where
-        F: FnOnce(&MessageHeader, Option<Extension>, &[u8]) -> Result<R, MessageError>,
+        F: FnOnce(&MessageHeader, &[u8]) -> Result<R, MessageError>,
     {
         if !call.is_done() {
             return None;
         }
-        let read = read.take()?;
-        call.take(read)
+        let outcome = call.take(read.take()?)?;
+        self.instance
+            .count_handed_over(!matches!(outcome, Err(MessageError::Corrupt)));
+        Some(outcome)
     }
 
     // Endpoints.
@@ -525,11 +553,11 @@ impl KernelHandle {
                 })
         };
         let request = kind(Req::TYPE_ID, Req::NAME)?;
-        let reply = kind(Resp::TYPE_ID, Resp::NAME)?;
+        kind(Resp::TYPE_ID, Resp::NAME)?;
         let (send, receive) = self.take_sides()?;
         Ok((
             Sender::new(Arc::clone(&self.instance), send, request),
-            Receiver::new(Arc::clone(&self.instance), receive, reply),
+            Receiver::new(Arc::clone(&self.instance), receive),
         ))
     }
 
@@ -541,7 +569,7 @@ impl KernelHandle {
         let (send, receive) = self.take_sides()?;
         Ok((
             Sender::new(Arc::clone(&self.instance), send, RAW_KIND),
-            Receiver::new(Arc::clone(&self.instance), receive, RAW_KIND),
+            Receiver::new(Arc::clone(&self.instance), receive),
         ))
     }
 
@@ -562,6 +590,10 @@ impl KernelHandle {
         if instance.calls.any_pending() {
             return Err(busy("a call is pending"));
         }
+        // Read under both locks: whoever starts to wait after this looks at the sides again, and finds them gone.
+        if instance.has_waiters() {
+            return Err(busy("another thread waits for a message or for room"));
+        }
         if receive.as_ref().is_some_and(|side| side.inbox_depth() > 0) {
             return Err(busy("replies that a call put aside have not been received"));
         }
@@ -572,6 +604,66 @@ impl KernelHandle {
                 *receive = put_back_receive;
                 Err(busy("they are split off already"))
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::{FailureReason, KernelState, LaunchOptions};
+    use crate::runtime::RingKernelRuntime;
+
+    const LONG: Duration = Duration::from_secs(30);
+
+    fn echo(runtime: &RingKernelRuntime) -> KernelHandle {
+        let kernel = runtime
+            .launch("echo", 1, 1, LaunchOptions::default())
+            .unwrap();
+        kernel.activate().unwrap();
+        kernel
+    }
+
+    /// What a device may get wrong in the header of a reply that it has published or is about to.
+    #[test]
+    fn a_reply_that_no_correct_kernel_writes_is_counted_and_quarantines() {
+        let (sequence, length_flags, kind_lane) = (0, 2, 3);
+        for (word, value) in [
+            (sequence, 17),
+            (length_flags, 0x00ff_ffff),
+            (length_flags, 0x0800_0030),
+            (kind_lane, 40),
+            (kind_lane, 0xffff),
+            (kind_lane, 1 << 16),
+        ] {
+            let runtime = RingKernelRuntime::builder().build().unwrap();
+            let (kernel, other) = (echo(&runtime), echo(&runtime));
+            kernel.send_bytes(b"ok").unwrap();
+            kernel.send_bytes(b"bad").unwrap();
+            let begin = std::time::Instant::now();
+            while kernel.metrics().produced < 2 {
+                assert!(begin.elapsed() < LONG);
+            }
+            kernel.instance.blocks[0].overwrite_reply_word(1, word, value);
+            let mut buffer = [0; 64];
+            assert_eq!(kernel.recv_bytes_timeout(&mut buffer, LONG), Ok(2));
+            assert_eq!(
+                kernel.recv_bytes_timeout(&mut buffer, LONG),
+                Err(RecvTimeoutError::Unavailable(Unavailable::Failed)),
+                "word {word} = {value:#x}"
+            );
+            let status = kernel.status();
+            assert_eq!(status.state, KernelState::Failed);
+            assert_eq!(
+                status.failure.map(|failure| failure.reason),
+                Some(FailureReason::CorruptRing)
+            );
+            let corrupt = kernel.metrics().dead_letters.corrupt_replies;
+            // A slot that was never published is no message.
+            assert_eq!(corrupt, u64::from(word != sequence));
+            assert_eq!(other.call_bytes(b"fine", &mut buffer, LONG), Ok(4));
+            let report = runtime.complete_shutdown().unwrap();
+            assert!(report.requests.adds_up(), "{report}");
         }
     }
 }

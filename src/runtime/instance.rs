@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -55,6 +55,8 @@ pub(crate) struct KernelInstance {
     pub(super) signals: Arc<KernelSignals>,
     pub(super) types: Arc<TypeTable>,
     pub(super) blocks: Box<[Arc<BlockMemory>]>,
+    /// Slots of each ring.
+    pub(super) capacity: u64,
     /// Whether a sender must look for a sleeping kernel.
     pub(super) needs_wake: bool,
     pub(super) host_wait: WaitStrategy,
@@ -70,6 +72,10 @@ pub(crate) struct KernelInstance {
     pub(super) accepted: Box<[Counter]>,
     /// Replies received; written by whoever holds the receiving side.
     pub(super) delivered: Counter,
+    /// Replies that reached a call by way of another thread.
+    pub(super) handed_over: AtomicU64,
+    /// Threads that wait by handle for a message or for room.
+    pub(super) waiters: AtomicU32,
     /// `None` while split off.
     pub(super) send: Mutex<Option<SendSide>>,
     /// `None` while split off.
@@ -106,6 +112,18 @@ impl fmt::Debug for KernelInstance {
     }
 }
 
+/// A thread that waits by handle.
+#[derive(Debug)]
+pub(super) struct Waiting<'a> {
+    instance: &'a KernelInstance,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.instance.waiters.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl KernelInstance {
     /// Counts requests just published to a block, and wakes it if it may sleep.
     #[inline]
@@ -122,9 +140,34 @@ impl KernelInstance {
         self.delivered.add(1);
     }
 
-    /// Fails a kernel whose memory cannot be trusted any more.
+    /// Counts a reply that another thread took out of the ring for a call; `sound` if the call could read it.
+    pub(super) fn count_handed_over(&self, sound: bool) {
+        if sound {
+            self.handed_over.fetch_add(1, Ordering::Relaxed);
+        } else {
+            self.signals
+                .dead_letters
+                .count_reply(DeadLetterReason::Corrupt);
+        }
+    }
+
+    /// Notes that the calling thread waits by handle, as long as the result lives.
+    pub(super) fn waiting(&self) -> Waiting<'_> {
+        self.waiters.fetch_add(1, Ordering::Relaxed);
+        Waiting { instance: self }
+    }
+
+    /// Whether any thread waits by handle.
+    pub(super) fn has_waiters(&self) -> bool {
+        self.waiters.load(Ordering::Relaxed) > 0
+    }
+
+    /// Fails a kernel whose memory cannot be trusted any more, and ends its blocks.
     #[cold]
     pub(super) fn quarantine(&self, block: usize, what: &str) {
+        for block in &self.blocks {
+            block.control().set_terminate();
+        }
         self.signals.fail(KernelFailure {
             reason: FailureReason::CorruptRing,
             message: what.to_owned(),
@@ -152,8 +195,16 @@ impl KernelInstance {
         if !from.can_become(KernelState::Active) {
             return Err(self.illegal(from, KernelState::Active));
         }
-        self.command(&mut control, true, BlockState::Polling, "activation")?;
-        self.change_state(KernelState::Active)
+        let activated = self
+            .command(&mut control, true, BlockState::Polling, "activation")
+            .and_then(|()| self.change_state(KernelState::Active));
+        if activated.is_err() {
+            // No block may work for a kernel that is not active; those that did answer stop again.
+            for block in &self.blocks {
+                block.control().set_active(false);
+            }
+        }
+        activated
     }
 
     /// Stops taking messages, then stops polling, and returns once no block does.
@@ -276,7 +327,7 @@ impl KernelInstance {
         };
         // Fails if the kernel has failed, which it then stays.
         let _ = self.signals.gate.transition(KernelState::Terminated);
-        control.closing = Some(self.close(dispatch.leftovers()));
+        control.closing = Some(self.close(dispatch.as_ref()));
         drop(dispatch);
         control.permit = None;
         control.leases.clear();
@@ -291,39 +342,58 @@ impl KernelInstance {
             .map(|block| block.index)
     }
 
-    /// Settles the requests' accounts, given what is left in the rings.
-    fn close(&self, mut leftovers: Vec<UndeliveredMessage>) -> Closing {
-        // A request that a handler panicked on, or sits on for ever, is still the first in its ring.
-        let failed = self
-            .signals
-            .failure()
-            .and_then(|failure| failure.request)
-            .map(|request| request.block);
-        for block in &self.blocks {
+    /// Settles the requests' accounts. Each block's progress is read once, and what lies in its ring behind that is what
+    /// no handler saw: the ring decides, so that the accounts add up whatever a late sender or a handler that returns
+    /// after all do meanwhile. A send that passes the gate in the very moment of the end may appear in no column.
+    fn close(&self, dispatch: &dyn Dispatch) -> Closing {
+        let poisoned = self.signals.poisoned_blocks();
+        let mut requests = MessageTally::default();
+        let mut returned = Vec::new();
+        for (block, counter) in self.blocks.iter().zip(&self.accepted) {
+            let control = block.control();
+            let position = control.processed();
+            // A request that a handler panicked on, or sits on for ever, is still the first in its ring.
             let in_hand =
-                failed == Some(block.index) || block.control().state() != Some(BlockState::Ended);
-            if in_hand
-                && let Some(first) = leftovers
-                    .iter()
-                    .position(|message| message.block == block.index)
-            {
-                leftovers.remove(first);
+                poisoned.contains(&block.index) || control.state() != Some(BlockState::Ended);
+            let mut left = dispatch.leftovers(block.index, position);
+            let (accepted, processed) = self.progress(counter, position);
+            let accepted = accepted.max(processed + left.len() as u64);
+            // Behind a corrupt slot nothing can be read.
+            let unreadable = accepted - processed - left.len() as u64;
+            for _ in 0..unreadable {
+                self.signals
+                    .dead_letters
+                    .count_request(DeadLetterReason::Corrupt);
+            }
+            let failed = u64::from(in_hand && !left.is_empty());
+            if failed > 0 {
+                left.remove(0);
                 self.signals
                     .dead_letters
                     .count_request(DeadLetterReason::KernelFailed);
             }
-        }
-        let dead_lettered = self.signals.dead_letters.counts();
-        let (accepted, processed) = self.request_counts();
-        Closing {
-            requests: MessageTally {
+            let refused = u64::from(control.dropped());
+            requests.merge(&MessageTally {
                 accepted,
-                delivered: processed.saturating_sub(dead_lettered.corrupt_requests),
-                dead_lettered: dead_lettered.requests(),
-                returned: leftovers.len() as u64,
-            },
-            returned: leftovers,
+                delivered: processed.saturating_sub(refused),
+                dead_lettered: refused.min(processed) + unreadable + failed,
+                returned: left.len() as u64,
+            });
+            returned.append(&mut left);
         }
+        Closing { requests, returned }
+    }
+
+    /// Accepted and processed requests of one block, given what the block says that it has consumed.
+    fn progress(&self, accepted: &Counter, processed: u32) -> (u64, u64) {
+        let accepted = accepted.get();
+        // Blocks count modulo 2^32; the difference cannot truly exceed what a ring holds. Negative while a send that a
+        // fast kernel has already handled is not yet counted.
+        let depth = (accepted as u32).wrapping_sub(processed) as i32;
+        let depth = u64::from(depth.max(0).cast_unsigned())
+            .min(self.capacity)
+            .min(accepted);
+        (accepted, accepted - depth)
     }
 
     /// Requests accepted so far, and those of them that blocks are done with.
@@ -334,11 +404,7 @@ impl KernelInstance {
             .map(|(block, accepted)| {
                 // In this order, so that what is processed has been accepted.
                 let processed = block.control().processed();
-                let accepted = accepted.get();
-                // Blocks count modulo 2^32; the difference does not exceed a ring. Negative while a send that a fast
-                // kernel has already handled is not yet counted.
-                let depth = (accepted as u32).wrapping_sub(processed) as i32;
-                (accepted, accepted - u64::from(depth.max(0).cast_unsigned()))
+                self.progress(accepted, processed)
             })
             .fold((0, 0), |sum, counts| (sum.0 + counts.0, sum.1 + counts.1))
     }
@@ -352,12 +418,14 @@ impl KernelInstance {
     /// Accounts of the replies, as of now.
     pub(super) fn reply_tally(&self) -> MessageTally {
         let dead_lettered = self.signals.dead_letters.counts().replies();
-        let delivered = self.delivered.get();
+        let delivered = self.delivered.get() + self.handed_over.load(Ordering::Relaxed);
         let produced = self.blocks.iter().fold(0_u32, |sum, block| {
             sum.wrapping_add(block.control().produced())
         });
         let taken = delivered + dead_lettered;
-        let returned = u64::from(produced.wrapping_sub(taken as u32));
+        // Negative while a reply that a fast caller has already received is not yet counted by its block.
+        let returned = produced.wrapping_sub(taken as u32) as i32;
+        let returned = u64::from(returned.max(0).cast_unsigned());
         MessageTally {
             accepted: taken + returned,
             delivered,
@@ -397,7 +465,7 @@ impl KernelInstance {
             processed,
             queue_depth: accepted - processed,
             produced: self.reply_tally().accepted,
-            received_replies: self.delivered.get(),
+            received_replies: self.reply_tally().delivered,
             dropped: controls().map(|control| u64::from(control.dropped())).sum(),
             last_error: controls()
                 .map(|control| control.last_error())

@@ -1,6 +1,7 @@
 //! From a registration and options to a resident kernel.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use parking_lot::Mutex;
 
@@ -57,10 +58,16 @@ pub(super) fn launch(
         device_ends.push(ends);
     }
     let inbox = host_ring(device, layout.ring)?;
-    let calls = CallTable::new(calls, layout.ring.max_payload());
+    let call_bytes = CallTable::bytes(calls, layout.ring.max_payload());
+    let calls =
+        CallTable::new(calls, layout.ring.max_payload()).ok_or_else(|| Error::OutOfMemory {
+            device: device.info().name.clone(),
+            asked: call_bytes,
+            available: 0,
+        })?;
     let memory_bytes = layout.total() as u64 * u64::from(blocks)
         + host_ring_bytes(layout.ring) as u64
-        + calls.memory_bytes() as u64;
+        + call_bytes;
     let memories = device_ends
         .iter()
         .map(|ends| Arc::clone(&ends.memory))
@@ -87,6 +94,7 @@ pub(super) fn launch(
         signals,
         types,
         blocks: memories,
+        capacity: layout.ring.capacity().into(),
         needs_wake: placement.wait.needs_wake(),
         host_wait,
         default_timeout: config.default_timeout,
@@ -99,6 +107,8 @@ pub(super) fn launch(
         calls,
         accepted: (0..blocks).map(|_| Counter::default()).collect(),
         delivered: Counter::default(),
+        handed_over: AtomicU64::new(0),
+        waiters: AtomicU32::new(0),
         send: Mutex::new(Some(SendSide::new(producers))),
         receive: Mutex::new(Some(ReceiveSide::new(consumers, inbox))),
         control: Mutex::new(ControlPlane {
@@ -196,20 +206,31 @@ impl Placing {
             affinity::check_core(*core)?;
         }
         let strategy = options.wait.unwrap_or(config.kernel_wait);
+        let candidates = &device.info().cores;
+        let wanted = if options.cores.is_empty() {
+            candidates
+        } else {
+            &options.cores
+        };
         let (wait, permit) = if config.bridge_poll_interval.is_zero() {
             match strategy {
                 WaitStrategy::Spin => (KernelWait::Spin, Some(SpinPermit::forced(blocks))),
                 WaitStrategy::SpinYield => (KernelWait::SpinYield, None),
                 WaitStrategy::Park => (KernelWait::Park, None),
-                WaitStrategy::Auto => match SpinPermit::for_kernel(blocks) {
-                    Some(permit) => (KernelWait::Spin, Some(permit)),
-                    None => (KernelWait::Park, None),
-                },
+                WaitStrategy::Auto => {
+                    // A core for each block, of those that it may have, and one left in the whole process.
+                    let permit = (CoreLease::unused(wanted) >= blocks)
+                        .then(|| SpinPermit::for_kernel(blocks))
+                        .flatten();
+                    match permit {
+                        Some(permit) => (KernelWait::Spin, Some(permit)),
+                        None => (KernelWait::Park, None),
+                    }
+                }
             }
         } else {
             (KernelWait::Interval(config.bridge_poll_interval), None)
         };
-        let candidates = &device.info().cores;
         let leases = if !options.cores.is_empty() {
             options.cores.iter().copied().map(CoreLease::of).collect()
         } else if wait == KernelWait::Spin {

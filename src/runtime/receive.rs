@@ -184,13 +184,16 @@ impl ReceiveSide {
         }
     }
 
-    /// Whether a look at the rings would find anything.
+    /// Whether a look at the inbox and the rings would find anything.
     pub(super) fn has_message(&mut self) -> bool {
-        self.inbox_depth > 0
-            || self
-                .replies
-                .iter_mut()
-                .any(|consumer| !matches!(consumer.peek(), Peek::Empty))
+        self.inbox_depth > 0 || self.has_reply()
+    }
+
+    /// Whether a look at the rings would find anything.
+    pub(super) fn has_reply(&mut self) -> bool {
+        self.replies
+            .iter_mut()
+            .any(|consumer| !matches!(consumer.peek(), Peek::Empty))
     }
 
     #[inline]
@@ -226,7 +229,6 @@ impl ReceiveSide {
                     Peek::Empty => break,
                     Peek::Ready(header) => {
                         if is_valid(instance, &header) {
-                            self.next = if block + 1 < count { block + 1 } else { 0 };
                             return Some((block, header));
                         }
                         self.skip_corrupt(instance, block, "kind or lane out of range");
@@ -248,7 +250,7 @@ impl ReceiveSide {
     /// Passes over a message that no correct kernel writes, and fails the kernel that wrote it.
     #[cold]
     fn skip_corrupt(&mut self, instance: &KernelInstance, block: usize, what: &str) {
-        self.replies[block].release();
+        self.release_reply(block);
         instance
             .signals
             .dead_letters
@@ -259,29 +261,25 @@ impl ReceiveSide {
     /// Gives a reply to the call that waits for it.
     #[cold]
     fn hand_over(&mut self, instance: &KernelInstance, block: usize, header: &MessageHeader) {
-        let consumer = &mut self.replies[block];
-        let extension = consumer.extension(header);
-        if instance
-            .calls
-            .deliver(*header, extension, consumer.payload(header))
-        {
-            instance.count_delivered();
-        } else {
+        let consumer = &self.replies[block];
+        // The call itself counts what it makes of the reply.
+        if !instance.calls.deliver(*header, consumer.payload(header)) {
             instance
                 .signals
                 .dead_letters
                 .count_reply(DeadLetterReason::LateReply);
         }
-        consumer.release();
-        // Whoever waits for it announced itself before this side's lock was taken, or will look for itself.
-        instance.signals.replies_written();
+        self.release_reply(block);
+        instance.signals.reply_written();
     }
 
     /// Moves an uncorrelated reply into the inbox.
     #[cold]
     fn put_aside(&mut self, instance: &KernelInstance, block: usize, header: &MessageHeader) {
-        let consumer = &mut self.replies[block];
+        let consumer = &self.replies[block];
         let envelope = header.envelope(consumer.extension(header));
+        // All that was received from it is free, not only what went back by quarter ring.
+        self.inbox.publish_cursor();
         match self.inbox_in.try_push(&envelope, consumer.payload(header)) {
             Ok(()) => self.inbox_depth += 1,
             Err(_) => instance
@@ -289,8 +287,8 @@ impl ReceiveSide {
                 .dead_letters
                 .count_reply(DeadLetterReason::InboxFull),
         }
-        consumer.release();
-        instance.signals.replies_written();
+        self.release_reply(block);
+        instance.signals.reply_written();
     }
 
     #[inline]
@@ -298,11 +296,22 @@ impl ReceiveSide {
         self.replies.get(found.0).unwrap_or(&self.inbox)
     }
 
+    /// Gives a block's slot back. Only now is it the next block's turn: a message that stays is found again.
+    #[inline]
+    fn release_reply(&mut self, block: usize) {
+        self.replies[block].release();
+        self.next = if block + 1 < self.replies.len() {
+            block + 1
+        } else {
+            0
+        };
+    }
+
     #[inline]
     fn release(&mut self, found: Found) {
-        match self.replies.get_mut(found.0) {
-            Some(consumer) => consumer.release(),
-            None => {
+        match found.0 {
+            block if block < self.replies.len() => self.release_reply(block),
+            _ => {
                 self.inbox.release();
                 self.inbox_depth -= 1;
             }
@@ -333,6 +342,23 @@ fn is_valid(instance: &KernelInstance, header: &MessageHeader) -> bool {
         && (header.kind() == RAW_KIND || instance.types.type_id_of(header.kind()).is_some())
 }
 
+/// How hard an attempt to find a message may try.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Look {
+    /// How often it may look at a slot, a pause apart.
+    pub(super) polls: u32,
+    /// Whether nothing follows: another thread that holds the receiving side is waited for, briefly.
+    pub(super) last: bool,
+}
+
+impl Look {
+    /// One look, of which the caller wants to know what it found.
+    pub(super) const ONCE: Self = Self {
+        polls: 1,
+        last: true,
+    };
+}
+
 /// Repeats `attempt`, which may look as many times as it is told, until it does anything but report emptiness, or the
 /// timeout has passed. The last attempt is made after the deadline, so that a message that came before it is never
 /// missed. Sleeps, if at all, only while `is_ready` says no.
@@ -341,13 +367,17 @@ pub(super) fn until_found<S, R>(
     instance: &KernelInstance,
     timeout: Duration,
     mut side: S,
-    mut attempt: impl FnMut(&mut S, u32) -> Result<R, Miss>,
+    mut attempt: impl FnMut(&mut S, Look) -> Result<R, Miss>,
     mut is_ready: impl FnMut(&mut S) -> bool,
 ) -> Result<R, WaitEnd> {
     let mut waiter = Waiter::new(instance.host_wait, timeout);
     let mut last = false;
     loop {
-        match attempt(&mut side, waiter.polls()) {
+        let look = Look {
+            polls: waiter.polls(),
+            last: last || timeout.is_zero(),
+        };
+        match attempt(&mut side, look) {
             Ok(found) => return Ok(found),
             Err(Miss::Unavailable(unavailable)) => return Err(WaitEnd::Unavailable(unavailable)),
             Err(Miss::Empty | Miss::Busy) if last => return Err(WaitEnd::Timeout),
@@ -429,36 +459,40 @@ impl<M> Received<'_, M> {
         Ok(length)
     }
 
-    /// Fails, and leaves the message where it is, unless it is of type `T`.
+    /// Takes the message as a `T`. One of another type stays where it is.
     #[inline]
-    pub(super) fn check_type<T: RingMessage>(
-        self,
-        kind: Option<u16>,
-    ) -> Result<Self, MessageError> {
-        let header = self.side.header;
-        if Some(header.kind()) == kind || header.is_error() {
-            return Ok(self);
+    pub(super) fn into_message<T: RingMessage>(self) -> Result<T, MessageError> {
+        match self.check::<T>() {
+            Ok(()) => T::decode(self.payload()).map_err(|_| self.mark_corrupt()),
+            Err(error) => {
+                if let MessageError::TypeMismatch { .. } = error {
+                    self.keep();
+                }
+                Err(error)
+            }
         }
-        let found = self.instance.types.type_id_of(header.kind());
-        self.keep();
-        Err(MessageError::TypeMismatch {
-            expected: T::TYPE_ID,
-            found: found.unwrap_or(0),
-        })
     }
 
+    /// Fails unless this is a `T`, and no error reply.
     #[inline]
-    fn checked<R>(
-        &self,
-        read: impl FnOnce(&[u8]) -> Result<R, crate::message::codec::CodecError>,
-    ) -> Result<R, MessageError> {
+    fn check<T: RingMessage>(&self) -> Result<(), MessageError> {
         if let Some(error) = self.error() {
             return Err(MessageError::Handler(error));
         }
-        read(self.payload()).map_err(|_| {
-            self.corrupt.set(true);
-            MessageError::Corrupt
-        })
+        match self.instance.types.type_id_of(self.side.header.kind()) {
+            Some(found) if found == T::TYPE_ID => Ok(()),
+            found => Err(MessageError::TypeMismatch {
+                expected: T::TYPE_ID,
+                found: found.unwrap_or(0),
+            }),
+        }
+    }
+
+    /// Notes that the payload is no valid archive.
+    #[cold]
+    fn mark_corrupt(&self) -> MessageError {
+        self.corrupt.set(true);
+        MessageError::Corrupt
     }
 }
 
@@ -466,18 +500,13 @@ impl<M: RingMessage> Received<'_, M> {
     /// The message's archived form, validated and read in place. Does not allocate.
     ///
     /// # Errors
-    /// [`MessageError::Handler`] if this is an error reply; [`MessageError::Corrupt`] if the bytes are no valid
-    /// archive, in which case the message counts as a dead letter.
+    /// [`MessageError::Handler`] if this is an error reply; [`MessageError::TypeMismatch`] if it is of another type
+    /// ([`keep`](Self::keep) leaves it where it is); [`MessageError::Corrupt`] if the bytes are no valid archive, in
+    /// which case the message counts as a dead letter.
     #[inline]
     pub fn access(&self) -> Result<&M::Archived, MessageError> {
-        // Validation that depends on the result's lifetime cannot go through `checked`.
-        if let Some(error) = self.error() {
-            return Err(MessageError::Handler(error));
-        }
-        M::access(self.payload()).map_err(|_| {
-            self.corrupt.set(true);
-            MessageError::Corrupt
-        })
+        self.check::<M>()?;
+        M::access(self.payload()).map_err(|_| self.mark_corrupt())
     }
 
     /// The message as an owned value. Allocates only if its type does.
@@ -486,7 +515,8 @@ impl<M: RingMessage> Received<'_, M> {
     /// As [`access`](Self::access).
     #[inline]
     pub fn decode(&self) -> Result<M, MessageError> {
-        self.checked(M::decode)
+        self.check::<M>()?;
+        M::decode(self.payload()).map_err(|_| self.mark_corrupt())
     }
 }
 
@@ -502,6 +532,21 @@ impl<M> Drop for Received<'_, M> {
         } else {
             self.instance.count_delivered();
         }
+    }
+}
+
+impl Received<'_, super::endpoints::Bytes> {
+    /// Hands header and payload of a call's reply to `read`.
+    #[inline]
+    pub(super) fn read_with<R>(
+        self,
+        read: impl FnOnce(&MessageHeader, &[u8]) -> Result<R, MessageError>,
+    ) -> Result<R, MessageError> {
+        let outcome = read(&self.side.header, self.payload());
+        if let Err(MessageError::Corrupt) = outcome {
+            self.mark_corrupt();
+        }
+        outcome
     }
 }
 

@@ -5,12 +5,12 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::builder::RuntimeBuilder;
 use super::config::RuntimeConfig;
 use super::handle::KernelHandle;
-use super::instance::KernelInstance;
+use super::instance::{ControlPlane, KernelInstance};
 use super::launch;
 use super::lifecycle::{DrainReport, LifecycleState, ShutdownReport};
 use super::metrics::KernelStatus;
@@ -18,6 +18,7 @@ use crate::backend::cpu::CpuDevice;
 use crate::backend::{BackendType, Device, DeviceInfo};
 use crate::error::Error;
 use crate::kernel::{Dim3, KernelRegistration, KernelState, LaunchOptions, registered_kernels};
+use crate::thread::affinity;
 use crate::time::{self, Deadline};
 
 /// Most returned messages that a report holds; beyond that they are only counted.
@@ -92,6 +93,7 @@ impl RingKernelRuntime {
         } = builder;
         config.validate()?;
         time::initialise();
+        affinity::initialise();
         let mut registry = BTreeMap::new();
         for registration in registered_kernels().into_iter().chain(registrations) {
             add(&mut registry, registration)?;
@@ -337,7 +339,7 @@ impl RingKernelRuntime {
         }
         drop(kernels);
         let mut inner = self.inner.lock();
-        inner.sweep();
+        inner.book(|instance| Some(instance.control.lock()));
         inner.state = LifecycleState::Stopped;
         let mut report = std::mem::take(&mut inner.totals);
         report.kernels = inner.launches;
@@ -382,6 +384,12 @@ impl Inner {
                 .any(|instance| instance.signals.name == name)
         };
         let name = asked.unwrap_or(id);
+        if name.contains('\0') {
+            return Err(Error::InvalidOption {
+                option: "name",
+                reason: "it contains a NUL byte".into(),
+            });
+        }
         if !taken(name) {
             return Ok(name.to_owned());
         }
@@ -391,15 +399,23 @@ impl Inner {
                 reason: format!("a kernel is called '{name}' already"),
             });
         }
-        Ok(format!("{id}-{}", self.launches))
+        // At most as many names are taken as there are kernels.
+        Ok((self.launches..)
+            .map(|number| format!("{id}-{number}"))
+            .find(|name| !taken(name))
+            .unwrap_or_default())
     }
 
-    /// Books the kernels that have ended into the totals, and forgets them.
+    /// Books the kernels that have ended into the totals, and forgets them. One that is being terminated right now is
+    /// booked next time.
     fn sweep(&mut self) {
+        self.book(|instance| instance.control.try_lock());
+    }
+
+    fn book(&mut self, lock: impl Fn(&KernelInstance) -> Option<MutexGuard<'_, ControlPlane>>) {
         let totals = &mut self.totals;
         self.kernels.retain(|instance| {
-            // A kernel that is being terminated right now is booked next time.
-            let Some(mut control) = instance.control.try_lock() else {
+            let Some(mut control) = lock(instance) else {
                 return true;
             };
             let Some(closing) = control.closing.take() else {

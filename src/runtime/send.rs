@@ -52,6 +52,8 @@ pub(super) struct Address {
     route: Route,
     head: Head,
     extension: Option<Extension>,
+    /// Whether the extension gets the time of sending.
+    stamped: bool,
 }
 
 impl Address {
@@ -62,6 +64,7 @@ impl Address {
             route: Route::RoundRobin,
             head: Head::of_kind(kind),
             extension: None,
+            stamped: false,
         }
     }
 
@@ -76,11 +79,7 @@ impl Address {
 
     /// A message of this kind with options.
     #[inline]
-    pub(super) fn with(
-        instance: &KernelInstance,
-        kind: u16,
-        options: &SendOptions,
-    ) -> Result<Self, Rejection> {
+    pub(super) fn with(kind: u16, options: &SendOptions) -> Result<Self, Rejection> {
         if options.correlation & CALL_BIT != 0 {
             return Err(Rejection::Correlation {
                 correlation: options.correlation,
@@ -89,11 +88,7 @@ impl Address {
         let extended =
             options.timestamp || options.deadline_ns.is_some() || options.trace_id.is_some();
         let extension = extended.then(|| Extension {
-            timestamp_ns: if options.timestamp {
-                instance.timestamps.next()
-            } else {
-                0
-            },
+            timestamp_ns: 0,
             deadline_ns: options.deadline_ns.unwrap_or(0),
             trace_id: options.trace_id.unwrap_or_default(),
         });
@@ -108,6 +103,21 @@ impl Address {
             route: options.key.map_or(Route::RoundRobin, Route::Key),
             head: envelope.head(),
             extension,
+            stamped: options.timestamp,
+        })
+    }
+
+    /// The extension at the moment of sending. Stamped by whoever holds the sending side, so that stamps increase in
+    /// the order of the messages.
+    #[inline]
+    fn extension_now(&self, instance: &KernelInstance) -> Option<Extension> {
+        self.extension.map(|extension| Extension {
+            timestamp_ns: if self.stamped {
+                instance.timestamps.next()
+            } else {
+                0
+            },
+            ..extension
         })
     }
 }
@@ -139,8 +149,9 @@ impl SendSide {
         instance.signals.gate.check_send()?;
         let block = self.choose(instance, address.route)?;
         let producer = &mut self.producers[block];
+        let extension = address.extension_now(instance);
         let mut reservation = producer
-            .reserve_head(address.head, address.extension.as_ref())
+            .reserve_head(address.head, extension.as_ref())
             .map_err(refused)?;
         let length = write(reservation.body_mut())?;
         reservation.commit(length).map_err(refused)?;
@@ -200,8 +211,9 @@ impl SendSide {
     ) -> Result<SendSlot<'a>, TrySendError> {
         instance.signals.gate.check_send()?;
         let block = self.choose(instance, address.route)?;
+        let extension = address.extension_now(instance);
         let reservation = self.producers[block]
-            .reserve_head(address.head, address.extension.as_ref())
+            .reserve_head(address.head, extension.as_ref())
             .map_err(refused)?;
         Ok(SendSlot {
             reservation,
@@ -234,12 +246,12 @@ impl SendSide {
 pub(super) fn until_sent<R>(
     instance: &KernelInstance,
     timeout: Duration,
-    mut attempt: impl FnMut(Duration) -> Result<R, TrySendError>,
+    mut attempt: impl FnMut() -> Result<R, TrySendError>,
 ) -> Result<R, SendTimeoutError> {
     let mut waiter = Waiter::new(instance.host_wait, timeout);
     let mut last = false;
     loop {
-        match attempt(waiter.remaining()) {
+        match attempt() {
             Ok(sent) => return Ok(sent),
             Err(TrySendError::Unavailable(unavailable)) => {
                 return Err(SendTimeoutError::Unavailable(unavailable));
@@ -319,18 +331,14 @@ impl SendSlot<'_> {
     /// Sends the first `length` bytes. Wait-free, like `try_send`.
     ///
     /// # Errors
-    /// [`Rejection::TooLarge`] if `length` exceeds the body; nothing is sent then.
+    /// [`TrySendError::Rejected`] if `length` exceeds the body, [`TrySendError::Unavailable`] if the kernel stopped
+    /// taking messages since the slot was reserved; nothing is sent then.
     #[inline]
-    pub fn commit(self, length: usize) -> Result<(), Rejection> {
-        match self.reservation.commit(length) {
-            Ok(()) => {
-                self.instance.sent(self.block, 1);
-                Ok(())
-            }
-            Err(PushError::TooLong { max, .. }) => Err(Rejection::TooLarge { max }),
-            // A reserved slot is free.
-            Err(PushError::Full) => Err(Rejection::TooLarge { max: 0 }),
-        }
+    pub fn commit(self, length: usize) -> Result<(), TrySendError> {
+        self.instance.signals.gate.check_send()?;
+        self.reservation.commit(length).map_err(refused)?;
+        self.instance.sent(self.block, 1);
+        Ok(())
     }
 }
 
@@ -391,11 +399,16 @@ impl SendBatch<'_> {
     }
 
     /// Sends everything staged, in order, and returns how many. Wait-free.
+    ///
+    /// # Errors
+    /// [`TrySendError::Unavailable`] if the kernel stopped taking messages since the batch was begun; nothing is sent
+    /// then.
     #[inline]
-    pub fn commit(self) -> usize {
+    pub fn commit(self) -> Result<usize, TrySendError> {
+        self.instance.signals.gate.check_send()?;
         let count = self.batch.commit();
         self.instance.sent(self.block, count);
-        count as usize
+        Ok(count as usize)
     }
 }
 

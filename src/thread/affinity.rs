@@ -42,6 +42,11 @@ pub(crate) fn usable_core_count() -> usize {
     *COUNT.get_or_init(|| usable_cores().len().max(1))
 }
 
+/// Looks the usable cores up, so that no wait has to. Control plane only.
+pub(crate) fn initialise() {
+    let _ = usable_core_count();
+}
+
 /// The cores that the calling thread may run on; empty where the system does not tell.
 #[must_use]
 pub fn current_affinity() -> Vec<usize> {

@@ -79,6 +79,16 @@ impl CoreLease {
         Self { core }
     }
 
+    /// How many different ones of `candidates` no resident thread spins on.
+    pub(crate) fn unused(candidates: &[usize]) -> usize {
+        let leases = LEASES.lock();
+        let mut cores = candidates.to_vec();
+        cores.sort_unstable();
+        cores.dedup();
+        cores.retain(|core| !leases.contains_key(core));
+        cores.len()
+    }
+
     /// Those of `candidates` that no resident thread spins on; all of them if none is free.
     pub(crate) fn free_of(candidates: &[usize]) -> Vec<usize> {
         let leases = LEASES.lock();
@@ -124,6 +134,8 @@ mod tests {
         let second = CoreLease::least_used(&CORES).unwrap();
         assert_eq!((first.core(), second.core()), (CORES[2], CORES[1]));
         assert_eq!(CoreLease::free_of(&CORES), [CORES[0]]);
+        assert_eq!(CoreLease::unused(&CORES), 1);
+        assert_eq!(CoreLease::unused(&[CORES[0], CORES[0]]), 1);
         drop(first);
         assert_eq!(CoreLease::free_of(&CORES), [CORES[0], CORES[2]]);
         let again = CoreLease::of(CORES[0]);

@@ -53,13 +53,6 @@ impl EventCount {
     pub(crate) fn notify(&self) {
         // ORDERING: park. See `prepare`.
         fence(Ordering::SeqCst);
-        self.notify_seen();
-    }
-
-    /// Wakes every sleeper that is already visible. Costs one load, but can miss a thread that is just announcing
-    /// itself: the caller must follow with [`notify`](Self::notify) before it goes idle.
-    #[inline]
-    pub(crate) fn notify_seen(&self) {
         if self.waiters.load(Ordering::Relaxed) != 0 {
             self.wake();
         }

@@ -194,3 +194,28 @@ pub fn a_failed_launch_leaves_nothing_behind<S: Subject>() {
     let report = runtime.complete_shutdown();
     assert_eq!(report.unwrap().kernels, 0);
 }
+
+pub fn panics_of_several_blocks_are_all_accounted_for<S: Subject>() {
+    let runtime = runtime::<S>();
+    let kernel = runtime
+        .launch("test.panic", 2, 1, LaunchOptions::default())
+        .unwrap();
+    kernel.activate().unwrap();
+    // Both blocks have theirs before either looks.
+    let (mut sender, _receiver) = kernel.split_bytes().unwrap();
+    sender.try_send_bytes(b"panic").unwrap();
+    let second = sender.try_send_bytes(b"panic");
+    eventually("the failure", || {
+        kernel.status().state == KernelState::Failed
+    });
+    let report = runtime.complete_shutdown().unwrap();
+    assert!(report.requests.adds_up(), "{report}");
+    let accepted = 1 + u64::from(second.is_ok());
+    assert_eq!(report.requests.accepted, accepted);
+    // The second one either killed its block too, or was never looked at.
+    assert_eq!(
+        report.requests.dead_lettered + report.requests.returned,
+        accepted
+    );
+    assert!(report.requests.dead_lettered >= 1);
+}

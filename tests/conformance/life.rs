@@ -813,3 +813,52 @@ pub fn several_devices_are_told_apart<S: Subject>() {
     assert!(runtime.kernel(other.name()).is_some());
     assert!(runtime.kernel("nobody").is_none());
 }
+
+pub fn nothing_can_be_committed_after_the_end<S: Subject>() {
+    let runtime = runtime::<S>();
+    let kernel = active(&runtime, "echo", small());
+    let (mut sender, _receiver) = kernel.split_bytes().unwrap();
+    let terminated = Err(TrySendError::Unavailable(Unavailable::Terminated));
+    let slot = sender.reserve().unwrap();
+    kernel.terminate().unwrap();
+    assert_eq!(slot.commit(1), terminated);
+    let other = active(&runtime, "echo", small());
+    let (mut sender, _receiver) = other.split_bytes().unwrap();
+    let mut batch = sender.batch(4).unwrap();
+    batch.stage_bytes(b"x").unwrap();
+    other.terminate().unwrap();
+    assert_eq!(batch.commit().map(|_| ()), terminated);
+    let report = runtime.complete_shutdown().unwrap();
+    assert_eq!(report.requests.accepted, 0);
+}
+
+pub fn names_are_unique_and_clean<S: Subject>() {
+    let runtime = runtime::<S>();
+    let named = |name: &str| LaunchOptions {
+        name: Some(name.into()),
+        ..small()
+    };
+    let first = runtime.launch("echo", 1, 1, named("echo-2")).unwrap();
+    let others: Vec<KernelHandle> = (0..3)
+        .map(|_| runtime.launch("echo", 1, 1, small()).unwrap())
+        .collect();
+    let mut names: Vec<&str> = others.iter().map(KernelHandle::name).collect();
+    names.push(first.name());
+    names.sort_unstable();
+    names.dedup();
+    assert_eq!(names.len(), 4, "{names:?}");
+    assert!(matches!(
+        runtime.launch("echo", 1, 1, named("nul\0")),
+        Err(Error::InvalidOption { option: "name", .. })
+    ));
+    for registration in [
+        ringkernel::KernelRegistration::new("nul\0"),
+        ringkernel::KernelRegistration::new("huge").state_size(usize::MAX),
+        ringkernel::KernelRegistration::new("huge").state_size(usize::MAX - 62),
+    ] {
+        assert!(matches!(
+            runtime.register(registration),
+            Err(Error::InvalidOption { .. })
+        ));
+    }
+}

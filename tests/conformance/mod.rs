@@ -91,6 +91,8 @@ macro_rules! conformance {
                 messages_are_read_and_written_in_place,
                 bad_correlations_are_refused,
                 state_is_kept_between_messages,
+                an_error_in_a_batch_is_not_lost,
+                a_message_in_place_is_checked_for_its_type,
             }
             sharing::{
                 cloned_handles_lose_and_double_nothing,
@@ -103,6 +105,10 @@ macro_rules! conformance {
                 a_grid_spreads_messages_and_keeps_keys_together,
                 every_wait_strategy_delivers,
                 auto_starves_nobody,
+                received_messages_make_room_in_the_inbox,
+                a_message_that_stays_is_found_again_on_a_grid,
+                split_is_refused_while_another_thread_waits,
+                a_receive_of_no_time_succeeds_beside_a_busy_caller,
             }
             life::{
                 an_unknown_kernel_is_refused_with_a_list,
@@ -123,6 +129,8 @@ macro_rules! conformance {
                 configured_numbers_are_honoured,
                 a_default_echo_takes_less_than_a_mebibyte,
                 several_devices_are_told_apart,
+                nothing_can_be_committed_after_the_end,
+                names_are_unique_and_clean,
             }
             faults::{
                 a_panic_fails_its_kernel_and_no_other,
@@ -130,6 +138,7 @@ macro_rules! conformance {
                 a_handler_that_never_returns_is_reported_in_time,
                 memory_that_is_not_there_is_an_error,
                 a_failed_launch_leaves_nothing_behind,
+                panics_of_several_blocks_are_all_accounted_for,
             }
         }
     };

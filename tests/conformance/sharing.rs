@@ -5,7 +5,9 @@ use std::sync::Mutex;
 use std::thread;
 use std::time::Duration;
 
-use ringkernel::error::{CallError, RecvTimeoutError, SendTimeoutError, TryRecvError, Unavailable};
+use ringkernel::error::{
+    CallError, MessageError, RecvTimeoutError, SendTimeoutError, TryRecvError, Unavailable,
+};
 use ringkernel::{Error, KernelHandle, LaunchOptions, SendOptions, WaitStrategy};
 
 use super::kernels::{Add, GATE_OPEN, Opened, Sum};
@@ -309,4 +311,98 @@ pub fn auto_starves_nobody<S: Subject>() {
     for kernel in &kernels {
         assert_eq!(kernel.metrics().received_replies, 2000);
     }
+}
+
+pub fn received_messages_make_room_in_the_inbox<S: Subject>() {
+    let runtime = runtime::<S>();
+    let options = LaunchOptions {
+        queue_capacity: Some(16),
+        ..LaunchOptions::default()
+    };
+    let kernel = active(&runtime, "echo", options);
+    let mut reply = [0; 8];
+    let put_aside = |number: u8| {
+        kernel.send_bytes(&[number]).unwrap();
+        kernel.call_bytes(b"c", &mut [0; 8], LONG).unwrap();
+    };
+    put_aside(0);
+    assert_eq!(kernel.recv_bytes_timeout(&mut reply, LONG), Ok(1));
+    for number in 1..=16 {
+        put_aside(number);
+    }
+    assert_eq!(kernel.metrics().dead_letters.inbox_full, 0);
+    for number in 1..=16 {
+        assert_eq!(kernel.recv_bytes_timeout(&mut reply, LONG), Ok(1));
+        assert_eq!(reply[0], number);
+    }
+}
+
+pub fn a_message_that_stays_is_found_again_on_a_grid<S: Subject>() {
+    let runtime = runtime::<S>();
+    let kernel = runtime
+        .launch("echo", 2, 1, LaunchOptions::default())
+        .unwrap();
+    kernel.activate().unwrap();
+    kernel.send_bytes(&[1; 8]).unwrap();
+    kernel.send_bytes(&[2]).unwrap();
+    eventually("both replies", || kernel.metrics().produced == 2);
+    let too_small = RecvTimeoutError::Message(MessageError::BufferTooSmall { length: 8 });
+    for _ in 0..3 {
+        assert_eq!(kernel.recv_bytes_timeout(&mut [0; 4], LONG), Err(too_small));
+    }
+    let mut reply = [0; 8];
+    assert_eq!(kernel.recv_bytes_timeout(&mut reply, LONG), Ok(8));
+    assert_eq!(kernel.recv_bytes_timeout(&mut reply, LONG), Ok(1));
+}
+
+pub fn split_is_refused_while_another_thread_waits<S: Subject>() {
+    let runtime = runtime::<S>();
+    let kernel = active(&runtime, "echo", LaunchOptions::default());
+    thread::scope(|scope| {
+        let receiver = scope.spawn(|| kernel.recv_bytes_timeout(&mut [0; 8], LONG));
+        thread::sleep(Duration::from_millis(20));
+        let error = kernel.split_bytes().unwrap_err();
+        assert!(matches!(error, Error::EndpointsBusy { .. }), "{error}");
+        kernel.send_bytes(b"wake").unwrap();
+        assert_eq!(receiver.join().unwrap(), Ok(4));
+    });
+    let (sender, receiver) = kernel.split_bytes().unwrap();
+    drop(sender);
+    // Nobody could fetch the reply: the request is not even sent.
+    assert_eq!(
+        kernel.call_bytes(b"x", &mut [0; 8], LONG),
+        Err(CallError::Unavailable(Unavailable::Split))
+    );
+    assert_eq!(kernel.metrics().accepted, 1);
+    drop(receiver);
+    assert_eq!(kernel.call_bytes(b"x", &mut [0; 8], LONG), Ok(1));
+}
+
+pub fn a_receive_of_no_time_succeeds_beside_a_busy_caller<S: Subject>() {
+    let runtime = runtime::<S>();
+    let options = LaunchOptions {
+        host_wait: Some(WaitStrategy::SpinYield),
+        ..LaunchOptions::default()
+    };
+    let kernel = active(&runtime, "test.gated", options);
+    thread::scope(|scope| {
+        let open = Opened::new(&GATE_OPEN);
+        for _ in 0..200 {
+            kernel.send_bytes(b"x").unwrap();
+        }
+        eventually("all replies", || kernel.metrics().produced == 200);
+        drop(open);
+        // Looks at the rings all the time, and puts every reply aside.
+        let caller = scope.spawn(|| kernel.call_bytes(b"c", &mut [0; 8], LONG));
+        eventually("the call", || kernel.metrics().accepted == 201);
+        for _ in 0..200 {
+            assert_eq!(
+                kernel.recv_bytes_timeout(&mut [0; 8], Duration::ZERO),
+                Ok(1)
+            );
+        }
+        let open = Opened::new(&GATE_OPEN);
+        assert_eq!(caller.join().unwrap(), Ok(1));
+        drop(open);
+    });
 }

@@ -145,15 +145,13 @@ impl Dispatch for CpuDispatch {
         }
     }
 
-    fn leftovers(&self) -> Vec<UndeliveredMessage> {
-        let mut messages = Vec::new();
-        for block in self.blocks.iter() {
-            let position = block.control().processed();
-            // SAFETY: the caller of `leftovers` promises that the dispatch ended or is stuck in a handler;
-            // `request_stop` has set every `terminate` word before either.
-            messages.extend(unsafe { block.leftovers(&self.signals.name, position) });
-        }
-        messages
+    fn leftovers(&self, block: u32, position: u32) -> Vec<UndeliveredMessage> {
+        let Some(block) = self.blocks.get(block as usize) else {
+            return Vec::new();
+        };
+        // SAFETY: the caller promises that the dispatch ended, or is stuck in a handler; `request_stop` has set every
+        // `terminate` word before either.
+        unsafe { block.leftovers(&self.signals.name, position) }
     }
 }
 

@@ -84,6 +84,7 @@ impl Worker {
             port: ReplyPort {
                 producer: replies,
                 control: memory.control(),
+                telemetry: setup.telemetry.then(|| memory.telemetry()),
                 signals: Arc::clone(&signals),
                 block: memory.index,
                 may_nap: setup.wait != KernelWait::Spin,
@@ -147,7 +148,7 @@ impl BlockLoop<'_> {
                 self.requests.publish_cursor();
                 control.store_state(BlockState::Idle);
             } else {
-                control.beat();
+                self.port.show_life();
                 self.sleep(self.setup.heartbeat_interval, |block| {
                     block.memory.control().is_active()
                 });
@@ -200,7 +201,10 @@ impl BlockLoop<'_> {
             }
             IdleStep::SleepFor(interval) => {
                 self.store_telemetry();
-                self.sleep(interval, |_| false);
+                // Not woken by requests, but by commands.
+                self.sleep(interval.min(self.setup.heartbeat_interval), |block| {
+                    !block.memory.control().is_active()
+                });
                 self.port.control.beat();
             }
         }
@@ -230,7 +234,6 @@ impl BlockLoop<'_> {
         } else {
             0
         };
-        let replies_before = self.port.replies;
         self.in_hand = true;
         let outcome = self.call_handler(header);
         if let Err(error) = &outcome {
@@ -239,9 +242,7 @@ impl BlockLoop<'_> {
         self.in_hand = false;
         self.requests.release();
         self.port.control.store_processed(self.requests.position());
-        if self.port.replies != replies_before {
-            self.port.signals.replies_settled();
-        }
+        self.port.control.beat();
         self.telemetry.received += 1;
         self.telemetry.bytes_in += header.length() as u64;
         if self.setup.telemetry {
@@ -315,11 +316,6 @@ impl BlockLoop<'_> {
     }
 
     fn corrupt(&self, corruption: Corruption) -> KernelFailure {
-        self.port.control.count_dropped();
-        self.port
-            .signals
-            .dead_letters
-            .count_request(DeadLetterReason::Corrupt);
         KernelFailure {
             reason: FailureReason::CorruptRing,
             message: format!("request ring: {corruption}"),
