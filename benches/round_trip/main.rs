@@ -8,6 +8,7 @@
 #[path = "../support/machine.rs"]
 mod machine;
 mod paths;
+mod shared;
 mod streams;
 
 use std::fs;
@@ -92,7 +93,7 @@ fn run() -> Result<(), Failure> {
         config.messages,
         config.caller_core,
         config.kernel_core,
-        paths::CAPACITY,
+        shared::CAPACITY,
     );
     ringkernel::thread::affinity::pin_current_thread(config.caller_core)?;
 
@@ -125,7 +126,7 @@ fn run() -> Result<(), Failure> {
                 "kernel_core": config.kernel_core,
                 "wait": "spin",
                 "telemetry": false,
-                "queue_capacity": paths::CAPACITY,
+                "queue_capacity": shared::CAPACITY,
             },
             "round_trips": round_trips,
             "streams": streams,

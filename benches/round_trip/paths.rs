@@ -5,25 +5,19 @@ use std::hint::spin_loop;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use ringkernel::{
-    Dim3, KernelHandle, LaunchOptions, RingKernelRuntime, RuntimeConfig, WaitStrategy,
+    Dim3, KernelHandle, LaunchOptions, RingKernelRuntime, WaitStrategy,
     thread::affinity::pin_current_thread, time::now_ns,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
+use crate::shared::{CAPACITY, TIMEOUT, pinned, ring, runtime};
 use crate::{Config, Failure};
-
-/// Slots of every queue.
-pub const CAPACITY: usize = 4096;
 
 /// Kernels that are launched, and idle, beside the one that is measured.
 const IDLE_KERNELS: usize = 64;
-
-/// Longer than any scheduler keeps a thread away; a message that takes longer is a failure.
-pub const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A payload that differs from message to message in every 8 bytes.
 pub fn fill<const N: usize>(payload: &mut [u8; N], message: u64) {
@@ -96,27 +90,6 @@ impl<const N: usize> Path<N> {
         self.echo
             .round(config, &mut meter)
             .map_err(|error| format!("{}: {error}", self.name).into())
-    }
-}
-
-/// A runtime of the high-performance preset: kernels and callers spin, kernels do not time their handlers unless asked.
-pub fn runtime(config: &Config, telemetry: bool) -> Result<RingKernelRuntime, Failure> {
-    Ok(RingKernelRuntime::builder()
-        .backend(config.backend)
-        .config(RuntimeConfig {
-            default_queue_capacity: CAPACITY,
-            enable_telemetry: telemetry,
-            ..RuntimeConfig::high_performance()
-        })
-        .build()?)
-}
-
-/// Options that put a one-block kernel onto the kernel core.
-pub fn pinned<const N: usize>(config: &Config) -> LaunchOptions {
-    LaunchOptions {
-        message_size: Some(N),
-        cores: vec![config.kernel_core],
-        ..LaunchOptions::default()
     }
 }
 
@@ -350,7 +323,7 @@ struct Ring;
 impl<const N: usize> Echo<N> for Ring {
     fn round(&mut self, config: &Config, meter: &mut Meter<'_, N>) -> Result<(), Failure> {
         use ringkernel::message::Envelope;
-        let (there, back) = (crate::streams::ring(N)?, crate::streams::ring(N)?);
+        let (there, back) = (ring(N)?, ring(N)?);
         let (mut sender, mut echo_in) = there.ends();
         let (mut echo_out, mut receiver) = back.ends();
         let plain = Envelope::default();

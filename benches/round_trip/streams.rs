@@ -1,21 +1,18 @@
 //! One-way streams: how many messages a second reach the other core.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::hint::spin_loop;
-use std::ptr::NonNull;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Instant;
 
 use ringkernel::message::Envelope;
-use ringkernel::ring::{CURSOR_BYTES, Consumer, Producer, RingLayout, RingParts, WriteCombining};
 use ringkernel::{
     Dim3, KernelHandle, KernelRegistration, RingKernelRuntime, error::TrySendError,
     thread::affinity::pin_current_thread,
 };
 use serde_json::{Value, json};
 
-use crate::paths::{CAPACITY, TIMEOUT, pinned, runtime};
+use crate::shared::{CAPACITY, TIMEOUT, pinned, ring, runtime};
 use crate::{Config, Failure};
 
 /// The payload's first eight bytes of the message that asks for the sum of all before it.
@@ -343,52 +340,4 @@ fn std_mpsc<const N: usize>(config: &Config, messages: usize) -> Result<u64, Fai
             }
         },
     )
-}
-
-/// A ring of our own in plain heap memory.
-pub struct HeapRing {
-    parts: RingParts,
-    layout: RingLayout,
-    memory: Layout,
-}
-
-/// An empty ring for payloads of up to `payload` bytes.
-pub fn ring(payload: usize) -> Result<HeapRing, Failure> {
-    let layout = RingLayout::new(CAPACITY, payload, false)?;
-    let memory = Layout::from_size_align(layout.slots_bytes() + CURSOR_BYTES, 4096)?;
-    // SAFETY: the size is not zero.
-    let slots = NonNull::new(unsafe { alloc_zeroed(memory) }).ok_or("out of memory")?;
-    let parts = RingParts {
-        slots,
-        // SAFETY: the allocation has CURSOR_BYTES behind its slots.
-        cursor: unsafe { slots.add(layout.slots_bytes()) }.cast(),
-        write_combining: WriteCombining::No,
-    };
-    // SAFETY: both parts lie within the fresh allocation.
-    unsafe { parts.initialise(layout, 0) };
-    Ok(HeapRing {
-        parts,
-        layout,
-        memory,
-    })
-}
-
-impl HeapRing {
-    /// Both ends. Called once for each ring here; the ring outlives them because it is declared first.
-    pub fn ends(&self) -> (Producer, Consumer) {
-        // SAFETY: the parts were initialised with this layout and start; see above for the rest.
-        unsafe {
-            (
-                Producer::new(self.parts, self.layout, 0),
-                Consumer::new(self.parts, self.layout, 0),
-            )
-        }
-    }
-}
-
-impl Drop for HeapRing {
-    fn drop(&mut self) {
-        // SAFETY: allocated with this very layout.
-        unsafe { dealloc(self.parts.slots.as_ptr(), self.memory) };
-    }
 }

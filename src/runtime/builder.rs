@@ -21,10 +21,17 @@ use crate::kernel::KernelRegistration;
 #[derive(Clone, Debug, Default)]
 #[must_use]
 pub struct RuntimeBuilder {
-    pub(super) backend: Option<BackendType>,
-    pub(super) device: usize,
-    pub(super) config: RuntimeConfig,
-    pub(super) registrations: Vec<KernelRegistration>,
+    backend: Option<BackendType>,
+    device: usize,
+    config: RuntimeConfig,
+    registrations: Vec<KernelRegistration>,
+}
+
+impl RingKernelRuntime {
+    /// Starts to describe a runtime.
+    pub fn builder() -> RuntimeBuilder {
+        RuntimeBuilder::default()
+    }
 }
 
 impl RuntimeBuilder {
@@ -79,6 +86,6 @@ impl RuntimeBuilder {
     /// [`Error::InvalidOption`] or [`Error::CoreNotFound`] for a bad configuration; [`Error::DuplicateKernel`];
     /// [`Error::DeviceNotFound`]; [`Error::BackendUnavailable`].
     pub fn build(self) -> Result<RingKernelRuntime, Error> {
-        RingKernelRuntime::build(self)
+        RingKernelRuntime::build(self.backend, self.device, self.config, self.registrations)
     }
 }

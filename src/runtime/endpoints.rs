@@ -13,10 +13,6 @@ use super::send::{
 use crate::error::{RecvTimeoutError, SendTimeoutError, TryRecvError, TrySendError, Unavailable};
 use crate::message::{Envelope, RAW_KIND, RingMessage};
 
-/// Marks endpoints of raw bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Bytes {}
-
 /// The exclusive sending endpoint of a kernel. `Send`, but neither `Sync` nor `Clone`: two threads that send through
 /// one cannot be written.
 ///

@@ -7,11 +7,12 @@ use std::time::Duration;
 use parking_lot::{MappedMutexGuard, MutexGuard};
 
 use super::calls::PendingCall;
-use super::endpoints::{Bytes, Receiver, Sender};
+use super::endpoints::{Receiver, Sender};
 use super::instance::KernelInstance;
 use super::metrics::{KernelMetrics, KernelStatus};
 use super::receive::{
-    Found, Look, Miss, ReceiveSide, WaitEnd, kind_of, read_reply, read_reply_bytes, until_found,
+    Bytes, Found, Look, Miss, ReceiveSide, WaitEnd, kind_of, read_reply, read_reply_bytes,
+    until_found,
 };
 use super::send::{Address, SendOptions, SendSide, until_sent, write_bytes, write_message};
 use crate::error::{

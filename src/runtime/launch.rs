@@ -7,7 +7,8 @@ use parking_lot::Mutex;
 
 use super::calls::{CallTable, MAX_CALLS};
 use super::config::RuntimeConfig;
-use super::instance::{ControlPlane, Counter, KernelInstance};
+use super::instance::{ControlPlane, KernelInstance};
+use super::link::{Counter, KernelLink};
 use super::receive::ReceiveSide;
 use super::send::SendSide;
 use crate::backend::{
@@ -88,7 +89,7 @@ pub(super) fn launch(
     })?;
     // Cannot fail: the kernel was created here.
     let _ = signals.gate.transition(KernelState::Launched);
-    Ok(Arc::new(KernelInstance {
+    let link = KernelLink {
         kernel: registration.id().to_owned(),
         device: device.info().index,
         signals,
@@ -109,6 +110,9 @@ pub(super) fn launch(
         delivered: Counter::default(),
         handed_over: AtomicU64::new(0),
         waiters: AtomicU32::new(0),
+    };
+    Ok(Arc::new(KernelInstance {
+        link,
         send: Mutex::new(Some(SendSide::new(producers))),
         receive: Mutex::new(Some(ReceiveSide::new(consumers, inbox))),
         control: Mutex::new(ControlPlane {

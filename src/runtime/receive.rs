@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 use std::time::Duration;
 
 use super::calls::{CALL_BIT, PendingCall};
-use super::instance::KernelInstance;
+use super::link::KernelLink;
 use crate::backend::{HostConsumer, HostProducer};
 use crate::error::{HandlerError, MessageError, RecvTimeoutError, TryRecvError, Unavailable};
 use crate::kernel::DeadLetterReason;
@@ -30,6 +30,10 @@ pub(super) struct ReceiveSide {
     /// Header of the message that was found last.
     header: MessageHeader,
 }
+
+/// Marks endpoints of raw bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Bytes {}
 
 /// Where a message lies that has been found and not yet taken: a block, or behind the last of them the inbox.
 ///
@@ -95,38 +99,38 @@ impl ReceiveSide {
     /// The next message that is not the reply to a call. Replies to calls are handed to them on the way. Looks up to
     /// `polls` times.
     #[inline(always)]
-    pub(super) fn find(&mut self, instance: &KernelInstance, polls: u32) -> Result<Found, Miss> {
+    pub(super) fn find(&mut self, link: &KernelLink, polls: u32) -> Result<Found, Miss> {
         if self.inbox_depth == 0
             && let [only] = &mut *self.replies
         {
             // One block, nothing put aside: the message, if there is one, is at hand.
             match only.peek_spinning(polls) {
                 Peek::Ready(header)
-                    if header.correlation() & CALL_BIT == 0 && is_valid(instance, &header) =>
+                    if header.correlation() & CALL_BIT == 0 && is_valid(link, &header) =>
                 {
                     self.header = header;
                     return Ok(Found(0));
                 }
                 Peek::Empty => {
-                    return match instance.signals.gate.check_receive() {
+                    return match link.signals.gate.check_receive() {
                         Ok(()) => Err(Miss::Empty),
-                        Err(unavailable) => self.find_after_end(instance, unavailable),
+                        Err(unavailable) => self.find_after_end(link, unavailable),
                     };
                 }
                 _ => {}
             }
         }
-        self.find_anywhere(instance)
+        self.find_anywhere(link)
     }
 
     /// As `find`, over all rings and for messages that need more than to be handed out.
-    fn find_anywhere(&mut self, instance: &KernelInstance) -> Result<Found, Miss> {
-        if let Some(found) = self.next_uncorrelated(instance) {
+    fn find_anywhere(&mut self, link: &KernelLink) -> Result<Found, Miss> {
+        if let Some(found) = self.next_uncorrelated(link) {
             return Ok(found);
         }
-        match instance.signals.gate.check_receive() {
+        match link.signals.gate.check_receive() {
             Ok(()) => Err(Miss::Empty),
-            Err(unavailable) => self.find_after_end(instance, unavailable),
+            Err(unavailable) => self.find_after_end(link, unavailable),
         }
     }
 
@@ -134,10 +138,10 @@ impl ReceiveSide {
     #[cold]
     fn find_after_end(
         &mut self,
-        instance: &KernelInstance,
+        link: &KernelLink,
         unavailable: Unavailable,
     ) -> Result<Found, Miss> {
-        self.next_uncorrelated(instance)
+        self.next_uncorrelated(link)
             .ok_or(Miss::Unavailable(unavailable))
     }
 
@@ -146,7 +150,7 @@ impl ReceiveSide {
     #[inline(always)]
     pub(super) fn find_reply(
         &mut self,
-        instance: &KernelInstance,
+        link: &KernelLink,
         call: &PendingCall<'_>,
         polls: u32,
     ) -> Option<Found> {
@@ -154,7 +158,7 @@ impl ReceiveSide {
             match only.peek_spinning(polls) {
                 Peek::Empty => return None,
                 Peek::Ready(header)
-                    if header.correlation() == call.correlation && is_valid(instance, &header) =>
+                    if header.correlation() == call.correlation && is_valid(link, &header) =>
                 {
                     self.header = header;
                     return Some(Found(0));
@@ -162,24 +166,20 @@ impl ReceiveSide {
                 _ => {}
             }
         }
-        self.find_reply_anywhere(instance, call)
+        self.find_reply_anywhere(link, call)
     }
 
-    fn find_reply_anywhere(
-        &mut self,
-        instance: &KernelInstance,
-        call: &PendingCall<'_>,
-    ) -> Option<Found> {
+    fn find_reply_anywhere(&mut self, link: &KernelLink, call: &PendingCall<'_>) -> Option<Found> {
         loop {
-            let (block, header) = self.next_reply(instance)?;
+            let (block, header) = self.next_reply(link)?;
             if header.correlation() == call.correlation {
                 self.header = header;
                 return Some(Found(block));
             }
             if header.correlation() & CALL_BIT != 0 {
-                self.hand_over(instance, block, &header);
+                self.hand_over(link, block, &header);
             } else {
-                self.put_aside(instance, block, &header);
+                self.put_aside(link, block, &header);
             }
         }
     }
@@ -197,7 +197,7 @@ impl ReceiveSide {
     }
 
     #[inline]
-    fn next_uncorrelated(&mut self, instance: &KernelInstance) -> Option<Found> {
+    fn next_uncorrelated(&mut self, link: &KernelLink) -> Option<Found> {
         if self.inbox_depth > 0
             && let Peek::Ready(header) = self.inbox.peek()
         {
@@ -205,18 +205,18 @@ impl ReceiveSide {
             return Some(Found(self.replies.len()));
         }
         loop {
-            let (block, header) = self.next_reply(instance)?;
+            let (block, header) = self.next_reply(link)?;
             if header.correlation() & CALL_BIT == 0 {
                 self.header = header;
                 return Some(Found(block));
             }
-            self.hand_over(instance, block, &header);
+            self.hand_over(link, block, &header);
         }
     }
 
     /// The next message of any block, whose header has been checked.
     #[inline]
-    fn next_reply(&mut self, instance: &KernelInstance) -> Option<(usize, MessageHeader)> {
+    fn next_reply(&mut self, link: &KernelLink) -> Option<(usize, MessageHeader)> {
         let count = self.replies.len();
         for offset in 0..count {
             let block = if self.next + offset < count {
@@ -228,17 +228,17 @@ impl ReceiveSide {
                 match self.replies[block].peek() {
                     Peek::Empty => break,
                     Peek::Ready(header) => {
-                        if is_valid(instance, &header) {
+                        if is_valid(link, &header) {
                             return Some((block, header));
                         }
-                        self.skip_corrupt(instance, block, "kind or lane out of range");
+                        self.skip_corrupt(link, block, "kind or lane out of range");
                     }
                     Peek::Corrupt(corruption @ Corruption::Length { .. }) => {
-                        self.skip_corrupt(instance, block, &corruption.to_string());
+                        self.skip_corrupt(link, block, &corruption.to_string());
                     }
                     Peek::Corrupt(corruption) => {
                         // Nothing behind a bad sequence can be trusted, and it does not go away.
-                        instance.quarantine(block, &format!("reply ring: {corruption}"));
+                        link.quarantine(block, &format!("reply ring: {corruption}"));
                         break;
                     }
                 }
@@ -249,46 +249,44 @@ impl ReceiveSide {
 
     /// Passes over a message that no correct kernel writes, and fails the kernel that wrote it.
     #[cold]
-    fn skip_corrupt(&mut self, instance: &KernelInstance, block: usize, what: &str) {
+    fn skip_corrupt(&mut self, link: &KernelLink, block: usize, what: &str) {
         self.release_reply(block);
-        instance
-            .signals
+        link.signals
             .dead_letters
             .count_reply(DeadLetterReason::Corrupt);
-        instance.quarantine(block, &format!("reply ring: {what}"));
+        link.quarantine(block, &format!("reply ring: {what}"));
     }
 
     /// Gives a reply to the call that waits for it.
     #[cold]
-    fn hand_over(&mut self, instance: &KernelInstance, block: usize, header: &MessageHeader) {
+    fn hand_over(&mut self, link: &KernelLink, block: usize, header: &MessageHeader) {
         let consumer = &self.replies[block];
         // The call itself counts what it makes of the reply.
-        if !instance.calls.deliver(*header, consumer.payload(header)) {
-            instance
-                .signals
+        if !link.calls.deliver(*header, consumer.payload(header)) {
+            link.signals
                 .dead_letters
                 .count_reply(DeadLetterReason::LateReply);
         }
         self.release_reply(block);
-        instance.signals.reply_written();
+        link.signals.reply_written();
     }
 
     /// Moves an uncorrelated reply into the inbox.
     #[cold]
-    fn put_aside(&mut self, instance: &KernelInstance, block: usize, header: &MessageHeader) {
+    fn put_aside(&mut self, link: &KernelLink, block: usize, header: &MessageHeader) {
         let consumer = &self.replies[block];
         let envelope = header.envelope(consumer.extension(header));
         // All that was received from it is free, not only what went back by quarter ring.
         self.inbox.publish_cursor();
         match self.inbox_in.try_push(&envelope, consumer.payload(header)) {
             Ok(()) => self.inbox_depth += 1,
-            Err(_) => instance
+            Err(_) => link
                 .signals
                 .dead_letters
                 .count_reply(DeadLetterReason::InboxFull),
         }
         self.release_reply(block);
-        instance.signals.reply_written();
+        link.signals.reply_written();
     }
 
     #[inline]
@@ -320,14 +318,10 @@ impl ReceiveSide {
 
     /// The message that was found, as a guard that takes it when dropped.
     #[inline]
-    pub(super) fn take<'a, M>(
-        &'a mut self,
-        instance: &'a KernelInstance,
-        found: Found,
-    ) -> Received<'a, M> {
+    pub(super) fn take<'a, M>(&'a mut self, link: &'a KernelLink, found: Found) -> Received<'a, M> {
         Received {
             side: self,
-            instance,
+            link,
             found,
             corrupt: Cell::new(false),
             message: PhantomData,
@@ -337,9 +331,9 @@ impl ReceiveSide {
 
 /// Whether a reply's header names a known type and the one lane there is. Its length has been checked by the ring.
 #[inline]
-fn is_valid(instance: &KernelInstance, header: &MessageHeader) -> bool {
+fn is_valid(link: &KernelLink, header: &MessageHeader) -> bool {
     header.lane() == 0
-        && (header.kind() == RAW_KIND || instance.types.type_id_of(header.kind()).is_some())
+        && (header.kind() == RAW_KIND || link.types.type_id_of(header.kind()).is_some())
 }
 
 /// How hard an attempt to find a message may try.
@@ -364,13 +358,13 @@ impl Look {
 /// missed. Sleeps, if at all, only while `is_ready` says no.
 #[inline(always)]
 pub(super) fn until_found<S, R>(
-    instance: &KernelInstance,
+    link: &KernelLink,
     timeout: Duration,
     mut side: S,
     mut attempt: impl FnMut(&mut S, Look) -> Result<R, Miss>,
     mut is_ready: impl FnMut(&mut S) -> bool,
 ) -> Result<R, WaitEnd> {
-    let mut waiter = Waiter::new(instance.host_wait, timeout);
+    let mut waiter = Waiter::new(link.host_wait, timeout);
     let mut last = false;
     loop {
         let look = Look {
@@ -382,7 +376,7 @@ pub(super) fn until_found<S, R>(
             Err(Miss::Unavailable(unavailable)) => return Err(WaitEnd::Unavailable(unavailable)),
             Err(Miss::Empty | Miss::Busy) if last => return Err(WaitEnd::Timeout),
             Err(Miss::Empty | Miss::Busy) => {
-                last = !waiter.pause(&instance.signals.replied, || is_ready(&mut side));
+                last = !waiter.pause(&link.signals.replied, || is_ready(&mut side));
             }
         }
     }
@@ -391,7 +385,7 @@ pub(super) fn until_found<S, R>(
 /// A received message, still in its slot. Dropping it gives the slot back to the kernel.
 pub struct Received<'a, M> {
     side: &'a mut ReceiveSide,
-    instance: &'a KernelInstance,
+    link: &'a KernelLink,
     found: Found,
     corrupt: Cell<bool>,
     message: PhantomData<fn() -> M>,
@@ -479,7 +473,7 @@ impl<M> Received<'_, M> {
         if let Some(error) = self.error() {
             return Err(MessageError::Handler(error));
         }
-        match self.instance.types.type_id_of(self.side.header.kind()) {
+        match self.link.types.type_id_of(self.side.header.kind()) {
             Some(found) if found == T::TYPE_ID => Ok(()),
             found => Err(MessageError::TypeMismatch {
                 expected: T::TYPE_ID,
@@ -525,17 +519,17 @@ impl<M> Drop for Received<'_, M> {
     fn drop(&mut self) {
         self.side.release(self.found);
         if self.corrupt.get() {
-            self.instance
+            self.link
                 .signals
                 .dead_letters
                 .count_reply(DeadLetterReason::Corrupt);
         } else {
-            self.instance.count_delivered();
+            self.link.count_delivered();
         }
     }
 }
 
-impl Received<'_, super::endpoints::Bytes> {
+impl Received<'_, Bytes> {
     /// Hands header and payload of a call's reply to `read`.
     #[inline]
     pub(super) fn read_with<R>(
@@ -590,9 +584,8 @@ pub(super) fn read_reply_bytes(
 
 /// The kind that received messages of `T` have; `None` if the kernel never sends any.
 #[inline]
-pub(super) fn kind_of<T: RingMessage>(instance: &KernelInstance) -> Option<u16> {
-    instance
-        .types
+pub(super) fn kind_of<T: RingMessage>(link: &KernelLink) -> Option<u16> {
+    link.types
         .kind_of(T::TYPE_ID)
         .ok()
         .filter(|kind| *kind != RAW_KIND)

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
 
-use super::builder::RuntimeBuilder;
 use super::config::RuntimeConfig;
 use super::handle::KernelHandle;
 use super::instance::{ControlPlane, KernelInstance};
@@ -79,18 +78,12 @@ impl fmt::Debug for RingKernelRuntime {
 }
 
 impl RingKernelRuntime {
-    /// Starts to describe a runtime.
-    pub fn builder() -> RuntimeBuilder {
-        RuntimeBuilder::default()
-    }
-
-    pub(super) fn build(builder: RuntimeBuilder) -> Result<Self, Error> {
-        let RuntimeBuilder {
-            backend,
-            device,
-            config,
-            registrations,
-        } = builder;
+    pub(super) fn build(
+        backend: Option<BackendType>,
+        device: usize,
+        config: RuntimeConfig,
+        registrations: Vec<KernelRegistration>,
+    ) -> Result<Self, Error> {
         config.validate()?;
         time::initialise();
         affinity::initialise();

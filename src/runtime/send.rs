@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use super::calls::CALL_BIT;
-use super::instance::KernelInstance;
+use super::link::KernelLink;
 use crate::backend::HostProducer;
 use crate::error::{Rejection, SendTimeoutError, TrySendError, Unavailable};
 use crate::message::{Envelope, Extension, Head, Priority, RingMessage};
@@ -110,10 +110,10 @@ impl Address {
     /// The extension at the moment of sending. Stamped by whoever holds the sending side, so that stamps increase in
     /// the order of the messages.
     #[inline]
-    fn extension_now(&self, instance: &KernelInstance) -> Option<Extension> {
+    fn extension_now(&self, link: &KernelLink) -> Option<Extension> {
         self.extension.map(|extension| Extension {
             timestamp_ns: if self.stamped {
-                instance.timestamps.next()
+                link.timestamps.next()
             } else {
                 0
             },
@@ -142,26 +142,26 @@ impl SendSide {
     #[inline]
     pub(super) fn try_send(
         &mut self,
-        instance: &KernelInstance,
+        link: &KernelLink,
         address: &Address,
         write: impl FnOnce(&mut [u8]) -> Result<usize, Rejection>,
     ) -> Result<(), TrySendError> {
-        instance.signals.gate.check_send()?;
-        let block = self.choose(instance, address.route)?;
+        link.signals.gate.check_send()?;
+        let block = self.choose(link, address.route)?;
         let producer = &mut self.producers[block];
-        let extension = address.extension_now(instance);
+        let extension = address.extension_now(link);
         let mut reservation = producer
             .reserve_head(address.head, extension.as_ref())
             .map_err(refused)?;
         let length = write(reservation.body_mut())?;
         reservation.commit(length).map_err(refused)?;
-        instance.sent(block, 1);
+        link.sent(block, 1);
         Ok(())
     }
 
     /// The block that the next message goes to, with at least one free slot.
     #[inline]
-    fn choose(&mut self, instance: &KernelInstance, route: Route) -> Result<usize, TrySendError> {
+    fn choose(&mut self, link: &KernelLink, route: Route) -> Result<usize, TrySendError> {
         let count = self.producers.len();
         let first = match route {
             _ if count == 1 => 0,
@@ -169,7 +169,7 @@ impl SendSide {
             Route::Key(key) => {
                 let block = block_of(key, count);
                 return match self.producers[block].free_slots(1) {
-                    0 => Err(self.full(instance)),
+                    0 => Err(self.full(link)),
                     _ => Ok(block),
                 };
             }
@@ -185,18 +185,18 @@ impl SendSide {
                 return Ok(block);
             }
         }
-        Err(self.full(instance))
+        Err(self.full(link))
     }
 
     /// A ring that looks full because the kernel published an impossible cursor is a ring that cannot be trusted.
     #[cold]
-    fn full(&self, instance: &KernelInstance) -> TrySendError {
+    fn full(&self, link: &KernelLink) -> TrySendError {
         if let Some(block) = self
             .producers
             .iter()
             .position(|producer| producer.bad_cursors() > 0)
         {
-            instance.quarantine(block, "request ring: the kernel's cursor is out of range");
+            link.quarantine(block, "request ring: the kernel's cursor is out of range");
             return TrySendError::Unavailable(Unavailable::Failed);
         }
         TrySendError::Full
@@ -206,18 +206,18 @@ impl SendSide {
     #[inline]
     pub(super) fn reserve<'a>(
         &'a mut self,
-        instance: &'a KernelInstance,
+        link: &'a KernelLink,
         address: &Address,
     ) -> Result<SendSlot<'a>, TrySendError> {
-        instance.signals.gate.check_send()?;
-        let block = self.choose(instance, address.route)?;
-        let extension = address.extension_now(instance);
+        link.signals.gate.check_send()?;
+        let block = self.choose(link, address.route)?;
+        let extension = address.extension_now(link);
         let reservation = self.producers[block]
             .reserve_head(address.head, extension.as_ref())
             .map_err(refused)?;
         Ok(SendSlot {
             reservation,
-            instance,
+            link,
             block,
         })
     }
@@ -226,15 +226,15 @@ impl SendSide {
     #[inline]
     pub(super) fn batch<'a>(
         &'a mut self,
-        instance: &'a KernelInstance,
+        link: &'a KernelLink,
         wanted: usize,
     ) -> Result<SendBatch<'a>, TrySendError> {
-        instance.signals.gate.check_send()?;
-        let block = self.choose(instance, Route::RoundRobin)?;
+        link.signals.gate.check_send()?;
+        let block = self.choose(link, Route::RoundRobin)?;
         let wanted = u32::try_from(wanted).unwrap_or(u32::MAX);
         Ok(SendBatch {
             batch: self.producers[block].batch(wanted),
-            instance,
+            link,
             block,
         })
     }
@@ -244,11 +244,11 @@ impl SendSide {
 /// after the deadline.
 #[inline]
 pub(super) fn until_sent<R>(
-    instance: &KernelInstance,
+    link: &KernelLink,
     timeout: Duration,
     mut attempt: impl FnMut() -> Result<R, TrySendError>,
 ) -> Result<R, SendTimeoutError> {
-    let mut waiter = Waiter::new(instance.host_wait, timeout);
+    let mut waiter = Waiter::new(link.host_wait, timeout);
     let mut last = false;
     loop {
         match attempt() {
@@ -308,7 +308,7 @@ pub(super) fn write_message<T: RingMessage>(
 /// A free slot of a request ring, to be written in place. Dropping it sends nothing.
 pub struct SendSlot<'a> {
     reservation: Reservation<'a>,
-    instance: &'a KernelInstance,
+    link: &'a KernelLink,
     block: usize,
 }
 
@@ -335,9 +335,9 @@ impl SendSlot<'_> {
     /// taking messages since the slot was reserved; nothing is sent then.
     #[inline]
     pub fn commit(self, length: usize) -> Result<(), TrySendError> {
-        self.instance.signals.gate.check_send()?;
+        self.link.signals.gate.check_send()?;
         self.reservation.commit(length).map_err(refused)?;
-        self.instance.sent(self.block, 1);
+        self.link.sent(self.block, 1);
         Ok(())
     }
 }
@@ -345,7 +345,7 @@ impl SendSlot<'_> {
 /// Several free slots of one request ring, published with one pass. Dropping it sends nothing.
 pub struct SendBatch<'a> {
     batch: Batch<'a>,
-    instance: &'a KernelInstance,
+    link: &'a KernelLink,
     block: usize,
 }
 
@@ -405,9 +405,9 @@ impl SendBatch<'_> {
     /// then.
     #[inline]
     pub fn commit(self) -> Result<usize, TrySendError> {
-        self.instance.signals.gate.check_send()?;
+        self.link.signals.gate.check_send()?;
         let count = self.batch.commit();
-        self.instance.sent(self.block, count);
+        self.link.sent(self.block, count);
         Ok(count as usize)
     }
 }

@@ -1,0 +1,183 @@
+//! What the sending and the receiving side of a kernel share: its signals, types, blocks and counters. The control plane
+//! is not in here.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::calls::CallTable;
+use super::lifecycle::MessageTally;
+use crate::backend::BlockMemory;
+use crate::kernel::signals::KernelSignals;
+use crate::kernel::{DeadLetterReason, FailureReason, KernelFailure, KernelState, TypeTable};
+use crate::thread::WaitStrategy;
+use crate::time::TimestampSource;
+
+/// A counter on a cache line pair of its own, written by one thread at a time.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(super) struct Counter(AtomicU64);
+
+impl Counter {
+    /// Not a read-modify-write: whoever calls this is the only writer at that time.
+    #[inline]
+    fn add(&self, count: u64) {
+        self.0
+            .store(self.0.load(Ordering::Relaxed) + count, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Everything about a launched kernel but who holds its sides and who controls it.
+#[derive(Debug)]
+pub(crate) struct KernelLink {
+    /// Id of the registration.
+    pub(super) kernel: String,
+    pub(super) device: usize,
+    pub(super) signals: Arc<KernelSignals>,
+    pub(super) types: Arc<TypeTable>,
+    pub(super) blocks: Box<[Arc<BlockMemory>]>,
+    /// Slots of each ring.
+    pub(super) capacity: u64,
+    /// Whether a sender must look for a sleeping kernel.
+    pub(super) needs_wake: bool,
+    pub(super) host_wait: WaitStrategy,
+    pub(super) default_timeout: Duration,
+    pub(super) termination_timeout: Duration,
+    pub(super) telemetry: bool,
+    pub(super) spins: bool,
+    pub(super) cores: Vec<usize>,
+    pub(super) memory_bytes: u64,
+    pub(super) timestamps: TimestampSource,
+    pub(super) calls: CallTable,
+    /// Requests accepted, by block; written by whoever holds the sending side.
+    pub(super) accepted: Box<[Counter]>,
+    /// Replies received; written by whoever holds the receiving side.
+    pub(super) delivered: Counter,
+    /// Replies that reached a call by way of another thread.
+    pub(super) handed_over: AtomicU64,
+    /// Threads that wait by handle for a message or for room.
+    pub(super) waiters: AtomicU32,
+}
+
+/// A thread that waits by handle.
+#[derive(Debug)]
+pub(super) struct Waiting<'a> {
+    link: &'a KernelLink,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.link.waiters.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl KernelLink {
+    /// Counts requests just published to a block, and wakes it if it may sleep.
+    #[inline]
+    pub(super) fn sent(&self, block: usize, count: u32) {
+        self.accepted[block].add(count.into());
+        if self.needs_wake {
+            self.signals.work[block].notify();
+        }
+    }
+
+    /// Counts a reply that has reached its caller.
+    #[inline]
+    pub(super) fn count_delivered(&self) {
+        self.delivered.add(1);
+    }
+
+    /// Counts a reply that another thread took out of the ring for a call; `sound` if the call could read it.
+    pub(super) fn count_handed_over(&self, sound: bool) {
+        if sound {
+            self.handed_over.fetch_add(1, Ordering::Relaxed);
+        } else {
+            self.signals
+                .dead_letters
+                .count_reply(DeadLetterReason::Corrupt);
+        }
+    }
+
+    /// Notes that the calling thread waits by handle, as long as the result lives.
+    pub(super) fn waiting(&self) -> Waiting<'_> {
+        self.waiters.fetch_add(1, Ordering::Relaxed);
+        Waiting { link: self }
+    }
+
+    /// Whether any thread waits by handle.
+    pub(super) fn has_waiters(&self) -> bool {
+        self.waiters.load(Ordering::Relaxed) > 0
+    }
+
+    /// Fails a kernel whose memory cannot be trusted any more, and ends its blocks.
+    #[cold]
+    pub(super) fn quarantine(&self, block: usize, what: &str) {
+        for block in &self.blocks {
+            block.control().set_terminate();
+        }
+        self.signals.fail(KernelFailure {
+            reason: FailureReason::CorruptRing,
+            message: what.to_owned(),
+            block: u32::try_from(block).ok(),
+            request: None,
+        });
+    }
+
+    pub(super) fn state(&self) -> KernelState {
+        self.signals.gate.state()
+    }
+
+    /// Accepted and processed requests of one block, given what the block says that it has consumed.
+    pub(super) fn progress(&self, accepted: &Counter, processed: u32) -> (u64, u64) {
+        let accepted = accepted.get();
+        // Blocks count modulo 2^32; the difference cannot truly exceed what a ring holds. Negative while a send that a
+        // fast kernel has already handled is not yet counted.
+        let depth = (accepted as u32).wrapping_sub(processed) as i32;
+        let depth = u64::from(depth.max(0).cast_unsigned())
+            .min(self.capacity)
+            .min(accepted);
+        (accepted, accepted - depth)
+    }
+
+    /// Requests accepted so far, and those of them that blocks are done with.
+    pub(super) fn request_counts(&self) -> (u64, u64) {
+        self.blocks
+            .iter()
+            .zip(&self.accepted)
+            .map(|(block, accepted)| {
+                // In this order, so that what is processed has been accepted.
+                let processed = block.control().processed();
+                self.progress(accepted, processed)
+            })
+            .fold((0, 0), |sum, counts| (sum.0 + counts.0, sum.1 + counts.1))
+    }
+
+    /// Requests that are queued or in a handler's hands.
+    pub(super) fn queue_depth(&self) -> u64 {
+        let (accepted, processed) = self.request_counts();
+        accepted - processed
+    }
+
+    /// Accounts of the replies, as of now.
+    pub(super) fn reply_tally(&self) -> MessageTally {
+        let dead_lettered = self.signals.dead_letters.counts().replies();
+        let delivered = self.delivered.get() + self.handed_over.load(Ordering::Relaxed);
+        let produced = self.blocks.iter().fold(0_u32, |sum, block| {
+            sum.wrapping_add(block.control().produced())
+        });
+        let taken = delivered + dead_lettered;
+        // Negative while a reply that a fast caller has already received is not yet counted by its block.
+        let returned = produced.wrapping_sub(taken as u32) as i32;
+        let returned = u64::from(returned.max(0).cast_unsigned());
+        MessageTally {
+            accepted: taken + returned,
+            delivered,
+            dead_lettered,
+            returned,
+        }
+    }
+}
