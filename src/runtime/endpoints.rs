@@ -3,6 +3,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::instance::KernelInstance;
@@ -445,6 +446,8 @@ impl<M: RingMessage> Receiver<M> {
 impl<M> Drop for Receiver<M> {
     /// Gives the receiving side back to the kernel's handles.
     fn drop(&mut self) {
-        *self.instance.receive.lock() = self.side.take();
+        let mut receive = self.instance.receive.lock();
+        *receive = self.side.take();
+        self.instance.receiver_split.store(false, Ordering::Release);
     }
 }

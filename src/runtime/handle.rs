@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use parking_lot::{MappedMutexGuard, MutexGuard};
@@ -435,8 +436,8 @@ impl KernelHandle {
         read: impl FnOnce(&MessageHeader, &[u8]) -> Result<R, MessageError>,
     ) -> Result<R, CallError> {
         let instance = &*self.instance;
-        // A request whose reply nobody could fetch must not be sent. Whoever holds the lock holds the side.
-        if let Some(None) = instance.receive.try_lock().as_deref() {
+        // A request whose reply nobody could fetch must not be sent.
+        if instance.receiver_split.load(Ordering::Acquire) {
             return Err(self.split_off().into());
         }
         let mut call = instance.calls.begin().ok_or(CallError::TooManyCalls)?;
@@ -599,7 +600,10 @@ impl KernelHandle {
             return Err(busy("replies that a call put aside have not been received"));
         }
         match (send.take(), receive.take()) {
-            (Some(send), Some(receive)) => Ok((send, receive)),
+            (Some(send), Some(receive)) => {
+                instance.receiver_split.store(true, Ordering::Release);
+                Ok((send, receive))
+            }
             (put_back_send, put_back_receive) => {
                 *send = put_back_send;
                 *receive = put_back_receive;

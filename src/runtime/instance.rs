@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::ops::Deref;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -34,6 +35,8 @@ pub(crate) struct KernelInstance {
     pub(super) send: Mutex<Option<SendSide>>,
     /// `None` while split off.
     pub(super) receive: Mutex<Option<ReceiveSide>>,
+    /// Whether an endpoint holds the receiving side; changed under its lock.
+    pub(super) receiver_split: AtomicBool,
     pub(super) control: Mutex<ControlPlane>,
 }
 

@@ -1,7 +1,7 @@
 //! From a registration and options to a resident kernel.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 
 use parking_lot::Mutex;
 
@@ -114,6 +114,7 @@ pub(super) fn launch(
     Ok(Arc::new(KernelInstance {
         link,
         send: Mutex::new(Some(SendSide::new(producers))),
+        receiver_split: AtomicBool::new(false),
         receive: Mutex::new(Some(ReceiveSide::new(consumers, inbox))),
         control: Mutex::new(ControlPlane {
             dispatch: Some(dispatch),
