@@ -41,8 +41,6 @@ where
 /// One request, read in place.
 #[derive(Debug)]
 pub struct Request<'a> {
-    pub(crate) header: MessageHeader,
-    pub(crate) payload: &'a [u8],
     pub(crate) ring: &'a Consumer,
     pub(crate) types: &'a TypeTable,
 }
@@ -52,28 +50,28 @@ impl<'a> Request<'a> {
     #[inline]
     #[must_use]
     pub fn header(&self) -> MessageHeader {
-        self.header
+        *self.ring.header()
     }
 
     /// Timestamp, deadline and trace id, if the request carries them.
     #[inline]
     #[must_use]
     pub fn extension(&self) -> Option<Extension> {
-        self.ring.extension(&self.header)
+        self.ring.extension()
     }
 
     /// The payload, 16-byte aligned.
     #[inline]
     #[must_use]
     pub fn payload(&self) -> &'a [u8] {
-        self.payload
+        self.ring.payload()
     }
 
     /// Whether the request is of type `T`.
     #[inline]
     #[must_use]
     pub fn is<T: RingMessage>(&self) -> bool {
-        self.types.type_id_of(self.header.kind()) == Some(T::TYPE_ID)
+        self.types.type_id_of(self.ring.header().kind()) == Some(T::TYPE_ID)
     }
 
     /// The request as the archived form of `T`, in place. Does not allocate.
@@ -88,7 +86,7 @@ impl<'a> Request<'a> {
                 "unexpected message type",
             ));
         }
-        Ok(T::access(self.payload)?)
+        Ok(T::access(self.ring.payload())?)
     }
 }
 
@@ -99,7 +97,6 @@ pub struct KernelContext<'a, 'p> {
     pub(crate) block_size: Dim3,
     pub(crate) state: &'a mut [u8],
     pub(crate) port: &'a mut ReplyPort<'p>,
-    pub(crate) header: MessageHeader,
     pub(crate) ring: &'a Consumer,
     pub(crate) types: &'a TypeTable,
 }
@@ -220,7 +217,8 @@ impl KernelContext<'_, '_> {
     /// [`HandlerError`] if the kernel is ending.
     #[inline]
     pub fn echo(&mut self, request: &Request<'_>) -> HandlerResult {
-        self.write(request.header.kind(), |body| copy(request.payload, body))
+        let ring = request.ring;
+        self.write(ring.header().kind(), |body| copy(ring.payload(), body))
     }
 
     #[inline]
@@ -236,9 +234,12 @@ impl KernelContext<'_, '_> {
         kind: u16,
         write: impl FnOnce(&mut [u8]) -> Result<usize, HandlerError>,
     ) -> HandlerResult {
-        let extension = self.ring.extension(&self.header);
-        self.port
-            .reply(self.header.reply_head(kind), extension.as_ref(), write)
+        let extension = self.ring.extension();
+        self.port.reply(
+            self.ring.header().reply_head(kind),
+            extension.as_ref(),
+            write,
+        )
     }
 }
 

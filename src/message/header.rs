@@ -140,8 +140,7 @@ pub struct MessageHeader {
     sequence: u32,
     correlation: u32,
     length_flags: u32,
-    kind: u16,
-    lane: u16,
+    kind_lane: u32,
 }
 
 const _: () = {
@@ -151,8 +150,7 @@ const _: () = {
     assert!(offset_of!(MessageHeader, sequence) == 0);
     assert!(offset_of!(MessageHeader, correlation) == 4);
     assert!(offset_of!(MessageHeader, length_flags) == 8);
-    assert!(offset_of!(MessageHeader, kind) == 12);
-    assert!(offset_of!(MessageHeader, lane) == 14);
+    assert!(offset_of!(MessageHeader, kind_lane) == 12);
     assert!(size_of::<Extension>() == EXTENSION_BYTES);
     assert!(offset_of!(Extension, timestamp_ns) == 0);
     assert!(offset_of!(Extension, deadline_ns) == 8);
@@ -168,8 +166,7 @@ impl MessageHeader {
             sequence: words[0],
             correlation: words[1],
             length_flags: words[2],
-            kind: words[3] as u16,
-            lane: (words[3] >> 16) as u16,
+            kind_lane: words[3],
         }
     }
 
@@ -198,14 +195,14 @@ impl MessageHeader {
     #[inline]
     #[must_use]
     pub const fn kind(&self) -> u16 {
-        self.kind
+        self.kind_lane as u16
     }
 
     /// Client lane.
     #[inline]
     #[must_use]
     pub const fn lane(&self) -> u16 {
-        self.lane
+        (self.kind_lane >> 16) as u16
     }
 
     /// Urgency.
@@ -237,7 +234,7 @@ impl MessageHeader {
         Head {
             correlation: self.correlation,
             flags: self.length_flags & (PRIORITY_MASK | EXTENDED_BIT),
-            kind_lane: kind as u32 | ((self.lane as u32) << 16),
+            kind_lane: kind as u32 | (self.kind_lane & 0xffff_0000),
         }
     }
 
@@ -258,8 +255,8 @@ impl MessageHeader {
     pub const fn envelope(&self, extension: Option<Extension>) -> Envelope {
         Envelope {
             correlation: self.correlation,
-            kind: self.kind,
-            lane: self.lane,
+            kind: self.kind(),
+            lane: self.lane(),
             priority: self.priority(),
             error: self.is_error(),
             extension,

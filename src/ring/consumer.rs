@@ -16,6 +16,9 @@ pub struct Consumer {
     position: u32,
     /// What the cursor line says; `position - published` is below the give-back interval between calls.
     published: u32,
+    /// Header of the message that was looked at last. It stays here, word by word: moving it about as a whole would make
+    /// the processor wait for the stores of its words.
+    header: MessageHeader,
 }
 
 // SAFETY: the pointers in `slots` reach memory whose validity `new` was promised for the consumer's whole life, on
@@ -37,8 +40,8 @@ impl fmt::Debug for Consumer {
 pub(crate) enum Peek {
     /// Nothing yet.
     Empty,
-    /// A message whose header passed the checks.
-    Ready(MessageHeader),
+    /// A message whose header passed the checks; it is the consumer's `header`.
+    Ready,
     /// Something that no correct producer writes.
     Corrupt(Corruption),
 }
@@ -57,6 +60,7 @@ impl Consumer {
             slots: Slots { parts, layout },
             position: start,
             published: start,
+            header: MessageHeader::from_words([0; 4]),
         }
     }
 
@@ -86,10 +90,7 @@ impl Consumer {
     pub fn try_next(&mut self) -> Result<Option<Incoming<'_>>, Corruption> {
         match self.peek() {
             Peek::Empty => Ok(None),
-            Peek::Ready(header) => Ok(Some(Incoming {
-                header,
-                consumer: self,
-            })),
+            Peek::Ready => Ok(Some(Incoming { consumer: self })),
             Peek::Corrupt(corruption) => {
                 if let Corruption::Length { .. } = corruption {
                     self.release();
@@ -128,7 +129,14 @@ impl Consumer {
                 max: room.saturating_sub(extension),
             });
         }
-        Peek::Ready(header)
+        self.header = header;
+        Peek::Ready
+    }
+
+    /// Header of the message that `peek` just returned as ready.
+    #[inline]
+    pub(crate) fn header(&self) -> &MessageHeader {
+        &self.header
     }
 
     /// As `peek`, but looks up to `polls` times, a pause apart, before it reports an empty ring. Nothing but the slot is
@@ -169,8 +177,8 @@ impl Consumer {
 
     /// The extension of the message that `peek` just returned as ready.
     #[inline]
-    pub(crate) fn extension(&self, header: &MessageHeader) -> Option<Extension> {
-        if !header.is_extended() {
+    pub(crate) fn extension(&self) -> Option<Extension> {
+        if !self.header.is_extended() {
             return None;
         }
         // SAFETY: `peek` checked that an extended message's extension lies within the slot, and the slot is ours
@@ -186,10 +194,10 @@ impl Consumer {
 
     /// The payload of the message that `peek` just returned as ready.
     #[inline]
-    pub(crate) fn payload(&self, header: &MessageHeader) -> &[u8] {
+    pub(crate) fn payload(&self) -> &[u8] {
         #[cfg(loom)]
         self.slots.header(self.position).body.with(|_| ());
-        let offset = if header.is_extended() {
+        let offset = if self.header.is_extended() {
             EXTENSION_BYTES
         } else {
             0
@@ -201,7 +209,7 @@ impl Consumer {
         unsafe {
             core::slice::from_raw_parts(
                 self.slots.body(self.position).add(offset).as_ptr(),
-                header.length(),
+                self.header.length(),
             )
         }
     }
@@ -241,7 +249,6 @@ impl Drop for Consumer {
 /// A message in its slot. Dropping it gives the slot back to the producer.
 #[derive(Debug)]
 pub struct Incoming<'a> {
-    header: MessageHeader,
     consumer: &'a mut Consumer,
 }
 
@@ -250,21 +257,21 @@ impl Incoming<'_> {
     #[inline]
     #[must_use]
     pub fn header(&self) -> MessageHeader {
-        self.header
+        *self.consumer.header()
     }
 
     /// Timestamp, deadline and trace id, if the message carries them.
     #[inline]
     #[must_use]
     pub fn extension(&self) -> Option<Extension> {
-        self.consumer.extension(&self.header)
+        self.consumer.extension()
     }
 
     /// The payload, in place, 16-byte aligned.
     #[inline]
     #[must_use]
     pub fn payload(&self) -> &[u8] {
-        self.consumer.payload(&self.header)
+        self.consumer.payload()
     }
 
     /// Leaves the message where it is: the next [`try_next`](Consumer::try_next) returns it again.

@@ -27,8 +27,6 @@ pub(super) struct ReceiveSide {
     inbox_in: HostProducer,
     /// Messages in the inbox.
     inbox_depth: usize,
-    /// Header of the message that was found last.
-    header: MessageHeader,
 }
 
 /// Marks endpoints of raw bytes.
@@ -37,8 +35,7 @@ pub enum Bytes {}
 
 /// Where a message lies that has been found and not yet taken: a block, or behind the last of them the inbox.
 ///
-/// One word, and the header stays in the `ReceiveSide`: moving a header about that was just stored word by word makes
-/// the processor wait for each of its stores.
+/// One word; the header stays in its consumer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Found(usize);
 
@@ -87,7 +84,6 @@ impl ReceiveSide {
             inbox_in: inbox.0,
             inbox: inbox.1,
             inbox_depth: 0,
-            header: MessageHeader::from_words([0; 4]),
         }
     }
 
@@ -105,10 +101,10 @@ impl ReceiveSide {
         {
             // One block, nothing put aside: the message, if there is one, is at hand.
             match only.peek_spinning(polls) {
-                Peek::Ready(header)
-                    if header.correlation() & CALL_BIT == 0 && is_valid(link, &header) =>
+                Peek::Ready
+                    if only.header().correlation() & CALL_BIT == 0
+                        && is_valid(link, only.header()) =>
                 {
-                    self.header = header;
                     return Ok(Found(0));
                 }
                 Peek::Empty => {
@@ -157,10 +153,10 @@ impl ReceiveSide {
         if let [only] = &mut *self.replies {
             match only.peek_spinning(polls) {
                 Peek::Empty => return None,
-                Peek::Ready(header)
-                    if header.correlation() == call.correlation && is_valid(link, &header) =>
+                Peek::Ready
+                    if only.header().correlation() == call.correlation
+                        && is_valid(link, only.header()) =>
                 {
-                    self.header = header;
                     return Some(Found(0));
                 }
                 _ => {}
@@ -171,9 +167,9 @@ impl ReceiveSide {
 
     fn find_reply_anywhere(&mut self, link: &KernelLink, call: &PendingCall<'_>) -> Option<Found> {
         loop {
-            let (block, header) = self.next_reply(link)?;
+            let block = self.next_reply(link)?;
+            let header = *self.replies[block].header();
             if header.correlation() == call.correlation {
-                self.header = header;
                 return Some(Found(block));
             }
             if header.correlation() & CALL_BIT != 0 {
@@ -199,15 +195,14 @@ impl ReceiveSide {
     #[inline]
     fn next_uncorrelated(&mut self, link: &KernelLink) -> Option<Found> {
         if self.inbox_depth > 0
-            && let Peek::Ready(header) = self.inbox.peek()
+            && let Peek::Ready = self.inbox.peek()
         {
-            self.header = header;
             return Some(Found(self.replies.len()));
         }
         loop {
-            let (block, header) = self.next_reply(link)?;
+            let block = self.next_reply(link)?;
+            let header = *self.replies[block].header();
             if header.correlation() & CALL_BIT == 0 {
-                self.header = header;
                 return Some(Found(block));
             }
             self.hand_over(link, block, &header);
@@ -216,7 +211,7 @@ impl ReceiveSide {
 
     /// The next message of any block, whose header has been checked.
     #[inline]
-    fn next_reply(&mut self, link: &KernelLink) -> Option<(usize, MessageHeader)> {
+    fn next_reply(&mut self, link: &KernelLink) -> Option<usize> {
         let count = self.replies.len();
         for offset in 0..count {
             let block = if self.next + offset < count {
@@ -227,9 +222,9 @@ impl ReceiveSide {
             loop {
                 match self.replies[block].peek() {
                     Peek::Empty => break,
-                    Peek::Ready(header) => {
-                        if is_valid(link, &header) {
-                            return Some((block, header));
+                    Peek::Ready => {
+                        if is_valid(link, self.replies[block].header()) {
+                            return Some(block);
                         }
                         self.skip_corrupt(link, block, "kind or lane out of range");
                     }
@@ -262,7 +257,7 @@ impl ReceiveSide {
     fn hand_over(&mut self, link: &KernelLink, block: usize, header: &MessageHeader) {
         let consumer = &self.replies[block];
         // The call itself counts what it makes of the reply.
-        if !link.calls.deliver(*header, consumer.payload(header)) {
+        if !link.calls.deliver(*header, consumer.payload()) {
             link.signals
                 .dead_letters
                 .count_reply(DeadLetterReason::LateReply);
@@ -275,10 +270,10 @@ impl ReceiveSide {
     #[cold]
     fn put_aside(&mut self, link: &KernelLink, block: usize, header: &MessageHeader) {
         let consumer = &self.replies[block];
-        let envelope = header.envelope(consumer.extension(header));
+        let envelope = header.envelope(consumer.extension());
         // All that was received from it is free, not only what went back by quarter ring.
         self.inbox.publish_cursor();
-        match self.inbox_in.try_push(&envelope, consumer.payload(header)) {
+        match self.inbox_in.try_push(&envelope, consumer.payload()) {
             Ok(()) => self.inbox_depth += 1,
             Err(_) => link
                 .signals
@@ -394,7 +389,7 @@ pub struct Received<'a, M> {
 impl<M> fmt::Debug for Received<'_, M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Received")
-            .field("header", &self.side.header)
+            .field("header", self.side.consumer(self.found).header())
             .finish_non_exhaustive()
     }
 }
@@ -404,29 +399,28 @@ impl<M> Received<'_, M> {
     #[inline]
     #[must_use]
     pub fn header(&self) -> MessageHeader {
-        self.side.header
+        *self.side.consumer(self.found).header()
     }
 
     /// Timestamp, deadline and trace id, if the message carries them; a reply carries those of its request.
     #[inline]
     #[must_use]
     pub fn extension(&self) -> Option<Extension> {
-        self.side.consumer(self.found).extension(&self.side.header)
+        self.side.consumer(self.found).extension()
     }
 
     /// The payload, in place, 16-byte aligned.
     #[inline]
     #[must_use]
     pub fn payload(&self) -> &[u8] {
-        self.side.consumer(self.found).payload(&self.side.header)
+        self.side.consumer(self.found).payload()
     }
 
     /// The handler's error, if this is an error reply.
     #[inline]
     #[must_use]
     pub fn error(&self) -> Option<HandlerError> {
-        self.side
-            .header
+        (*self.side.consumer(self.found).header())
             .is_error()
             .then(|| HandlerError::decode(self.payload()))
     }
@@ -473,7 +467,11 @@ impl<M> Received<'_, M> {
         if let Some(error) = self.error() {
             return Err(MessageError::Handler(error));
         }
-        match self.link.types.type_id_of(self.side.header.kind()) {
+        match self
+            .link
+            .types
+            .type_id_of(self.side.consumer(self.found).header().kind())
+        {
             Some(found) if found == T::TYPE_ID => Ok(()),
             found => Err(MessageError::TypeMismatch {
                 expected: T::TYPE_ID,
@@ -536,7 +534,7 @@ impl Received<'_, Bytes> {
         self,
         read: impl FnOnce(&MessageHeader, &[u8]) -> Result<R, MessageError>,
     ) -> Result<R, MessageError> {
-        let outcome = read(&self.side.header, self.payload());
+        let outcome = read(self.side.consumer(self.found).header(), self.payload());
         if let Err(MessageError::Corrupt) = outcome {
             self.mark_corrupt();
         }

@@ -13,7 +13,7 @@ use crate::kernel::{
     BlockState, CpuHandler, DeadLetterReason, Dim3, FailureReason, KernelContext, KernelFailure,
     ReplyPort, Request, TelemetryWriter, TypeTable, UndeliveredMessage,
 };
-use crate::message::{MessageHeader, RAW_KIND};
+use crate::message::RAW_KIND;
 use crate::ring::{Consumer, Corruption, Peek};
 use crate::thread::{IdleStep, KernelWait, POLLS_PER_STEP};
 use crate::time;
@@ -168,9 +168,9 @@ impl BlockLoop<'_> {
         let mut empty_steps = 0_u32;
         while !self.must_stop() {
             match self.requests.peek_spinning(POLLS_PER_STEP) {
-                Peek::Ready(header) => {
+                Peek::Ready => {
                     empty_steps = 0;
-                    self.handle(header);
+                    self.handle();
                 }
                 Peek::Empty => {
                     empty_steps = empty_steps.wrapping_add(1);
@@ -228,23 +228,23 @@ impl BlockLoop<'_> {
     }
 
     #[inline]
-    fn handle(&mut self, header: MessageHeader) {
+    fn handle(&mut self) {
         let begin = if self.setup.telemetry {
             time::ticks()
         } else {
             0
         };
         self.in_hand = true;
-        let outcome = self.call_handler(header);
-        if let Err(error) = &outcome {
-            self.reply_error(&header, error);
+        if let Err(error) = &self.call_handler() {
+            self.reply_error(error);
         }
+        let length = self.requests.header().length();
         self.in_hand = false;
         self.requests.release();
         self.port.control.store_processed(self.requests.position());
         self.port.control.beat();
         self.telemetry.received += 1;
-        self.telemetry.bytes_in += header.length() as u64;
+        self.telemetry.bytes_in += length as u64;
         if self.setup.telemetry {
             self.telemetry
                 .time_handler(time::ticks().saturating_sub(begin));
@@ -256,9 +256,10 @@ impl BlockLoop<'_> {
     }
 
     #[inline]
-    fn call_handler(&mut self, header: MessageHeader) -> Result<(), HandlerError> {
+    fn call_handler(&mut self) -> Result<(), HandlerError> {
         let types = self.setup.types.as_ref();
-        if header.kind() != RAW_KIND && types.type_id_of(header.kind()).is_none() {
+        let kind = self.requests.header().kind();
+        if kind != RAW_KIND && types.type_id_of(kind).is_none() {
             self.port.control.count_dropped();
             self.port
                 .signals
@@ -270,8 +271,6 @@ impl BlockLoop<'_> {
             ));
         }
         let request = Request {
-            header,
-            payload: self.requests.payload(&header),
             ring: &self.requests,
             types,
         };
@@ -281,7 +280,6 @@ impl BlockLoop<'_> {
             block_size: self.setup.block_size,
             state: &mut *self.state,
             port: &mut self.port,
-            header,
             ring: &self.requests,
             types,
         };
@@ -289,12 +287,14 @@ impl BlockLoop<'_> {
     }
 
     #[cold]
-    fn reply_error(&mut self, header: &MessageHeader, error: &HandlerError) {
+    fn reply_error(&mut self, error: &HandlerError) {
         self.telemetry.errors += 1;
         self.port.control.store_last_error(error.code);
         if let Err(refused) = self
             .port
-            .reply(header.error_head(), None, |body| Ok(error.encode(body)))
+            .reply(self.requests.header().error_head(), None, |body| {
+                Ok(error.encode(body))
+            })
         {
             // The kernel is ending: the caller learns that instead.
             log::debug!(
@@ -332,11 +332,11 @@ impl BlockLoop<'_> {
             .unwrap_or_else(|| "the handler panicked with a value that is no text".into());
         // The slot has not been given back, so the message is still there.
         let request = match self.requests.peek() {
-            Peek::Ready(header) if self.in_hand => Some(UndeliveredMessage {
+            Peek::Ready if self.in_hand => Some(UndeliveredMessage {
                 kernel: self.port.signals.name.clone(),
                 block: self.memory.index,
-                header,
-                payload: self.requests.payload(&header).to_vec(),
+                header: *self.requests.header(),
+                payload: self.requests.payload().to_vec(),
             }),
             _ => None,
         };
