@@ -3,62 +3,19 @@
 //! `RUSTFLAGS="--cfg loom" cargo test --release --test loom`
 #![cfg(loom)]
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
-use std::ptr::NonNull;
+mod heap_ring;
 
+use heap_ring::HeapRing;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, Ordering};
 use loom::thread;
 use ringkernel::message::Envelope;
-use ringkernel::ring::{
-    CURSOR_BYTES, Consumer, LINE_BYTES, Producer, PushError, RingLayout, RingParts, WriteCombining,
-};
+use ringkernel::ring::{Consumer, PushError, RingLayout, WriteCombining};
 
-/// A ring in heap memory; freed when the model's iteration drops it.
-struct HeapRing {
-    parts: RingParts,
-    layout: RingLayout,
-    memory: Layout,
-}
-
-impl HeapRing {
-    fn new(capacity: usize, start: u32) -> Self {
-        let layout = RingLayout::new(capacity, 8, false).unwrap();
-        let memory =
-            Layout::from_size_align(layout.slots_bytes() + CURSOR_BYTES, LINE_BYTES).unwrap();
-        // SAFETY: the size is not zero; the cursor lies behind the slots; nobody else has the memory yet.
-        unsafe {
-            let slots = NonNull::new(alloc_zeroed(memory)).unwrap();
-            let parts = RingParts {
-                slots,
-                cursor: slots.add(layout.slots_bytes()).cast(),
-                write_combining: WriteCombining::No,
-            };
-            parts.initialise(layout, start);
-            Self {
-                parts,
-                layout,
-                memory,
-            }
-        }
-    }
-
-    fn ends(&self, start: u32) -> (Producer, Consumer) {
-        // SAFETY: initialised with this layout and start; tests keep the ring until both ends are gone.
-        unsafe {
-            (
-                Producer::new(self.parts, self.layout, start),
-                Consumer::new(self.parts, self.layout, start),
-            )
-        }
-    }
-}
-
-impl Drop for HeapRing {
-    fn drop(&mut self) {
-        // SAFETY: allocated with this very layout.
-        unsafe { dealloc(self.parts.slots.as_ptr(), self.memory) };
-    }
+/// A ring for payloads of 8 bytes.
+fn ring(capacity: usize, start: u32) -> HeapRing {
+    let layout = RingLayout::new(capacity, 8, false).unwrap();
+    HeapRing::new(layout, start, WriteCombining::No)
 }
 
 fn receive(consumer: &mut Consumer) -> u8 {
@@ -76,7 +33,7 @@ fn receive(consumer: &mut Consumer) -> u8 {
 /// no slot is written while it is read.
 fn laps(capacity: usize, messages: u8, start: u32) {
     loom::model(move || {
-        let ring = HeapRing::new(capacity, start);
+        let ring = ring(capacity, start);
         let (mut producer, mut consumer) = ring.ends(start);
         let sender = thread::spawn(move || {
             for message in 0..messages {
@@ -113,7 +70,7 @@ fn sequences_wrap_around_at_the_integer_limit() {
 #[test]
 fn a_batch_is_seen_from_its_first_message_on() {
     loom::model(|| {
-        let ring = HeapRing::new(4, 0);
+        let ring = ring(4, 0);
         let (mut producer, mut consumer) = ring.ends(0);
         let sender = thread::spawn(move || {
             let mut batch = producer.batch(3);
@@ -141,7 +98,7 @@ fn a_batch_is_seen_from_its_first_message_on() {
 #[test]
 fn a_close_while_waiting_is_seen_after_the_last_message() {
     loom::model(|| {
-        let ring = HeapRing::new(2, 0);
+        let ring = ring(2, 0);
         let (mut producer, mut consumer) = ring.ends(0);
         let closed = Arc::new(AtomicBool::new(false));
         let closing = Arc::clone(&closed);

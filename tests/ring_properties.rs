@@ -1,63 +1,16 @@
 //! Properties of the ring over generated inputs: any capacity, any start position (wrap-around), any mixture of single
 //! messages and batches, and any bytes that a bad peer may leave behind.
 
+mod heap_ring;
 mod slot_bytes;
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::VecDeque;
-use std::ptr::NonNull;
 
+use heap_ring::HeapRing;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use ringkernel::message::{Envelope, Extension, MAX_PAYLOAD_BYTES, Priority};
-use ringkernel::ring::{
-    CURSOR_BYTES, Consumer, LINE_BYTES, Producer, PushError, RingLayout, RingParts, WriteCombining,
-};
-
-struct HeapRing {
-    parts: RingParts,
-    layout: RingLayout,
-    memory: Layout,
-}
-
-impl HeapRing {
-    fn new(layout: RingLayout, start: u32, write_combining: WriteCombining) -> Self {
-        let memory =
-            Layout::from_size_align(layout.slots_bytes() + CURSOR_BYTES, LINE_BYTES).unwrap();
-        // SAFETY: the size is not zero; the cursor lies behind the slots; nobody else has the memory yet.
-        unsafe {
-            let slots = NonNull::new(alloc_zeroed(memory)).unwrap();
-            let parts = RingParts {
-                slots,
-                cursor: slots.add(layout.slots_bytes()).cast(),
-                write_combining,
-            };
-            parts.initialise(layout, start);
-            Self {
-                parts,
-                layout,
-                memory,
-            }
-        }
-    }
-
-    fn ends(&self, start: u32) -> (Producer, Consumer) {
-        // SAFETY: initialised with this layout and start; each test makes one pair and drops it before the ring.
-        unsafe {
-            (
-                Producer::new(self.parts, self.layout, start),
-                Consumer::new(self.parts, self.layout, start),
-            )
-        }
-    }
-}
-
-impl Drop for HeapRing {
-    fn drop(&mut self) {
-        // SAFETY: allocated with this very layout.
-        unsafe { dealloc(self.parts.slots.as_ptr(), self.memory) };
-    }
-}
+use ringkernel::ring::{PushError, RingLayout, WriteCombining};
 
 #[derive(Clone, Debug)]
 enum Step {

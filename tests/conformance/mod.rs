@@ -5,6 +5,7 @@ pub mod faults;
 pub mod kernels;
 pub mod life;
 pub mod messages;
+pub mod numbers;
 pub mod sharing;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -46,6 +47,14 @@ pub fn active(runtime: &RingKernelRuntime, id: &str, options: LaunchOptions) -> 
     let kernel = runtime.launch(id, 1, 1, options).unwrap();
     kernel.activate().unwrap();
     kernel
+}
+
+/// Rings of sixteen slots.
+pub fn small() -> LaunchOptions {
+    LaunchOptions {
+        queue_capacity: Some(16),
+        ..LaunchOptions::default()
+    }
 }
 
 /// Waits until `condition` holds.
@@ -123,14 +132,16 @@ macro_rules! conformance {
                 drain_delivers_what_is_in_flight_and_its_report_adds_up,
                 what_is_queued_at_shutdown_is_returned,
                 the_life_of_a_runtime_only_goes_forward,
+                nothing_can_be_committed_after_the_end,
+                names_are_unique_and_clean,
+            }
+            numbers::{
                 many_launches_leave_nothing_behind,
                 telemetry_equals_ground_truth,
                 metrics_show_signs_of_life,
                 configured_numbers_are_honoured,
                 a_default_echo_takes_less_than_a_mebibyte,
                 several_devices_are_told_apart,
-                nothing_can_be_committed_after_the_end,
-                names_are_unique_and_clean,
             }
             faults::{
                 a_panic_fails_its_kernel_and_no_other,
