@@ -46,11 +46,12 @@
 //! | [`launch`](RingKernelRuntime::launch), [`activate`](KernelHandle::activate), [`terminate`](KernelHandle::terminate) | yes | yes | yes | `termination_timeout` |
 //!
 //! ¹ To a kernel that spins. Waking a kernel that sleeps ([`WaitStrategy::Park`], or `Auto` on a machine without a core
-//! for it) is one system call and takes the lock under its condition variable.
+//! for it) is one system call and takes the lock under its condition variable; likewise for a kernel that wakes callers.
 //!
 //! Messages whose own type allocates (a `Vec`) allocate when they are received by value; read in place they do not.
-//! The first two columns are shown by `tests/hot_path.rs` (`nothing_is_allocated_per_message`,
-//! `no_system_call_is_made_per_message`), the bounds by the conformance suite (`tests/conformance/`:
+//! Allocations and system calls are counted by `tests/hot_path.rs` (`nothing_is_allocated_per_message`,
+//! `no_system_call_is_made_per_message`, which would also see a lock that is contended). That endpoints take no lock at
+//! all follows from their code, which has none. The bounds are tested by the conformance suite (`tests/conformance/`:
 //! `a_full_ring_gives_the_message_back_and_frees_its_slots`, `terminate_wakes_blocked_senders_and_receivers`,
 //! `a_handler_that_never_returns_is_reported_in_time`).
 //!

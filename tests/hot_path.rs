@@ -1,6 +1,5 @@
-//! What the hot path does not do: no allocation, shown by a counting allocator; no system call, shown by `strace`; no
-//! lock on endpoints, which hold nothing that could be one (asserted where the system calls are: a contended lock is
-//! one).
+//! What the hot path does not do: no allocation, shown by a counting allocator; no system call, shown by `strace`, which
+//! would also show a contended lock. An uncontended lock leaves no trace that could be counted here; endpoints hold none.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;

@@ -15,6 +15,8 @@ pub const CONTROL_BLOCK_BYTES: usize = 256;
 /// | 1 | device, per message | `processed`, `produced` |
 /// | 2 | device, per poll or rarer | `state`, `heartbeat`, `dropped`, `last_error`, `slice_number`, `has_terminated` |
 /// | 3 | device | reserved |
+///
+/// `slice_budget`, `epoch` and `slice_number` are there for devices that run a kernel in slices; the CPU leaves them 0.
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub struct ControlBlock {

@@ -15,18 +15,19 @@ const PRIORITY_MASK: u32 = 0b11 << PRIORITY_SHIFT;
 const ERROR_BIT: u32 = 1 << 26;
 const EXTENDED_BIT: u32 = 1 << 27;
 
-/// Urgency of a message, two bits of the header's flags.
+/// Urgency of a message, two bits of the header's flags. It travels with the message, and replies carry it back; a
+/// ring delivers in order whatever it says, so that acting on it is up to the handler.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum Priority {
-    /// May wait behind everything else.
+    /// The lowest level.
     Low = 0,
     /// The level of a message that asks for nothing.
     #[default]
     Normal = 1,
-    /// Ahead of normal traffic.
+    /// Above normal traffic.
     High = 2,
-    /// Never shed.
+    /// The highest level.
     Critical = 3,
 }
 

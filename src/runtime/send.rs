@@ -25,7 +25,7 @@ const NAP: Duration = Duration::from_micros(100);
 pub struct SendOptions {
     /// Copied into every reply; below 2^31. 0 means "not correlated".
     pub correlation: u32,
-    /// Urgency.
+    /// Urgency, for the handler to see; messages are delivered in order whatever it says.
     pub priority: Priority,
     /// Messages of equal key go to the same block of the grid, in order. Without a key they go round-robin.
     pub key: Option<u64>,
@@ -33,7 +33,8 @@ pub struct SendOptions {
     /// extension, and reads the clock.
     pub timestamp: bool,
     /// When the message stops being of use, in nanoseconds since the Unix epoch
-    /// ([`now_ns`](crate::time::now_ns) gives the present). Takes the extension.
+    /// ([`now_ns`](crate::time::now_ns) gives the present). For the handler to see: nothing discards an expired message.
+    /// Takes the extension.
     pub deadline_ns: Option<u64>,
     /// W3C trace id. Takes the extension.
     pub trace_id: Option<[u8; 16]>,
