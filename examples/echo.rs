@@ -1,6 +1,7 @@
 //! Sends messages to a resident echo kernel, checks every byte that comes back, and prints how long that took.
 //!
-//! `cargo run --release --example echo -- [--backend cpu] [--device 0] [--messages N] [--payload BYTES] [--json FILE]`
+//! `cargo run --release --example echo -- [--backend cpu|vulkan] [--device INDEX|NAME] [--messages N]
+//! [--payload BYTES] [--json FILE]`
 
 mod support;
 
@@ -9,8 +10,8 @@ use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use ringkernel::time::now_ns;
-use ringkernel::{Dim3, LaunchOptions, RingKernelRuntime};
-use support::{Failure, parse, report};
+use ringkernel::{Dim3, LaunchOptions};
+use support::{Failure, parse, report, runtime};
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -28,10 +29,7 @@ fn run() -> Result<(), Failure> {
     let Some(arguments) = parse("echo", 48)? else {
         return Ok(());
     };
-    let runtime = RingKernelRuntime::builder()
-        .backend(arguments.backend)
-        .device(arguments.device)
-        .build()?;
+    let runtime = runtime(&arguments)?;
     let options = LaunchOptions {
         message_size: Some(arguments.payload),
         ..LaunchOptions::default()
@@ -60,7 +58,7 @@ fn run() -> Result<(), Failure> {
 
     kernel.terminate()?;
     let devices = runtime.devices();
-    let device = &devices[arguments.device];
+    let device = &devices[runtime.default_device()];
     let shutdown = runtime.complete_shutdown()?;
     if shutdown.replies.delivered != arguments.messages || !shutdown.requests.adds_up() {
         return Err(format!("the accounts do not add up: {shutdown}").into());

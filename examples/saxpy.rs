@@ -1,7 +1,8 @@
 //! Sends pairs of vectors to a resident `a * x + y` kernel, checks every element that comes back, and prints how long
 //! that took.
 //!
-//! `cargo run --release --example saxpy -- [--backend cpu] [--device 0] [--messages N] [--payload BYTES] [--json FILE]`
+//! `cargo run --release --example saxpy -- [--backend cpu|vulkan] [--device INDEX|NAME] [--messages N]
+//! [--payload BYTES] [--json FILE]`
 //!
 //! A payload is two words and two vectors of equal length: 8 bytes and a multiple of 8.
 
@@ -13,8 +14,8 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use ringkernel::kernel::{saxpy_reply, saxpy_request};
 use ringkernel::time::now_ns;
-use ringkernel::{Dim3, LaunchOptions, RingKernelRuntime};
-use support::{Failure, parse, report};
+use ringkernel::{Dim3, LaunchOptions};
+use support::{Failure, parse, report, runtime};
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -35,10 +36,7 @@ fn run() -> Result<(), Failure> {
     if arguments.payload < 8 || !arguments.payload.is_multiple_of(8) {
         return Err("--payload must be 8 and a multiple of 8".into());
     }
-    let runtime = RingKernelRuntime::builder()
-        .backend(arguments.backend)
-        .device(arguments.device)
-        .build()?;
+    let runtime = runtime(&arguments)?;
     let options = LaunchOptions {
         message_size: Some(arguments.payload),
         ..LaunchOptions::default()
@@ -70,7 +68,7 @@ fn run() -> Result<(), Failure> {
 
     kernel.terminate()?;
     let devices = runtime.devices();
-    let device = &devices[arguments.device];
+    let device = &devices[runtime.default_device()];
     let shutdown = runtime.complete_shutdown()?;
     if shutdown.replies.delivered != arguments.messages || !shutdown.requests.adds_up() {
         return Err(format!("the accounts do not add up: {shutdown}").into());

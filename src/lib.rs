@@ -87,10 +87,10 @@ pub use message::{MessageHeader, Priority, RingMessage};
 
 #[cfg(all(feature = "std", not(loom)))]
 pub use crate::{
-    backend::{BackendType, DeviceInfo},
+    backend::{BackendType, DeviceInfo, VulkanConfig, VulkanMode},
     kernel::{
         ControlBlock, CpuHandler, Dim3, HandlerResult, KernelContext, KernelRegistration,
-        KernelState, LaunchOptions, Request, TelemetryBuffer, find_kernel,
+        KernelState, LaunchOptions, Request, ShaderCode, TelemetryBuffer, find_kernel,
     },
     runtime::{
         Bytes, DrainReport, KernelHandle, KernelMetrics, KernelStatus, LifecycleState,

@@ -5,7 +5,9 @@ use std::io::{self, Write};
 
 use hdrhistogram::Histogram;
 use lexopt::prelude::*;
-use ringkernel::{BackendType, DeviceInfo};
+use ringkernel::{
+    BackendType, DeviceInfo, RingKernelRuntime, RuntimeConfig, VulkanConfig, VulkanMode,
+};
 use serde_json::json;
 
 #[path = "../../benches/support/machine.rs"]
@@ -17,7 +19,9 @@ pub type Failure = Box<dyn std::error::Error>;
 /// The command line.
 pub struct Arguments {
     pub backend: BackendType,
-    pub device: usize,
+    /// Index, or part of the name.
+    pub device: Option<String>,
+    pub mode: VulkanMode,
     pub messages: u64,
     /// Bytes of each message.
     pub payload: usize,
@@ -28,7 +32,8 @@ pub struct Arguments {
 pub fn parse(name: &str, payload: usize) -> Result<Option<Arguments>, Failure> {
     let mut parsed = Arguments {
         backend: BackendType::Cpu,
-        device: 0,
+        device: None,
+        mode: VulkanMode::Auto,
         messages: 200_000,
         payload,
         json: None,
@@ -37,13 +42,15 @@ pub fn parse(name: &str, payload: usize) -> Result<Option<Arguments>, Failure> {
     while let Some(argument) = arguments.next()? {
         match argument {
             Long("backend") => parsed.backend = arguments.value()?.string()?.parse()?,
-            Long("device") => parsed.device = arguments.value()?.parse()?,
+            Long("device") => parsed.device = Some(arguments.value()?.string()?),
+            Long("mode") => parsed.mode = arguments.value()?.string()?.parse()?,
             Long("messages") => parsed.messages = arguments.value()?.parse()?,
             Long("payload") => parsed.payload = arguments.value()?.parse()?,
             Long("json") => parsed.json = Some(arguments.value()?.string()?),
             Short('h') | Long("help") => {
                 say(&format!(
-                    "usage: {name} [--backend cpu] [--device 0] [--messages {}] [--payload {payload}] [--json FILE]",
+                    "usage: {name} [--backend cpu|vulkan] [--device INDEX|NAME] [--mode auto|resident|exchange|staged] \
+                     [--messages {}] [--payload {payload}] [--json FILE]",
                     parsed.messages
                 ))?;
                 return Ok(None);
@@ -55,6 +62,29 @@ pub fn parse(name: &str, payload: usize) -> Result<Option<Arguments>, Failure> {
         return Err("--messages must not be 0".into());
     }
     Ok(Some(parsed))
+}
+
+/// A runtime on the backend and device asked for. Without a device it is the first, which of Vulkan devices is the best,
+/// or the one that `RINGKERNEL_VULKAN_DEVICE` names.
+pub fn runtime(arguments: &Arguments) -> Result<RingKernelRuntime, Failure> {
+    let builder = RingKernelRuntime::builder()
+        .backend(arguments.backend)
+        .config(RuntimeConfig {
+            vulkan: VulkanConfig {
+                mode: arguments.mode,
+                ..VulkanConfig::default()
+            },
+            ..RuntimeConfig::default()
+        });
+    let builder = match &arguments.device {
+        None if std::env::var_os("RINGKERNEL_VULKAN_DEVICE").is_some() => builder,
+        None => builder.device(0),
+        Some(device) => match device.parse() {
+            Ok(index) => builder.device(index),
+            Err(_) => builder.device_name(device),
+        },
+    };
+    Ok(builder.build()?)
 }
 
 /// Prints a line; a closed pipe is an error like any other.
@@ -80,6 +110,13 @@ pub fn report(
         histogram.len(),
         arguments.payload
     ))?;
+    if let Some(vulkan) = &device.vulkan {
+        say(&format!(
+            "{} mode: {}",
+            vulkan.mode.name(),
+            vulkan.mode_reason
+        ))?;
+    }
     say("round trip     p50      p90      p99    p99.9      max")?;
     say(&format!(
         "ns       {:>9}{:>9}{:>9}{:>9}{:>9}",

@@ -4,13 +4,18 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
+use super::host_memory::HostMemory;
 use super::{Device, DeviceMemory, Placement};
 use crate::error::Error;
 use crate::kernel::{
-    CONTROL_BLOCK_BYTES, ControlBlock, TELEMETRY_BUFFER_BYTES, TelemetryBuffer, UndeliveredMessage,
+    ControlBlock, DeviceLines, HostLine, TELEMETRY_BUFFER_BYTES, TelemetryBuffer,
+    UndeliveredMessage,
 };
-use crate::ring::{CURSOR_BYTES, Consumer, LINE_BYTES, Producer, RingLayout, RingParts};
+use crate::ring::{
+    CURSOR_BYTES, Consumer, LINE_BYTES, Producer, RingLayout, RingParts, WriteCombining,
+};
 
 /// Sizes of one block's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,18 +25,36 @@ pub(crate) struct BlockLayout {
     pub(crate) state_bytes: usize,
 }
 
+/// Offsets in a block's host-to-device and device-to-host memory.
 impl BlockLayout {
-    /// Request slots, then the cursor of the reply ring: all that the host writes but the control block's line.
-    fn host_to_device(&self) -> usize {
-        self.ring.slots_bytes() + CURSOR_BYTES
+    /// Request slots, the cursor of the reply ring, the host's line of the control block: all that the host writes.
+    pub(crate) fn host_to_device(&self) -> usize {
+        (self.host_line() + size_of::<HostLine>()).next_multiple_of(CURSOR_BYTES)
     }
 
-    /// Reply slots, the cursor of the request ring, control block, telemetry.
-    fn device_to_host(&self) -> usize {
-        self.ring.slots_bytes() + CURSOR_BYTES + CONTROL_BLOCK_BYTES + TELEMETRY_BUFFER_BYTES
+    /// Reply slots, the cursor of the request ring, the device's lines of the control block, telemetry.
+    pub(crate) fn device_to_host(&self) -> usize {
+        (self.telemetry() + TELEMETRY_BUFFER_BYTES).next_multiple_of(CURSOR_BYTES)
     }
 
-    fn state(&self) -> usize {
+    /// The cursor of the ring whose slots lie in the other memory.
+    pub(crate) fn cursor(&self) -> usize {
+        self.ring.slots_bytes()
+    }
+
+    pub(crate) fn host_line(&self) -> usize {
+        self.cursor() + CURSOR_BYTES
+    }
+
+    pub(crate) fn device_lines(&self) -> usize {
+        self.cursor() + CURSOR_BYTES
+    }
+
+    pub(crate) fn telemetry(&self) -> usize {
+        self.device_lines() + size_of::<DeviceLines>()
+    }
+
+    pub(crate) fn state(&self) -> usize {
         self.state_bytes.next_multiple_of(LINE_BYTES)
     }
 
@@ -41,22 +64,43 @@ impl BlockLayout {
     }
 }
 
-/// The memory itself. Shared by the host's endpoints and the device's; freed with the last of them.
+/// The memory of all blocks of a grid: a piece a placement, in which each block has its share.
+pub(crate) struct GridMemory {
+    pub(crate) layout: BlockLayout,
+    pub(crate) host_to_device: Arc<dyn DeviceMemory>,
+    pub(crate) device_to_host: Arc<dyn DeviceMemory>,
+    /// Absent for a kernel without state.
+    pub(crate) state: Option<Arc<dyn DeviceMemory>>,
+}
+
+impl fmt::Debug for GridMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GridMemory")
+            .field("layout", &self.layout)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The memory of one block. Shared by the host's endpoints and the device's; freed with the last of the grid's.
 pub(crate) struct BlockMemory {
     /// Index in the grid.
     pub(crate) index: u32,
-    layout: BlockLayout,
-    host_to_device: Arc<dyn DeviceMemory>,
-    device_to_host: Arc<dyn DeviceMemory>,
-    /// Absent for a kernel without state.
-    _state: Option<Arc<dyn DeviceMemory>>,
+    pub(crate) grid: Arc<GridMemory>,
+    /// This block's shares.
+    host_to_device: NonNull<u8>,
+    device_to_host: NonNull<u8>,
 }
+
+// SAFETY: the pointers reach memory that `grid` keeps alive and that is accessed through atomics and ring endpoints.
+unsafe impl Send for BlockMemory {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for BlockMemory {}
 
 impl fmt::Debug for BlockMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("BlockMemory")
             .field("index", &self.index)
-            .field("layout", &self.layout)
+            .field("layout", &self.grid.layout)
             .finish_non_exhaustive()
     }
 }
@@ -86,7 +130,8 @@ pub(crate) struct HostConsumer {
 pub(crate) struct DeviceEnds {
     pub(crate) requests: Consumer,
     pub(crate) replies: Producer,
-    pub(crate) state: BlockStateBytes,
+    /// Absent where the state is not in this process's reach.
+    pub(crate) state: Option<BlockStateBytes>,
     /// Keeps the memory of all of them alive.
     pub(crate) memory: Arc<BlockMemory>,
 }
@@ -110,123 +155,250 @@ impl BlockStateBytes {
     }
 }
 
-impl BlockMemory {
-    /// Takes a block's memory from a device, prepares empty rings in it, and makes all four of their ends. Touches
-    /// every page, so that no message has to.
+/// One block's four ring ends: the host's two, and the device's.
+pub(crate) type BlockEnds = (HostProducer, HostConsumer, DeviceEnds);
+
+impl GridMemory {
+    /// Takes the memory of `blocks` blocks from a device, prepares empty rings in it, and makes all of their ends.
+    /// Touches every page, so that no message has to.
     pub(crate) fn allocate(
         device: &dyn Device,
-        index: u32,
+        blocks: u32,
         layout: BlockLayout,
-    ) -> Result<(HostProducer, HostConsumer, DeviceEnds), Error> {
-        let host_to_device = device.allocate(layout.host_to_device(), Placement::HostToDevice)?;
-        let device_to_host = device.allocate(layout.device_to_host(), Placement::DeviceToHost)?;
-        let state = match layout.state() {
-            0 => None,
-            bytes => Some(device.allocate(bytes, Placement::DeviceState)?),
+    ) -> Result<Vec<BlockEnds>, Error> {
+        Self::new(device, blocks, layout, |bytes, placement| {
+            device.allocate(bytes, placement)
+        })?
+        .ends(device, blocks)
+    }
+
+    /// The memory alone, each piece of it as `take` gives it.
+    pub(crate) fn new(
+        device: &dyn Device,
+        blocks: u32,
+        layout: BlockLayout,
+        take: impl Fn(usize, Placement) -> Result<Arc<dyn DeviceMemory>, Error>,
+    ) -> Result<Arc<Self>, Error> {
+        let take = |bytes: usize, placement| {
+            let all = bytes
+                .checked_mul(blocks as usize)
+                .ok_or_else(|| Error::OutOfMemory {
+                    device: device.info().name.clone(),
+                    asked: u64::MAX,
+                    available: device.account().available(),
+                })?;
+            take(all, placement)
         };
-        let state_start = state
-            .as_ref()
-            .map_or(NonNull::<u64>::dangling().cast(), |state| state.host_ptr());
-        let memory = Arc::new(Self {
-            index,
+        Ok(Arc::new(Self {
             layout,
-            host_to_device,
-            device_to_host,
-            _state: state,
-        });
+            host_to_device: take(layout.host_to_device(), Placement::HostToDevice)?,
+            device_to_host: take(layout.device_to_host(), Placement::DeviceToHost)?,
+            state: match layout.state() {
+                0 => None,
+                bytes => Some(take(bytes, Placement::DeviceState)?),
+            },
+        }))
+    }
+
+    /// Prepares empty rings and makes all of their ends; to be called once, of memory that the host can reach.
+    pub(crate) fn ends(
+        self: &Arc<Self>,
+        device: &dyn Device,
+        blocks: u32,
+    ) -> Result<Vec<BlockEnds>, Error> {
+        (0..blocks)
+            .map(|index| self.block(device, index).map(BlockMemory::ends))
+            .collect()
+    }
+
+    fn block(self: &Arc<Self>, device: &dyn Device, index: u32) -> Result<BlockMemory, Error> {
+        let share = |memory: &Arc<dyn DeviceMemory>, bytes: usize| {
+            let start = memory.host_ptr().ok_or_else(|| Error::DeviceLost {
+                device: device.info().name.clone(),
+                reason: "ring memory that the host cannot reach".into(),
+            })?;
+            // SAFETY: `allocate` took this many bytes for each block, and `index` is below their number.
+            Ok::<_, Error>(unsafe { start.add(index as usize * bytes) })
+        };
+        Ok(BlockMemory {
+            index,
+            host_to_device: share(&self.host_to_device, self.layout.host_to_device())?,
+            device_to_host: share(&self.device_to_host, self.layout.device_to_host())?,
+            grid: Arc::clone(self),
+        })
+    }
+
+    /// A block's state, where this process can reach it.
+    fn state_of(&self, index: u32) -> Option<BlockStateBytes> {
+        let start = match &self.state {
+            Some(state) => {
+                let offset = index as usize * self.layout.state();
+                // SAFETY: `allocate` took this many bytes for each block, and `index` is below their number.
+                unsafe { state.host_ptr()?.add(offset) }
+            }
+            None => NonNull::<u64>::dangling().cast(),
+        };
+        Some(BlockStateBytes {
+            bytes: NonNull::slice_from_raw_parts(start, self.layout.state_bytes),
+        })
+    }
+}
+
+impl BlockMemory {
+    /// Prepares the block's rings and makes their four ends.
+    fn ends(self) -> BlockEnds {
+        let ring = self.grid.layout.ring;
+        let state = self.grid.state_of(self.index);
+        let memory = Arc::new(self);
         let (requests, replies) = (memory.request_parts(), memory.reply_parts());
-        // SAFETY: both parts lie within the two allocations above, whose sizes `host_to_device` and `device_to_host`
-        // computed from the same layout; the memory is zeroed, 64-byte aligned and not shared with anybody yet.
+        // SAFETY: both parts lie within the block's shares, whose sizes `host_to_device` and `device_to_host` computed
+        // from the same layout; the memory is zeroed, 64-byte aligned and not shared with anybody yet.
         unsafe {
-            requests.initialise(layout.ring, 0);
-            replies.initialise(layout.ring, 0);
+            requests.initialise(ring, 0);
+            replies.initialise(ring, 0);
         }
         // SAFETY: both rings have just been initialised with this layout and start. Exactly one producer and one
         // consumer is made of each, here, and each is stored beside an `Arc` of the memory, which outlives it.
-        let ends = unsafe {
+        unsafe {
             (
                 HostProducer {
-                    producer: Producer::new(requests, layout.ring, 0),
+                    producer: Producer::new(requests, ring, 0),
                     _memory: Arc::<Self>::clone(&memory),
                 },
                 HostConsumer {
-                    consumer: Consumer::new(replies, layout.ring, 0),
+                    consumer: Consumer::new(replies, ring, 0),
                     _memory: Arc::<Self>::clone(&memory),
                 },
                 DeviceEnds {
-                    requests: Consumer::new(requests, layout.ring, 0),
-                    replies: Producer::new(replies, layout.ring, 0),
-                    state: BlockStateBytes {
-                        bytes: NonNull::slice_from_raw_parts(state_start, layout.state_bytes),
-                    },
+                    requests: Consumer::new(requests, ring, 0),
+                    replies: Producer::new(replies, ring, 0),
+                    state,
                     memory,
                 },
             )
-        };
-        Ok(ends)
+        }
     }
 
     fn request_parts(&self) -> RingParts {
         RingParts {
-            slots: self.host_to_device.host_ptr(),
-            cursor: self.behind_replies(0).cast(),
-            write_combining: self.host_to_device.write_combining(),
+            slots: self.host_to_device,
+            cursor: self.device_to_host_at(self.grid.layout.cursor()),
+            write_combining: self.grid.host_to_device.write_combining(),
         }
     }
 
     fn reply_parts(&self) -> RingParts {
-        // SAFETY: the allocation has CURSOR_BYTES behind its `slots_bytes()`.
-        let cursor = unsafe {
-            self.host_to_device
-                .host_ptr()
-                .add(self.layout.ring.slots_bytes())
-        };
         RingParts {
-            slots: self.device_to_host.host_ptr(),
-            cursor: cursor.cast(),
-            write_combining: self.device_to_host.write_combining(),
+            slots: self.device_to_host,
+            cursor: self.host_to_device_at(self.grid.layout.cursor()),
+            write_combining: self.grid.device_to_host.write_combining(),
         }
     }
 
-    /// What lies `offset` bytes behind the reply slots.
-    fn behind_replies(&self, offset: usize) -> NonNull<u8> {
-        debug_assert!(offset < CURSOR_BYTES + CONTROL_BLOCK_BYTES + TELEMETRY_BUFFER_BYTES);
-        // SAFETY: `device_to_host()` reserved these bytes behind `slots_bytes()`.
-        unsafe {
-            self.device_to_host
-                .host_ptr()
-                .add(self.layout.ring.slots_bytes() + offset)
-        }
+    fn host_to_device_at<T>(&self, offset: usize) -> NonNull<T> {
+        debug_assert!(offset + size_of::<T>() <= self.grid.layout.host_to_device());
+        // SAFETY: the layout's offsets lie within the block's share.
+        unsafe { self.host_to_device.add(offset) }.cast()
+    }
+
+    fn device_to_host_at<T>(&self, offset: usize) -> NonNull<T> {
+        debug_assert!(offset + size_of::<T>() <= self.grid.layout.device_to_host());
+        // SAFETY: the layout's offsets lie within the block's share.
+        unsafe { self.device_to_host.add(offset) }.cast()
     }
 
     /// Overwrites a word of a reply slot's header, as a faulty device might.
     #[cfg(test)]
     pub(crate) fn overwrite_reply_word(&self, slot: usize, word: usize, value: u32) {
-        let offset = slot * self.layout.ring.stride() + 4 * word;
-        assert!(offset < self.layout.ring.slots_bytes() && word < 4);
+        let ring = self.grid.layout.ring;
+        let offset = slot * ring.stride() + 4 * word;
+        assert!(offset < ring.slots_bytes() && word < 4);
         // SAFETY: within the slots, aligned to 4; all accesses to these words are atomic.
         unsafe {
-            self.device_to_host
-                .host_ptr()
-                .add(offset)
-                .cast::<std::sync::atomic::AtomicU32>()
+            self.device_to_host_at::<std::sync::atomic::AtomicU32>(offset)
                 .as_ref()
                 .store(value, std::sync::atomic::Ordering::Release);
         }
     }
 
     #[inline]
-    pub(crate) fn control(&self) -> &ControlBlock {
-        // SAFETY: the bytes were zero at first, which is a valid control block; all its fields are atomics, so that
-        // both sides may store to them; offset and base are multiples of 64. They live as long as `self`.
-        unsafe { self.behind_replies(CURSOR_BYTES).cast().as_ref() }
+    pub(crate) fn control(&self) -> ControlBlock<'_> {
+        let layout = &self.grid.layout;
+        // SAFETY: the bytes were zero at first, which is valid for both; all their fields are atomics, so that both
+        // sides may store to them; offsets and bases are multiples of 64. They live as long as `self`.
+        unsafe {
+            ControlBlock {
+                host: self.host_to_device_at(layout.host_line()).as_ref(),
+                device: self.device_to_host_at(layout.device_lines()).as_ref(),
+            }
+        }
     }
 
     #[inline]
     pub(crate) fn telemetry(&self) -> &TelemetryBuffer {
-        let offset = CURSOR_BYTES + CONTROL_BLOCK_BYTES;
         // SAFETY: as for `control`.
-        unsafe { self.behind_replies(offset).cast().as_ref() }
+        unsafe {
+            self.device_to_host_at(self.grid.layout.telemetry())
+                .as_ref()
+        }
+    }
+
+    /// The sequence word of a slot.
+    fn sequence(slots: NonNull<u8>, ring: RingLayout, position: u32) -> NonNull<AtomicU32> {
+        let index = (position & (ring.capacity() - 1)) as usize;
+        // SAFETY: the index is below the capacity of the ring whose slots these are.
+        unsafe { slots.add(index * ring.stride()) }.cast()
+    }
+
+    /// Whether the request of this position is published.
+    pub(crate) fn has_request(&self, position: u32) -> bool {
+        let word = Self::sequence(self.host_to_device, self.grid.layout.ring, position);
+        // SAFETY: the first word of a slot is its sequence, which is only accessed as an atomic. ORDERING: publish. The
+        // acquire pairs with the producer's release, so that the slot may be read.
+        unsafe { word.as_ref() }.load(Ordering::Acquire) == position.wrapping_add(1)
+    }
+
+    /// Copies a published request into the same slot of another block's memory of the same layout, which nobody reads
+    /// meanwhile.
+    pub(crate) fn copy_request_to(&self, other: &Self, position: u32) {
+        debug_assert_eq!(self.grid.layout.ring, other.grid.layout.ring);
+        self.copy_slot(self.host_to_device, other.host_to_device, position);
+    }
+
+    /// Copies a reply into the same slot of another block's memory of the same layout, and publishes it there.
+    pub(crate) fn copy_reply_to(&self, other: &Self, position: u32) {
+        debug_assert_eq!(self.grid.layout.ring, other.grid.layout.ring);
+        self.copy_slot(self.device_to_host, other.device_to_host, position);
+    }
+
+    fn copy_slot(&self, from: NonNull<u8>, to: NonNull<u8>, position: u32) {
+        let ring = self.grid.layout.ring;
+        let (from, to) = (
+            Self::sequence(from, ring, position),
+            Self::sequence(to, ring, position),
+        );
+        let behind = size_of::<AtomicU32>();
+        // SAFETY: both slots have `stride` bytes. The source is published and not given back, so that nobody writes it;
+        // the destination belongs to the caller until its sequence is stored. ORDERING: publish. The release pairs with
+        // the consumer's acquire.
+        unsafe {
+            let (source, target) = (from.cast::<u8>().add(behind), to.cast::<u8>().add(behind));
+            target.copy_from_nonoverlapping(source, ring.stride() - behind);
+            to.as_ref()
+                .store(position.wrapping_add(1), Ordering::Release);
+        }
+    }
+
+    /// How far the consumer of the requests has read.
+    pub(crate) fn request_cursor(&self) -> &AtomicU32 {
+        // SAFETY: a cursor line begins with its position, which is only accessed as an atomic.
+        unsafe { self.device_to_host_at(self.grid.layout.cursor()).as_ref() }
+    }
+
+    /// How far the consumer of the replies has read.
+    pub(crate) fn reply_cursor(&self) -> &AtomicU32 {
+        // SAFETY: as for `request_cursor`.
+        unsafe { self.host_to_device_at(self.grid.layout.cursor()).as_ref() }
     }
 
     /// Copies out what lies in the request ring from `position` on.
@@ -239,7 +411,7 @@ impl BlockMemory {
         // SAFETY: the ring is initialised, and alive as long as `self`. The caller promises that the ring's own
         // consumer reads no further, so that this one is its successor.
         let mut consumer =
-            unsafe { Consumer::new(self.request_parts(), self.layout.ring, position) };
+            unsafe { Consumer::new(self.request_parts(), self.grid.layout.ring, position) };
         let mut messages = Vec::new();
         while let Ok(Some(incoming)) = consumer.try_next() {
             messages.push(UndeliveredMessage {
@@ -258,13 +430,14 @@ pub(crate) fn host_ring(
     device: &dyn Device,
     layout: RingLayout,
 ) -> Result<(HostProducer, HostConsumer), Error> {
-    let memory = device.allocate(host_ring_bytes(layout), Placement::DeviceToHost)?;
+    let memory = device.allocate_host(host_ring_bytes(layout))?;
+    let start = memory.start();
     // SAFETY: the allocation has CURSOR_BYTES behind its `slots_bytes()`.
-    let cursor = unsafe { memory.host_ptr().add(layout.slots_bytes()) };
+    let cursor = unsafe { start.add(layout.slots_bytes()) };
     let parts = RingParts {
-        slots: memory.host_ptr(),
+        slots: start,
         cursor: cursor.cast(),
-        write_combining: memory.write_combining(),
+        write_combining: WriteCombining::No,
     };
     // SAFETY: both parts lie within the allocation, which is zeroed, 64-byte aligned and not shared with anybody yet.
     unsafe { parts.initialise(layout, 0) };
@@ -274,11 +447,11 @@ pub(crate) fn host_ring(
         (
             HostProducer {
                 producer: Producer::new(parts, layout, 0),
-                _memory: Arc::new(Arc::clone(&memory)),
+                _memory: Arc::<HostMemory>::clone(&memory),
             },
             HostConsumer {
                 consumer: Consumer::new(parts, layout, 0),
-                _memory: Arc::new(memory),
+                _memory: memory,
             },
         )
     })

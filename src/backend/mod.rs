@@ -10,7 +10,13 @@
 
 mod block;
 pub(crate) mod cpu;
+mod host_memory;
+mod info;
+mod options;
+#[cfg(feature = "vulkan")]
+pub(crate) mod vulkan;
 
+use std::any::Any;
 use std::fmt;
 use std::ptr::NonNull;
 use std::str::FromStr;
@@ -18,15 +24,25 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub(crate) use block::{
-    BlockLayout, BlockMemory, DeviceEnds, HostConsumer, HostProducer, host_ring, host_ring_bytes,
+    BlockLayout, BlockMemory, DeviceEnds, GridMemory, HostConsumer, HostProducer, host_ring,
+    host_ring_bytes,
 };
+pub(crate) use host_memory::{Account, HostMemory};
+pub use info::{
+    DeviceInfo, DeviceKind, ExecutionMode, MemoryHeap, MemoryPlacement, QueueFamily,
+    VulkanDeviceInfo,
+};
+
+pub use options::{VulkanConfig, VulkanMode};
 
 use crate::error::Error;
 use crate::kernel::{
-    CpuHandler, Dim3, KernelFailure, TypeTable, UndeliveredMessage, signals::KernelSignals,
+    CpuHandler, Dim3, KernelFailure, ShaderCode, TypeTable, UndeliveredMessage,
+    signals::KernelSignals,
 };
 use crate::ring::WriteCombining;
 use crate::thread::KernelWait;
+use crate::thread::event_count::EventCount;
 use crate::time::Deadline;
 
 /// A way to run kernels.
@@ -35,17 +51,20 @@ use crate::time::Deadline;
 pub enum BackendType {
     /// Pinned threads of this process.
     Cpu,
+    /// Compute dispatches that are kept alive by slices.
+    Vulkan,
 }
 
 impl BackendType {
     /// Every backend that this build knows.
-    pub const ALL: [Self; 1] = [Self::Cpu];
+    pub const ALL: [Self; 2] = [Self::Cpu, Self::Vulkan];
 
     /// The name as command lines and errors write it.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Cpu => "cpu",
+            Self::Vulkan => "vulkan",
         }
     }
 }
@@ -73,21 +92,6 @@ impl FromStr for BackendType {
     }
 }
 
-/// What a device is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DeviceInfo {
-    /// The backend it belongs to.
-    pub backend: BackendType,
-    /// Its index within the backend.
-    pub index: usize,
-    /// Its name.
-    pub name: String,
-    /// Bytes that kernels may take on it, all together.
-    pub memory_limit: u64,
-    /// Cores that its kernels are put on when a launch names none; empty for a device that is not this CPU.
-    pub cores: Vec<usize>,
-}
-
 /// Where a piece of memory has to be good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Placement {
@@ -101,19 +105,59 @@ pub(crate) enum Placement {
 
 /// A piece of device memory; given back when dropped.
 pub(crate) trait DeviceMemory: Send + Sync + fmt::Debug {
-    /// Where this process sees it: zeroed, at least 64-byte aligned, valid as long as the value lives.
-    fn host_ptr(&self) -> NonNull<u8>;
+    /// Where this process sees it: zeroed, at least 64-byte aligned, valid as long as the value lives. Memory of
+    /// placement `DeviceState` it may not see.
+    fn host_ptr(&self) -> Option<NonNull<u8>>;
+
+    /// For the device that made it.
+    fn as_any(&self) -> &dyn Any;
 
     /// How the host's stores to it are ordered.
     fn write_combining(&self) -> WriteCombining;
+}
+
+/// A backend in use: its devices, open or not.
+pub(crate) trait Backend: Send + Sync + fmt::Debug {
+    /// Describes all devices.
+    fn devices(&self) -> Vec<DeviceInfo>;
+
+    /// Opens one of them, by index in that list.
+    fn open(&self, index: usize) -> Result<Arc<dyn Device>, Error>;
 }
 
 /// An open device.
 pub(crate) trait Device: Send + Sync + fmt::Debug {
     fn info(&self) -> &DeviceInfo;
 
+    /// What is booked on it.
+    fn account(&self) -> &Arc<Account>;
+
     /// Bytes taken by all live memory.
-    fn memory_in_use(&self) -> u64;
+    fn memory_in_use(&self) -> u64 {
+        self.account().used()
+    }
+
+    /// Memory of this process alone, booked on the device.
+    fn allocate_host(&self, bytes: usize) -> Result<Arc<HostMemory>, Error> {
+        match HostMemory::allocate(bytes, self.account()) {
+            Some(memory) => Ok(Arc::new(memory)),
+            None => Err(Error::OutOfMemory {
+                device: self.info().name.clone(),
+                asked: bytes as u64,
+                available: self.account().available(),
+            }),
+        }
+    }
+
+    /// What wakes the threads behind its blocks, if one event serves all of them.
+    fn doorbell(&self) -> Option<Arc<EventCount>> {
+        None
+    }
+
+    /// Whether callers that sleep are woken when a reply is written; they look for themselves otherwise.
+    fn wakes_callers(&self) -> bool {
+        true
+    }
 
     /// Zeroed memory of at least `bytes`. Never blocks on a running kernel.
     fn allocate(&self, bytes: usize, placement: Placement) -> Result<Arc<dyn DeviceMemory>, Error>;
@@ -124,6 +168,9 @@ pub(crate) trait Device: Send + Sync + fmt::Debug {
 
 /// Code that is resident on a device.
 pub(crate) trait Dispatch: Send + fmt::Debug {
+    /// Tells it that a control block has a new command.
+    fn command(&mut self) {}
+
     /// Does what the device needs to go on (a new slice, say), and tells whether the dispatch still runs.
     fn keep_alive(&mut self) -> DispatchStatus;
 
@@ -171,12 +218,14 @@ pub(crate) struct DispatchRequest {
 #[derive(Clone)]
 pub(crate) enum Handler {
     Cpu(Arc<dyn CpuHandler>),
+    Shader(Arc<ShaderCode>),
 }
 
 impl fmt::Debug for Handler {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Cpu(_) => f.write_str("Cpu"),
+            Self::Shader(code) => code.fmt(f),
         }
     }
 }

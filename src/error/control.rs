@@ -73,6 +73,29 @@ pub enum Error {
         /// How many there are.
         available: usize,
     },
+    /// No device whose name contains this, or none that may be chosen.
+    DeviceNotNamed {
+        /// Name of the backend.
+        backend: &'static str,
+        /// The name, or part of one, asked for.
+        name: String,
+        /// The devices there are.
+        available: Vec<String>,
+    },
+    /// A kernel's source does not compile.
+    Compile {
+        /// Id of the registration.
+        kernel: String,
+        /// What the compiler said; line numbers are those of the kernel's own source.
+        log: String,
+    },
+    /// A kernel's compiled code is not what the device can run.
+    InvalidCode {
+        /// Id of the registration.
+        kernel: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The kernel's registration has no code for this backend.
     NoHandler {
         /// Id of the registration.
@@ -161,6 +184,21 @@ impl fmt::Display for Error {
                 f,
                 "backend {backend} has no device {index}; it has {available}"
             ),
+            Self::DeviceNotNamed {
+                backend,
+                name,
+                available,
+            } => write!(
+                f,
+                "backend {backend} has no device named '{name}'; it has: {}",
+                available.join(", ")
+            ),
+            Self::Compile { kernel, log } => {
+                write!(f, "kernel '{kernel}' does not compile: {log}")
+            }
+            Self::InvalidCode { kernel, reason } => {
+                write!(f, "the code of kernel '{kernel}' cannot be run: {reason}")
+            }
             Self::NoHandler { kernel, backend } => {
                 write!(f, "kernel '{kernel}' has no handler for backend {backend}")
             }

@@ -7,6 +7,7 @@
 //! | `saxpy` | words: `a` f32, `n` u32, `x` n f32, `y` n f32 | `n` f32: `a * x + y` | none |
 
 use super::registration::KernelRegistration;
+use super::shader::ShaderCode;
 use crate::error::HandlerError;
 
 /// Largest `n` of the built-in `saxpy` at its default message size.
@@ -18,6 +19,13 @@ const SAXPY_CAPACITY: usize = 128;
 /// Words in front of the vectors: `a` and `n`.
 const SAXPY_HEAD: usize = 2;
 
+/// The committed module of a built-in kernel, built by `shaders/build` from `kernels/<id>.rk`.
+macro_rules! built_in {
+    ($id:literal) => {
+        ShaderCode::spirv(include_bytes!(concat!("../../shaders/", $id, ".spv")).as_slice())
+    };
+}
+
 pub(super) fn all() -> Vec<KernelRegistration> {
     vec![echo(), sink(), saxpy()]
 }
@@ -26,6 +34,7 @@ fn echo() -> KernelRegistration {
     KernelRegistration::new("echo")
         .any_message()
         .cpu_handler(|request, context| context.echo(request))
+        .shader(built_in!("echo"))
 }
 
 fn sink() -> KernelRegistration {
@@ -36,12 +45,14 @@ fn sink() -> KernelRegistration {
             *context.state_as::<u64>()? += 1;
             Ok(())
         })
+        .shader(built_in!("sink"))
 }
 
 fn saxpy() -> KernelRegistration {
     KernelRegistration::new("saxpy")
         .largest_message(size_of::<u32>() * (SAXPY_HEAD + 2 * SAXPY_ELEMENTS))
         .queue_capacity(SAXPY_CAPACITY)
+        .shader(built_in!("saxpy"))
         .cpu_handler(|request, context| {
             let bad = |text| HandlerError::new(HandlerError::BAD_REQUEST, text);
             let words: &[u32] = bytemuck::try_cast_slice(request.payload())

@@ -4,31 +4,52 @@ use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Size of a control block in bytes: one line that the host writes, three that the device writes.
-pub const CONTROL_BLOCK_BYTES: usize = 256;
+pub const CONTROL_BLOCK_BYTES: usize = size_of::<HostLine>() + size_of::<DeviceLines>();
 
-/// One block's control block, visible to host and device. Every line has one writer, every word is loaded and stored
-/// whole.
+const _: () = assert!(CONTROL_BLOCK_BYTES == 256);
+
+/// One block's control block. Every line has one writer, every word is loaded and stored whole. The host's line lies in
+/// memory that is near the device, who polls it; the device's lines in memory that is near the host.
 ///
 /// | line | written by | words |
 /// |---|---|---|
-/// | 0 | host | `active`, `terminate`, `slice_budget`, `epoch` |
-/// | 1 | device, per message | `processed`, `produced` |
-/// | 2 | device, per poll or rarer | `state`, `heartbeat`, `dropped`, `last_error`, `slice_number`, `has_terminated` |
+/// | 0 | host | `active`, `terminate`, `slice_budget`, `epoch`, `idle_budget` |
+/// | 1 | device, per message | `processed`, `produced`, `step` |
+/// | 2 | device, per poll or rarer | `state`, `heartbeat`, `dropped`, `last_error`, `slice_number`, `has_terminated`, `fault` |
 /// | 3 | device | reserved |
 ///
-/// `slice_budget`, `epoch` and `slice_number` are there for devices that run a kernel in slices; the CPU leaves them 0.
+/// `slice_budget`, `epoch`, `idle_budget`, `step`, `slice_number` and `fault` are there for devices that run a kernel in
+/// slices; the CPU leaves them 0.
+#[derive(Clone, Copy, Debug)]
+pub struct ControlBlock<'a> {
+    pub(crate) host: &'a HostLine,
+    pub(crate) device: &'a DeviceLines,
+}
+
+/// The line of a control block that the host writes.
 #[repr(C, align(64))]
-#[derive(Debug)]
-pub struct ControlBlock {
+#[derive(Debug, Default)]
+pub struct HostLine {
     active: AtomicU32,
     terminate: AtomicU32,
+    /// Polls, and loop iterations of handlers, after which a slice ends.
     slice_budget: AtomicU32,
+    /// Which command buffers are valid: a slice of another epoch ends at once.
     epoch: AtomicU32,
-    _host_line: [u32; 12],
+    /// Empty polls in a row after which a slice ends.
+    idle_budget: AtomicU32,
+    _reserved: [u32; 11],
+}
 
+/// The lines of a control block that the device writes.
+#[repr(C, align(64))]
+#[derive(Debug, Default)]
+pub struct DeviceLines {
     processed: AtomicU32,
     produced: AtomicU32,
-    _message_line: [u32; 14],
+    /// Runs of the handler for the request in hand, for handlers that take several.
+    step: AtomicU32,
+    _message_line: [u32; 13],
 
     state: AtomicU32,
     heartbeat: AtomicU32,
@@ -36,27 +57,73 @@ pub struct ControlBlock {
     last_error: AtomicU32,
     slice_number: AtomicU32,
     has_terminated: AtomicU32,
-    _state_line: [u32; 10],
+    fault: AtomicU32,
+    _state_line: [u32; 9],
 
     _reserved: [u32; 16],
 }
 
 const _: () = {
-    assert!(size_of::<ControlBlock>() == CONTROL_BLOCK_BYTES);
-    assert!(align_of::<ControlBlock>() == 64);
-    assert!(offset_of!(ControlBlock, active) == 0);
-    assert!(offset_of!(ControlBlock, terminate) == 4);
-    assert!(offset_of!(ControlBlock, slice_budget) == 8);
-    assert!(offset_of!(ControlBlock, epoch) == 12);
-    assert!(offset_of!(ControlBlock, processed) == 64);
-    assert!(offset_of!(ControlBlock, produced) == 68);
-    assert!(offset_of!(ControlBlock, state) == 128);
-    assert!(offset_of!(ControlBlock, heartbeat) == 132);
-    assert!(offset_of!(ControlBlock, dropped) == 136);
-    assert!(offset_of!(ControlBlock, last_error) == 140);
-    assert!(offset_of!(ControlBlock, slice_number) == 144);
-    assert!(offset_of!(ControlBlock, has_terminated) == 148);
+    assert!(size_of::<HostLine>() == 64);
+    assert!(offset_of!(HostLine, active) == 0);
+    assert!(offset_of!(HostLine, terminate) == 4);
+    assert!(offset_of!(HostLine, slice_budget) == 8);
+    assert!(offset_of!(HostLine, epoch) == 12);
+    assert!(offset_of!(HostLine, idle_budget) == 16);
+    assert!(size_of::<DeviceLines>() == 192);
+    assert!(offset_of!(DeviceLines, processed) == 0);
+    assert!(offset_of!(DeviceLines, produced) == 4);
+    assert!(offset_of!(DeviceLines, step) == 8);
+    assert!(offset_of!(DeviceLines, state) == 64);
+    assert!(offset_of!(DeviceLines, heartbeat) == 68);
+    assert!(offset_of!(DeviceLines, dropped) == 72);
+    assert!(offset_of!(DeviceLines, last_error) == 76);
+    assert!(offset_of!(DeviceLines, slice_number) == 80);
+    assert!(offset_of!(DeviceLines, has_terminated) == 84);
+    assert!(offset_of!(DeviceLines, fault) == 88);
 };
+
+#[cfg(all(test, feature = "vulkan"))]
+impl HostLine {
+    /// Names as in shaders, and offsets in bytes.
+    pub(crate) const OFFSETS: [(&'static str, usize); 5] = [
+        ("ACTIVE", offset_of!(HostLine, active)),
+        ("TERMINATE", offset_of!(HostLine, terminate)),
+        ("SLICE_BUDGET", offset_of!(HostLine, slice_budget)),
+        ("EPOCH", offset_of!(HostLine, epoch)),
+        ("IDLE_BUDGET", offset_of!(HostLine, idle_budget)),
+    ];
+}
+
+#[cfg(all(test, feature = "vulkan"))]
+impl DeviceLines {
+    /// Names as in shaders, and offsets in bytes.
+    pub(crate) const OFFSETS: [(&'static str, usize); 10] = [
+        ("PROCESSED", offset_of!(DeviceLines, processed)),
+        ("PRODUCED", offset_of!(DeviceLines, produced)),
+        ("STEP", offset_of!(DeviceLines, step)),
+        ("STATE", offset_of!(DeviceLines, state)),
+        ("HEARTBEAT", offset_of!(DeviceLines, heartbeat)),
+        ("DROPPED", offset_of!(DeviceLines, dropped)),
+        ("LAST_ERROR", offset_of!(DeviceLines, last_error)),
+        ("SLICE_NUMBER", offset_of!(DeviceLines, slice_number)),
+        ("HAS_TERMINATED", offset_of!(DeviceLines, has_terminated)),
+        ("FAULT", offset_of!(DeviceLines, fault)),
+    ];
+}
+
+/// Values of the `state` and `fault` words, as shaders name them.
+#[cfg(all(test, feature = "vulkan"))]
+pub(crate) const CONTROL_VALUES: [(&str, u32); 8] = [
+    ("STATE_IDLE", BlockState::Idle as u32),
+    ("STATE_POLLING", BlockState::Polling as u32),
+    ("STATE_ENDED", BlockState::Ended as u32),
+    ("STATE_FAULTED", BlockState::Faulted as u32),
+    ("FAULT_NONE", 0),
+    ("FAULT_CORRUPT_RING", BlockFault::CorruptRing as u32),
+    ("FAULT_LOOP_CUT", BlockFault::LoopCut as u32),
+    ("FAULT_TOO_MANY_REPLIES", BlockFault::TooManyReplies as u32),
+];
 
 /// What a resident block says of itself in the `state` word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,26 +137,45 @@ pub(crate) enum BlockState {
     Polling = 2,
     /// Ended.
     Ended = 3,
+    /// Ended by a fault that the `fault` word names.
+    Faulted = 4,
 }
 
-impl Default for ControlBlock {
-    fn default() -> Self {
-        // SAFETY: every field is an integer or an atomic integer, for which all zeros is a valid value.
-        unsafe { std::mem::zeroed() }
-    }
+/// What the `fault` word says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum BlockFault {
+    /// A request slot holds what no correct producer writes.
+    CorruptRing = 1,
+    /// The driver ended a loop before its condition did.
+    LoopCut = 2,
+    /// The handler wrote more replies than it declared, into a full ring.
+    TooManyReplies = 3,
 }
 
-impl ControlBlock {
+impl ControlBlock<'_> {
     // Host line.
 
     pub(crate) fn set_active(&self, active: bool) {
         // ORDERING: control. Release pairs with `is_active`: whatever the host prepared is visible to the block.
-        self.active.store(active.into(), Ordering::Release);
+        self.host.active.store(active.into(), Ordering::Release);
     }
 
     pub(crate) fn set_terminate(&self) {
         // ORDERING: control. Pairs with `must_terminate`.
-        self.terminate.store(1, Ordering::Release);
+        self.host.terminate.store(1, Ordering::Release);
+    }
+
+    /// How long slices last from the next one on.
+    pub(crate) fn set_budgets(&self, slice: u32, idle: u32) {
+        self.host.slice_budget.store(slice, Ordering::Relaxed);
+        self.host.idle_budget.store(idle, Ordering::Release);
+    }
+
+    /// Makes slices of all other epochs end at once.
+    pub(crate) fn set_epoch(&self, epoch: u32) {
+        // ORDERING: control. Whatever was prepared for the epoch is visible to its slices.
+        self.host.epoch.store(epoch, Ordering::Release);
     }
 
     // Read by the block.
@@ -97,13 +183,13 @@ impl ControlBlock {
     #[inline]
     pub(crate) fn is_active(&self) -> bool {
         // ORDERING: control. Pairs with `set_active`.
-        self.active.load(Ordering::Acquire) != 0
+        self.host.active.load(Ordering::Acquire) != 0
     }
 
     #[inline]
     pub(crate) fn must_terminate(&self) -> bool {
         // ORDERING: control. Pairs with `set_terminate`.
-        self.terminate.load(Ordering::Acquire) != 0
+        self.host.terminate.load(Ordering::Acquire) != 0
     }
 
     // Device lines, written by the block.
@@ -111,79 +197,113 @@ impl ControlBlock {
     #[inline]
     pub(crate) fn store_processed(&self, position: u32) {
         // ORDERING: progress. Release pairs with `processed`: the host may take over behind this position.
-        self.processed.store(position, Ordering::Release);
+        self.device.processed.store(position, Ordering::Release);
     }
 
     #[inline]
     pub(crate) fn store_produced(&self, position: u32) {
         // ORDERING: progress. Pairs with `produced`.
-        self.produced.store(position, Ordering::Release);
+        self.device.produced.store(position, Ordering::Release);
     }
 
     #[inline]
     pub(crate) fn beat(&self) {
         // Single writer: a load and a store, not a read-modify-write.
-        let beats = self.heartbeat.load(Ordering::Relaxed);
-        self.heartbeat
+        let beats = self.device.heartbeat.load(Ordering::Relaxed);
+        self.device
+            .heartbeat
             .store(beats.wrapping_add(1), Ordering::Relaxed);
     }
 
     pub(crate) fn store_state(&self, state: BlockState) {
         // ORDERING: control. Release pairs with `state`.
-        self.state.store(state as u32, Ordering::Release);
+        self.device.state.store(state as u32, Ordering::Release);
         if state == BlockState::Ended {
-            self.has_terminated.store(1, Ordering::Release);
+            self.device.has_terminated.store(1, Ordering::Release);
         }
     }
 
     /// Counts a request that was consumed, but given to no handler.
     pub(crate) fn count_dropped(&self) {
-        let dropped = self.dropped.load(Ordering::Relaxed);
-        self.dropped
+        let dropped = self.device.dropped.load(Ordering::Relaxed);
+        self.device
+            .dropped
             .store(dropped.wrapping_add(1), Ordering::Relaxed);
     }
 
     pub(crate) fn store_last_error(&self, code: u32) {
-        self.last_error.store(code, Ordering::Relaxed);
+        self.device.last_error.store(code, Ordering::Relaxed);
     }
 
     // Device lines, read by the host.
 
     pub(crate) fn state(&self) -> Option<BlockState> {
         // ORDERING: control. Pairs with `store_state`.
-        match self.state.load(Ordering::Acquire) {
+        match self.device.state.load(Ordering::Acquire) {
             0 => Some(BlockState::Absent),
             1 => Some(BlockState::Idle),
             2 => Some(BlockState::Polling),
             3 => Some(BlockState::Ended),
+            4 => Some(BlockState::Faulted),
             _ => None,
         }
+    }
+
+    /// What ended a block that is `Faulted`.
+    pub(crate) fn fault(&self) -> Option<BlockFault> {
+        // Written before the state, whose load is an acquire.
+        match self.device.fault.load(Ordering::Relaxed) {
+            1 => Some(BlockFault::CorruptRing),
+            2 => Some(BlockFault::LoopCut),
+            3 => Some(BlockFault::TooManyReplies),
+            _ => None,
+        }
+    }
+
+    /// Takes over what another block's device lines say of messages; states and signs of life are this block's own.
+    pub(crate) fn mirror(&self, other: ControlBlock<'_>) {
+        let (to, from) = (self.device, other.device);
+        for (to, from) in [
+            (&to.produced, &from.produced),
+            (&to.dropped, &from.dropped),
+            (&to.last_error, &from.last_error),
+            (&to.slice_number, &from.slice_number),
+            (&to.fault, &from.fault),
+        ] {
+            to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        self.store_processed(other.processed());
+    }
+
+    /// Slices that the block has begun, modulo 2^32.
+    pub(crate) fn slice_number(&self) -> u32 {
+        self.device.slice_number.load(Ordering::Relaxed)
     }
 
     /// Position up to which requests have been consumed, modulo 2^32.
     pub(crate) fn processed(&self) -> u32 {
         // ORDERING: progress. Pairs with `store_processed`.
-        self.processed.load(Ordering::Acquire)
+        self.device.processed.load(Ordering::Acquire)
     }
 
     /// Position up to which replies have been written, modulo 2^32.
     pub(crate) fn produced(&self) -> u32 {
         // ORDERING: progress. Pairs with `store_produced`.
-        self.produced.load(Ordering::Acquire)
+        self.device.produced.load(Ordering::Acquire)
     }
 
     /// Counts the polling loop's signs of life, modulo 2^32.
     pub(crate) fn heartbeat(&self) -> u32 {
-        self.heartbeat.load(Ordering::Relaxed)
+        self.device.heartbeat.load(Ordering::Relaxed)
     }
 
     /// Requests that the block consumed, but gave to no handler.
     pub(crate) fn dropped(&self) -> u32 {
-        self.dropped.load(Ordering::Relaxed)
+        self.device.dropped.load(Ordering::Relaxed)
     }
 
     /// Code of the last error reply.
     pub(crate) fn last_error(&self) -> u32 {
-        self.last_error.load(Ordering::Relaxed)
+        self.device.last_error.load(Ordering::Relaxed)
     }
 }

@@ -9,20 +9,28 @@ mod options;
 mod registration;
 mod registry;
 mod reply_port;
+mod shader;
 pub(crate) mod signals;
 mod state;
 mod telemetry;
 mod types;
 
 pub use builtin::{saxpy_reply, saxpy_request};
+#[cfg(feature = "vulkan")]
+pub(crate) use control_block::BlockFault;
 pub(crate) use control_block::BlockState;
-pub use control_block::{CONTROL_BLOCK_BYTES, ControlBlock};
+#[cfg(all(test, feature = "vulkan"))]
+pub(crate) use control_block::CONTROL_VALUES;
+pub use control_block::{CONTROL_BLOCK_BYTES, ControlBlock, DeviceLines, HostLine};
 pub use dead_letters::{DeadLetterCounts, DeadLetterReason};
 pub use handler::{CpuHandler, HandlerResult, KernelContext, Request};
 pub use options::{Dim3, LaunchOptions};
 pub use registration::KernelRegistration;
 pub use registry::{KERNELS, find_kernel, registered_kernels};
 pub(crate) use reply_port::ReplyPort;
+pub use shader::ShaderCode;
+#[cfg(feature = "vulkan")]
+pub(crate) use shader::ShaderSource;
 pub use state::{FailureReason, KernelFailure, KernelState, UndeliveredMessage};
 pub(crate) use telemetry::TelemetryWriter;
 pub use telemetry::{TELEMETRY_BUFFER_BYTES, Telemetry, TelemetryBuffer};

@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::handler::{CpuHandler, HandlerResult, KernelContext, Request};
+use super::shader::ShaderCode;
 use super::types::TypeTable;
 use crate::error::{Error, HandlerError};
 use crate::message::RingMessage;
@@ -33,6 +34,7 @@ pub struct KernelRegistration {
     queue_capacity: Option<usize>,
     state_size: usize,
     cpu_handler: Option<Arc<dyn CpuHandler>>,
+    shader: Option<Arc<ShaderCode>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +53,7 @@ impl fmt::Debug for KernelRegistration {
             .field("queue_capacity", &self.queue_capacity)
             .field("state_size", &self.state_size)
             .field("cpu_handler", &self.cpu_handler.is_some())
+            .field("shader", &self.shader)
             .finish()
     }
 }
@@ -67,6 +70,7 @@ impl KernelRegistration {
             queue_capacity: None,
             state_size: 0,
             cpu_handler: None,
+            shader: None,
         }
     }
 
@@ -154,6 +158,13 @@ impl KernelRegistration {
             })
     }
 
+    /// The kernel's code on Vulkan devices.
+    #[must_use]
+    pub fn shader(mut self, code: ShaderCode) -> Self {
+        self.shader = Some(Arc::new(code));
+        self
+    }
+
     /// The kernel's id.
     #[must_use]
     pub fn id(&self) -> &str {
@@ -180,6 +191,10 @@ impl KernelRegistration {
 
     pub(crate) fn handler(&self) -> Option<&Arc<dyn CpuHandler>> {
         self.cpu_handler.as_ref()
+    }
+
+    pub(crate) fn shader_code(&self) -> Option<&Arc<ShaderCode>> {
+        self.shader.as_ref()
     }
 
     pub(crate) fn type_table(&self) -> TypeTable {

@@ -20,7 +20,7 @@ const NAP: Duration = Duration::from_micros(200);
 /// One block's replies. Not for other threads.
 pub(crate) struct ReplyPort<'a> {
     pub(crate) producer: Producer,
-    pub(crate) control: &'a ControlBlock,
+    pub(crate) control: ControlBlock<'a>,
     /// `None` if none is kept.
     pub(crate) telemetry: Option<&'a TelemetryBuffer>,
     pub(crate) signals: Arc<KernelSignals>,

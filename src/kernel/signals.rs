@@ -1,6 +1,7 @@
 //! What the host side of a kernel and the thread or bridge behind it tell each other outside the device's memory.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
@@ -94,8 +95,10 @@ pub(crate) struct KernelSignals {
     pub(crate) replied: EventCount,
     /// Whether callers may sleep at all; if not, nobody needs to look for sleepers.
     pub(crate) callers_park: bool,
-    /// Blocks asleep until a request or a command comes, one each.
-    pub(crate) work: Box<[EventCount]>,
+    /// What wakes each block when a request or a command comes; one for all where one thread stands behind them.
+    pub(crate) work: Box<[Arc<EventCount>]>,
+    /// When somebody last saw blocks make progress that keep no clock themselves, in nanoseconds since the Unix epoch.
+    pub(crate) alive_at_ns: AtomicU64,
     /// Messages that could not be delivered.
     pub(crate) dead_letters: DeadLetters,
     failure: Mutex<Option<KernelFailure>>,
@@ -104,13 +107,24 @@ pub(crate) struct KernelSignals {
 }
 
 impl KernelSignals {
-    pub(crate) fn new(name: String, blocks: u32, callers_park: bool) -> Self {
+    pub(crate) fn new(
+        name: String,
+        blocks: u32,
+        callers_park: bool,
+        doorbell: Option<Arc<EventCount>>,
+    ) -> Self {
+        let bell = || {
+            doorbell
+                .clone()
+                .unwrap_or_else(|| Arc::new(EventCount::new()))
+        };
         Self {
             name,
             gate: Gate::new(),
             replied: EventCount::new(),
             callers_park,
-            work: (0..blocks).map(|_| EventCount::new()).collect(),
+            work: (0..blocks).map(|_| bell()).collect(),
+            alive_at_ns: AtomicU64::new(0),
             dead_letters: DeadLetters::default(),
             failure: Mutex::new(None),
             poisoned: Mutex::new(Vec::new()),
@@ -203,7 +217,7 @@ mod tests {
 
     #[test]
     fn the_first_failure_is_kept_and_a_lost_device_is_told_apart() {
-        let signals = KernelSignals::new("test".into(), 1, true);
+        let signals = KernelSignals::new("test".into(), 1, true, None);
         signals.gate.transition(KernelState::Launched).unwrap();
         signals.fail(failure(FailureReason::DeviceLost));
         signals.fail(failure(FailureReason::Panic));

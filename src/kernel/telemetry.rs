@@ -106,6 +106,19 @@ impl Telemetry {
     }
 }
 
+#[cfg(all(test, feature = "vulkan"))]
+impl TelemetryBuffer {
+    /// Names as in shaders, and offsets in bytes.
+    pub(crate) const OFFSETS: [(&'static str, usize); 6] = [
+        ("VERSION", offset_of!(TelemetryBuffer, version)),
+        ("RECEIVED", offset_of!(TelemetryBuffer, received)),
+        ("REPLIED", offset_of!(TelemetryBuffer, replied)),
+        ("ERRORS", offset_of!(TelemetryBuffer, errors)),
+        ("BYTES_IN", offset_of!(TelemetryBuffer, bytes_in)),
+        ("BYTES_OUT", offset_of!(TelemetryBuffer, bytes_out)),
+    ];
+}
+
 impl Default for TelemetryBuffer {
     fn default() -> Self {
         // SAFETY: every field is an integer or an atomic integer, for which all zeros is a valid value.
@@ -140,6 +153,28 @@ impl TelemetryBuffer {
     pub(crate) fn show_life(&self) {
         self.alive_at_ns
             .store(crate::time::now_ns(), Ordering::Relaxed);
+    }
+
+    /// Takes over another buffer's counters, which nobody changes meanwhile.
+    #[cfg(feature = "vulkan")]
+    pub(crate) fn mirror(&self, other: &Self) {
+        let version = self.version.load(Ordering::Relaxed);
+        self.version
+            .store(version.wrapping_add(1), Ordering::Relaxed);
+        // ORDERING: telemetry. As in `TelemetryWriter::store`.
+        fence(Ordering::Release);
+        for (to, from) in [
+            (&self.received, &other.received),
+            (&self.replied, &other.replied),
+            (&self.errors, &other.errors),
+            (&self.bytes_in, &other.bytes_in),
+            (&self.bytes_out, &other.bytes_out),
+        ] {
+            to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        // ORDERING: telemetry. Release pairs with the acquire in `snapshot`.
+        self.version
+            .store(version.wrapping_add(2), Ordering::Release);
     }
 
     fn copy(&self) -> Telemetry {

@@ -59,6 +59,17 @@ impl TypeTable {
         Err(self.full(type_id))
     }
 
+    /// The highest kind that a message may have, now or later.
+    pub(crate) fn last_kind(&self) -> u32 {
+        if self.open {
+            return Self::MAX_TYPES as u32;
+        }
+        self.ids
+            .iter()
+            .filter(|entry| entry.load(Ordering::Acquire) != 0)
+            .count() as u32
+    }
+
     fn full(&self, type_id: u64) -> Rejection {
         if self.open {
             Rejection::TypeTableFull { type_id }

@@ -15,6 +15,10 @@ const PRIORITY_MASK: u32 = 0b11 << PRIORITY_SHIFT;
 const ERROR_BIT: u32 = 1 << 26;
 const EXTENDED_BIT: u32 = 1 << 27;
 
+/// Masks of the second word: length, priority, error reply, extended.
+#[cfg(all(test, feature = "vulkan"))]
+pub(crate) const FLAG_MASKS: [u32; 4] = [LENGTH_MASK, PRIORITY_MASK, ERROR_BIT, EXTENDED_BIT];
+
 /// Urgency of a message, two bits of the header's flags. It travels with the message, and replies carry it back; a
 /// ring delivers in order whatever it says, so that acting on it is up to the handler.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]

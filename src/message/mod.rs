@@ -6,6 +6,8 @@ pub mod codec;
 mod header;
 mod ring_message;
 
+#[cfg(all(test, feature = "vulkan"))]
+pub(crate) use header::FLAG_MASKS;
 pub(crate) use header::Head;
 pub use header::{
     EXTENSION_BYTES, Envelope, Extension, HEADER_BYTES, MAX_PAYLOAD_BYTES, MessageHeader, Priority,

@@ -51,6 +51,17 @@ impl SlotHeader {
     }
 }
 
+#[cfg(all(test, not(loom), feature = "vulkan"))]
+impl SlotHeader {
+    /// Of `sequence`, `correlation`, `length_flags` and `kind_lane`, in bytes.
+    pub(crate) const OFFSETS: [usize; 4] = [
+        core::mem::offset_of!(SlotHeader, sequence),
+        core::mem::offset_of!(SlotHeader, correlation),
+        core::mem::offset_of!(SlotHeader, length_flags),
+        core::mem::offset_of!(SlotHeader, kind_lane),
+    ];
+}
+
 /// The line in which a consumer publishes how far it has read.
 #[repr(C, align(64))]
 #[derive(Debug)]

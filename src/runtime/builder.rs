@@ -22,9 +22,20 @@ use crate::kernel::KernelRegistration;
 #[must_use]
 pub struct RuntimeBuilder {
     backend: Option<BackendType>,
-    device: usize,
+    device: DeviceChoice,
     config: RuntimeConfig,
     registrations: Vec<KernelRegistration>,
+}
+
+/// Which device launches use unless they name one.
+#[derive(Clone, Debug, Default)]
+pub(super) enum DeviceChoice {
+    /// The backend's best.
+    #[default]
+    Best,
+    Index(usize),
+    /// The first whose name contains this.
+    Name(String),
 }
 
 impl RingKernelRuntime {
@@ -35,15 +46,25 @@ impl RingKernelRuntime {
 }
 
 impl RuntimeBuilder {
-    /// The backend to use. Without it, the best that this machine has.
+    /// The backend to use. Without it, the best that this machine has: Vulkan if there is a hardware GPU that passes the
+    /// probe and every registered kernel has code for it, else the CPU.
     pub fn backend(mut self, backend: BackendType) -> Self {
         self.backend = Some(backend);
         self
     }
 
-    /// Index of the device that launches use unless they name one. Default 0.
+    /// Index of the device that launches use unless they name one. Without index or name, the best: the first CPU
+    /// device; of Vulkan devices the one that the environment variable `RINGKERNEL_VULKAN_DEVICE` names (index or part
+    /// of the name), else the first discrete GPU that passes the probe, then the first integrated or virtual one. A software
+    /// device is used only when asked for, because the CPU backend is faster.
     pub fn device(mut self, index: usize) -> Self {
-        self.device = index;
+        self.device = DeviceChoice::Index(index);
+        self
+    }
+
+    /// The device that launches use unless they name one: the first whose name contains this, whatever the case.
+    pub fn device_name(mut self, name: impl Into<String>) -> Self {
+        self.device = DeviceChoice::Name(name.into());
         self
     }
 
@@ -84,7 +105,8 @@ impl RuntimeBuilder {
     ///
     /// # Errors
     /// [`Error::InvalidOption`] or [`Error::CoreNotFound`] for a bad configuration; [`Error::DuplicateKernel`];
-    /// [`Error::DeviceNotFound`]; [`Error::BackendUnavailable`].
+    /// [`Error::DeviceNotFound`] or [`Error::DeviceNotNamed`]; [`Error::BackendUnavailable`] with the reason: no driver,
+    /// say.
     pub fn build(self) -> Result<RingKernelRuntime, Error> {
         RingKernelRuntime::build(self.backend, self.device, self.config, self.registrations)
     }

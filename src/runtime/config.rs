@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::backend::VulkanConfig;
 use crate::error::Error;
 use crate::ring::RingLayout;
 use crate::thread::{WaitStrategy, affinity};
@@ -44,14 +45,16 @@ pub struct RuntimeConfig {
     pub default_timeout: Duration,
     /// How often a kernel that sleeps wakes up to show a sign of life. Default 1 s; 1 ms to a day.
     pub heartbeat_interval: Duration,
-    /// Cores that no kernel is put on unless a launch names them: those of the callers. Ignored if that would leave
-    /// none.
+    /// Cores that no kernel is put on unless a launch names them, nor any thread of a GPU driver or of this crate: those
+    /// of the callers. Ignored if that would leave none. A software GPU leaves one core free if this is empty.
     pub reserved_cores: Vec<usize>,
     /// How many CPU devices there are; more than one share the cores and stand in for several devices. Default 1, at
     /// most 64.
     pub cpu_devices: usize,
     /// Bytes that kernels may take on each CPU device; `None` means the machine's memory, shared evenly.
     pub cpu_memory_limit: Option<u64>,
+    /// How the Vulkan backend works.
+    pub vulkan: VulkanConfig,
 }
 
 impl Default for RuntimeConfig {
@@ -69,6 +72,7 @@ impl Default for RuntimeConfig {
             reserved_cores: Vec::new(),
             cpu_devices: 1,
             cpu_memory_limit: None,
+            vulkan: VulkanConfig::default(),
         }
     }
 }

@@ -21,7 +21,6 @@ use crate::error::{
     TrySendError, Unavailable,
 };
 use crate::message::{MessageHeader, RAW_KIND, RingMessage};
-use crate::thread::Waiter;
 use crate::time::Deadline;
 
 /// How long a thread waits for another one to be done with a side: copying one message or looking at a slot eight times
@@ -442,7 +441,7 @@ impl KernelHandle {
         }
         let mut call = instance.calls.begin().ok_or(CallError::TooManyCalls)?;
         let address = Address::call(kind, call.correlation);
-        let mut waiter = Waiter::new(instance.host_wait, timeout);
+        let mut waiter = instance.waiter(timeout);
         // The common case needs no clock: there is room.
         match self.send_once(&address, &write) {
             Ok(()) => {}
@@ -451,7 +450,7 @@ impl KernelHandle {
             Err(TrySendError::Full | TrySendError::Busy) => {
                 let deadline = Deadline::after(timeout);
                 self.send_until(timeout, &address, &write)?;
-                waiter = Waiter::new(instance.host_wait, deadline.remaining());
+                waiter = instance.waiter(deadline.remaining());
             }
         }
         let mut read = Some(read);

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::ops::Deref;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -135,6 +135,9 @@ impl KernelInstance {
             block.control().set_active(active);
         }
         self.signals.wake_all();
+        if let Some(dispatch) = &mut control.dispatch {
+            dispatch.command();
+        }
         let deadline = Deadline::after(self.termination_timeout);
         let mut spins = 0;
         loop {
@@ -324,7 +327,10 @@ impl KernelInstance {
                 .map(|control| u64::from(control.heartbeat()))
                 .sum(),
             heartbeat_age: telemetry
-                .map(|telemetry| telemetry.alive_at_ns)
+                .map(|telemetry| {
+                    let seen = self.signals.alive_at_ns.load(Ordering::Relaxed);
+                    telemetry.alive_at_ns.max(seen)
+                })
                 .filter(|alive_at| *alive_at > 0)
                 .map(|alive_at| Duration::from_nanos(time::now_ns().saturating_sub(alive_at))),
             telemetry,

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -12,7 +13,7 @@ use super::link::{Counter, KernelLink};
 use super::receive::ReceiveSide;
 use super::send::SendSide;
 use crate::backend::{
-    BackendType, BlockLayout, BlockMemory, Device, DispatchRequest, Handler, host_ring,
+    BackendType, BlockLayout, Device, DeviceKind, DispatchRequest, GridMemory, Handler, host_ring,
     host_ring_bytes,
 };
 use crate::error::{Error, HandlerError};
@@ -22,12 +23,15 @@ use crate::ring::RingLayout;
 use crate::thread::{CoreLease, KernelWait, SpinPermit, WaitStrategy, affinity};
 use crate::time::TimestampSource;
 
-/// Most blocks of a CPU grid: each is a thread.
+/// Most blocks of a grid: on the CPU each is a thread.
 const MAX_BLOCKS: u64 = 1024;
 
 /// Most threads that may share a message, as on every GPU there is (CUDA C++ Programming Guide, table "Technical
 /// Specifications per Compute Capability"; Vulkan's `maxComputeWorkGroupInvocations` is 1024 on all current drivers).
 const MAX_BLOCK_THREADS: u64 = 1024;
+
+/// How long a caller sleeps at a time whom no device wakes: about what a wake-up costs.
+const CALLER_NAP: Duration = Duration::from_micros(50);
 
 /// Launches a kernel: resident, idle, not yet polling.
 pub(super) fn launch(
@@ -42,18 +46,19 @@ pub(super) fn launch(
     let blocks = check_shape(grid, block_size)?;
     let layout = layout(config, registration, options)?;
     let calls = check_calls(options)?;
-    let handler = registration.handler().ok_or_else(|| Error::NoHandler {
-        kernel: registration.id().to_owned(),
-        backend: BackendType::Cpu.name(),
-    })?;
+    let handler = handler(device.info().backend, registration)?;
     let host_wait = options.host_wait.unwrap_or(config.host_wait);
     let placement = Placing::choose(device, config, options, blocks)?;
 
-    let signals = Arc::new(KernelSignals::new(name, blocks, host_wait.may_park()));
+    let signals = Arc::new(KernelSignals::new(
+        name,
+        blocks,
+        host_wait.may_park(),
+        device.doorbell(),
+    ));
     let types = Arc::new(registration.type_table());
     let (mut producers, mut consumers, mut device_ends) = (Vec::new(), Vec::new(), Vec::new());
-    for index in 0..blocks {
-        let (producer, consumer, ends) = BlockMemory::allocate(device, index, layout)?;
+    for (producer, consumer, ends) in GridMemory::allocate(device, blocks, layout)? {
         producers.push(producer);
         consumers.push(consumer);
         device_ends.push(ends);
@@ -75,7 +80,7 @@ pub(super) fn launch(
         .collect();
 
     let dispatch = device.dispatch(DispatchRequest {
-        handler: Handler::Cpu(Arc::clone(handler)),
+        handler,
         signals: Arc::clone(&signals),
         types: Arc::clone(&types),
         grid,
@@ -98,6 +103,11 @@ pub(super) fn launch(
         capacity: layout.ring.capacity().into(),
         needs_wake: placement.wait.needs_wake(),
         host_wait,
+        longest_sleep: if device.wakes_callers() {
+            Duration::MAX
+        } else {
+            CALLER_NAP
+        },
         default_timeout: config.default_timeout,
         termination_timeout: config.termination_timeout,
         telemetry: config.enable_telemetry,
@@ -123,6 +133,21 @@ pub(super) fn launch(
             closing: None,
         }),
     }))
+}
+
+fn handler(backend: BackendType, registration: &KernelRegistration) -> Result<Handler, Error> {
+    let handler = match backend {
+        BackendType::Cpu => registration
+            .handler()
+            .map(|handler| Handler::Cpu(Arc::clone(handler))),
+        BackendType::Vulkan => registration
+            .shader_code()
+            .map(|code| Handler::Shader(Arc::clone(code))),
+    };
+    handler.ok_or_else(|| Error::NoHandler {
+        kernel: registration.id().to_owned(),
+        backend: backend.name(),
+    })
 }
 
 fn invalid<T>(option: &'static str, reason: String) -> Result<T, Error> {
@@ -210,6 +235,12 @@ impl Placing {
         for core in &options.cores {
             affinity::check_core(*core)?;
         }
+        if device.info().kind != DeviceKind::Cpu && !options.cores.is_empty() {
+            return invalid(
+                "cores",
+                format!("'{}' runs no kernel on a core", device.info().name),
+            );
+        }
         let strategy = options.wait.unwrap_or(config.kernel_wait);
         let candidates = &device.info().cores;
         let wanted = if options.cores.is_empty() {
@@ -219,9 +250,17 @@ impl Placing {
         };
         let (wait, permit) = if config.bridge_poll_interval.is_zero() {
             match strategy {
+                WaitStrategy::Spin if device.info().kind.is_hardware() => (KernelWait::Spin, None),
                 WaitStrategy::Spin => (KernelWait::Spin, Some(SpinPermit::forced(blocks))),
                 WaitStrategy::SpinYield => (KernelWait::SpinYield, None),
                 WaitStrategy::Park => (KernelWait::Park, None),
+                WaitStrategy::Auto if device.info().kind.is_hardware() => (KernelWait::Spin, None),
+                WaitStrategy::Auto if device.info().kind == DeviceKind::SoftwareGpu => {
+                    match SpinPermit::for_kernel(blocks) {
+                        Some(permit) => (KernelWait::Spin, Some(permit)),
+                        None => (KernelWait::Park, None),
+                    }
+                }
                 WaitStrategy::Auto => {
                     // A core for each block, of those that it may have, and one left in the whole process.
                     let permit = (CoreLease::unused(wanted) >= blocks)

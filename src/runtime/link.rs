@@ -10,7 +10,7 @@ use super::lifecycle::MessageTally;
 use crate::backend::BlockMemory;
 use crate::kernel::signals::KernelSignals;
 use crate::kernel::{DeadLetterReason, FailureReason, KernelFailure, KernelState, TypeTable};
-use crate::thread::WaitStrategy;
+use crate::thread::{WaitStrategy, Waiter};
 use crate::time::TimestampSource;
 
 /// A counter on a cache line pair of its own, written by one thread at a time.
@@ -45,6 +45,8 @@ pub(crate) struct KernelLink {
     /// Whether a sender must look for a sleeping kernel.
     pub(super) needs_wake: bool,
     pub(super) host_wait: WaitStrategy,
+    /// How long a caller may sleep without looking for itself.
+    pub(super) longest_sleep: Duration,
     pub(super) default_timeout: Duration,
     pub(super) termination_timeout: Duration,
     pub(super) telemetry: bool,
@@ -76,6 +78,12 @@ impl Drop for Waiting<'_> {
 }
 
 impl KernelLink {
+    /// A wait of a caller, to be used for `timeout` at most.
+    #[inline]
+    pub(super) fn waiter(&self, timeout: Duration) -> Waiter {
+        Waiter::new(self.host_wait, timeout).sleeping_at_most(self.longest_sleep)
+    }
+
     /// Counts requests just published to a block, and wakes it if it may sleep.
     #[inline]
     pub(super) fn sent(&self, block: usize, count: u32) {

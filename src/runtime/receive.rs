@@ -13,7 +13,6 @@ use crate::error::{HandlerError, MessageError, RecvTimeoutError, TryRecvError, U
 use crate::kernel::DeadLetterReason;
 use crate::message::{Extension, MessageHeader, RAW_KIND, RingMessage};
 use crate::ring::{Corruption, Peek};
-use crate::thread::Waiter;
 
 /// The reply rings of all blocks, and the inbox. One holder at a time.
 #[derive(Debug)]
@@ -359,7 +358,7 @@ pub(super) fn until_found<S, R>(
     mut attempt: impl FnMut(&mut S, Look) -> Result<R, Miss>,
     mut is_ready: impl FnMut(&mut S) -> bool,
 ) -> Result<R, WaitEnd> {
-    let mut waiter = Waiter::new(link.host_wait, timeout);
+    let mut waiter = link.waiter(timeout);
     let mut last = false;
     loop {
         let look = Look {

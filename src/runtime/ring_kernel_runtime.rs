@@ -7,14 +7,15 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
 
+use super::builder::DeviceChoice;
 use super::config::RuntimeConfig;
 use super::handle::KernelHandle;
 use super::instance::{ControlPlane, KernelInstance};
 use super::launch;
 use super::lifecycle::{DrainReport, LifecycleState, ShutdownReport};
 use super::metrics::KernelStatus;
-use crate::backend::cpu::CpuDevice;
-use crate::backend::{BackendType, Device, DeviceInfo};
+use crate::backend::cpu::CpuBackend;
+use crate::backend::{Backend, BackendType, Device, DeviceInfo, DeviceKind, ExecutionMode};
 use crate::error::Error;
 use crate::kernel::{Dim3, KernelRegistration, KernelState, LaunchOptions, registered_kernels};
 use crate::thread::affinity;
@@ -25,6 +26,9 @@ const MAX_RETURNED: usize = 1 << 16;
 
 /// Between two looks whether a drain is complete.
 const DRAIN_INTERVAL: Duration = Duration::from_micros(200);
+
+/// Names the Vulkan device to use, by index or part of its name, where the program does not.
+const DEVICE_VARIABLE: &str = "RINGKERNEL_VULKAN_DEVICE";
 
 /// A runtime of persistent kernels on the devices of one backend.
 ///
@@ -50,10 +54,18 @@ pub struct RingKernelRuntime {
     backend: BackendType,
     default_device: usize,
     config: RuntimeConfig,
-    devices: Vec<Arc<dyn Device>>,
+    devices: Devices,
     registry: Mutex<BTreeMap<String, KernelRegistration>>,
     built: Instant,
     inner: Mutex<Inner>,
+}
+
+/// The backend's devices, each opened when it is first used.
+#[derive(Debug)]
+struct Devices {
+    backend: Box<dyn Backend>,
+    described: Vec<DeviceInfo>,
+    open: Mutex<BTreeMap<usize, Arc<dyn Device>>>,
 }
 
 #[derive(Debug)]
@@ -71,7 +83,7 @@ impl fmt::Debug for RingKernelRuntime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RingKernelRuntime")
             .field("backend", &self.backend)
-            .field("devices", &self.devices.len())
+            .field("devices", &self.devices.described.len())
             .field("state", &self.state())
             .finish_non_exhaustive()
     }
@@ -80,7 +92,7 @@ impl fmt::Debug for RingKernelRuntime {
 impl RingKernelRuntime {
     pub(super) fn build(
         backend: Option<BackendType>,
-        device: usize,
+        device: DeviceChoice,
         config: RuntimeConfig,
         registrations: Vec<KernelRegistration>,
     ) -> Result<Self, Error> {
@@ -91,20 +103,20 @@ impl RingKernelRuntime {
         for registration in registered_kernels().into_iter().chain(registrations) {
             add(&mut registry, registration)?;
         }
-        let backend = backend.unwrap_or(BackendType::Cpu);
-        let devices: Vec<Arc<dyn Device>> = match backend {
-            BackendType::Cpu => CpuDevice::enumerate(
-                config.cpu_devices,
-                config.cpu_memory_limit,
-                &config.reserved_cores,
-            )
-            .into_iter()
-            .map(|info| Arc::new(CpuDevice::open(info)) as Arc<dyn Device>)
-            .collect(),
+        let portable = registry
+            .values()
+            .all(|registration| registration.shader_code().is_some());
+        let (backend, devices, default_device) = match backend {
+            Some(backend) => {
+                let devices = Devices::new(backend, &config)?;
+                let index = devices.choose(backend, &device)?;
+                (backend, devices, index)
+            }
+            None => Devices::best(&config, &device, portable)?,
         };
         let runtime = Self {
             backend,
-            default_device: device,
+            default_device,
             config,
             devices,
             registry: Mutex::new(registry),
@@ -116,17 +128,13 @@ impl RingKernelRuntime {
                 totals: ShutdownReport::default(),
             }),
         };
-        runtime.device(device)?;
-        log::debug!("runtime built: backend {backend}, device {device}");
+        runtime.device(default_device)?;
+        log::debug!("runtime built: backend {backend}, device {default_device}");
         Ok(runtime)
     }
 
-    fn device(&self, index: usize) -> Result<&Arc<dyn Device>, Error> {
-        self.devices.get(index).ok_or(Error::DeviceNotFound {
-            backend: self.backend.name(),
-            index,
-            available: self.devices.len(),
-        })
+    fn device(&self, index: usize) -> Result<Arc<dyn Device>, Error> {
+        self.devices.get(self.backend, index)
     }
 
     /// The backend in use.
@@ -135,13 +143,25 @@ impl RingKernelRuntime {
         self.backend
     }
 
-    /// The devices that kernels can be launched on.
+    /// The devices that kernels can be launched on. One that has not been used yet is only described.
     #[must_use]
     pub fn devices(&self) -> Vec<DeviceInfo> {
+        let open = self.devices.open.lock();
         self.devices
+            .described
             .iter()
-            .map(|device| device.info().clone())
+            .enumerate()
+            .map(|(index, described)| match open.get(&index) {
+                Some(device) => device.info().clone(),
+                None => described.clone(),
+            })
             .collect()
+    }
+
+    /// Index of the device that launches use unless they name one.
+    #[must_use]
+    pub fn default_device(&self) -> usize {
+        self.default_device
     }
 
     /// Bytes that live kernels take on a device.
@@ -340,6 +360,148 @@ impl RingKernelRuntime {
         report.errors = errors;
         log::info!("runtime stopped after {:?}", report.uptime);
         Ok(report)
+    }
+}
+
+impl Devices {
+    fn new(backend: BackendType, config: &RuntimeConfig) -> Result<Self, Error> {
+        let backend: Box<dyn Backend> = match backend {
+            BackendType::Cpu => Box::new(CpuBackend::new(
+                config.cpu_devices,
+                config.cpu_memory_limit,
+                &config.reserved_cores,
+            )),
+            #[cfg(feature = "vulkan")]
+            BackendType::Vulkan => Box::new(crate::backend::vulkan::VulkanBackend::load(
+                &config.vulkan,
+                &config.reserved_cores,
+                config.termination_timeout,
+            )?),
+            #[cfg(not(feature = "vulkan"))]
+            BackendType::Vulkan => {
+                return Err(Error::BackendUnavailable {
+                    backend: backend.name(),
+                    reason: "this build lacks the feature `vulkan`".into(),
+                });
+            }
+        };
+        Ok(Self {
+            described: backend.devices(),
+            backend,
+            open: Mutex::new(BTreeMap::new()),
+        })
+    }
+
+    /// The best backend: Vulkan if it has hardware that keeps kernels resident and all kernels have code for it.
+    fn best(
+        config: &RuntimeConfig,
+        choice: &DeviceChoice,
+        portable: bool,
+    ) -> Result<(BackendType, Self, usize), Error> {
+        if portable {
+            let vulkan = Self::new(BackendType::Vulkan, config).and_then(|devices| {
+                let index = devices.choose(BackendType::Vulkan, choice)?;
+                Ok((devices, index))
+            });
+            match vulkan {
+                Ok((devices, index))
+                    if devices.described[index].kind != DeviceKind::SoftwareGpu =>
+                {
+                    return Ok((BackendType::Vulkan, devices, index));
+                }
+                Ok(_) => {}
+                Err(error) => log::debug!("not chosen: {error}"),
+            }
+        }
+        let cpu = Self::new(BackendType::Cpu, config)?;
+        let index = cpu.choose(BackendType::Cpu, choice)?;
+        Ok((BackendType::Cpu, cpu, index))
+    }
+
+    fn get(&self, backend: BackendType, index: usize) -> Result<Arc<dyn Device>, Error> {
+        if index >= self.described.len() {
+            return Err(Error::DeviceNotFound {
+                backend: backend.name(),
+                index,
+                available: self.described.len(),
+            });
+        }
+        let mut open = self.open.lock();
+        if let Some(device) = open.get(&index) {
+            return Ok(Arc::clone(device));
+        }
+        let device = self.backend.open(index)?;
+        open.insert(index, Arc::clone(&device));
+        Ok(device)
+    }
+
+    /// The index of the device that is meant.
+    fn choose(&self, backend: BackendType, choice: &DeviceChoice) -> Result<usize, Error> {
+        let named = |name: &str| {
+            let wanted = name.to_lowercase();
+            self.described
+                .iter()
+                .position(|info| info.name.to_lowercase().contains(&wanted))
+                .ok_or_else(|| Error::DeviceNotNamed {
+                    backend: backend.name(),
+                    name: name.to_owned(),
+                    available: self
+                        .described
+                        .iter()
+                        .map(|info| info.name.clone())
+                        .collect(),
+                })
+        };
+        match choice {
+            DeviceChoice::Index(index) => Ok(*index),
+            DeviceChoice::Name(name) => named(name),
+            DeviceChoice::Best if backend == BackendType::Cpu => Ok(0),
+            DeviceChoice::Best => match std::env::var(DEVICE_VARIABLE) {
+                Ok(name) => match name.parse() {
+                    Ok(index) => Ok(index),
+                    Err(_) => named(&name),
+                },
+                Err(_) => self.best_hardware(backend),
+            },
+        }
+    }
+
+    /// The first hardware device that keeps kernels resident; the first that runs them at all if none does.
+    fn best_hardware(&self, backend: BackendType) -> Result<usize, Error> {
+        let mut fallback = None;
+        let mut reasons = Vec::new();
+        // They are sorted by kind.
+        for (index, info) in self.described.iter().enumerate() {
+            if !info.kind.is_hardware() {
+                reasons.push(format!(
+                    "device {index}, '{}', is software and must be asked for",
+                    info.name
+                ));
+                continue;
+            }
+            match self.get(backend, index) {
+                Ok(device) => {
+                    let resident = device
+                        .info()
+                        .vulkan
+                        .as_ref()
+                        .is_some_and(|vulkan| vulkan.mode == ExecutionMode::Resident);
+                    if resident {
+                        return Ok(index);
+                    }
+                    fallback = fallback.or(Some(index));
+                }
+                Err(error) => reasons.push(format!("device {index}: {error}")),
+            }
+        }
+        fallback.ok_or_else(|| Error::BackendUnavailable {
+            backend: backend.name(),
+            reason: if reasons.is_empty() {
+                "there are no devices".into()
+            } else {
+                reasons.join("; ")
+            },
+        })
     }
 }
 

@@ -9,7 +9,6 @@ use crate::backend::HostProducer;
 use crate::error::{Rejection, SendTimeoutError, TrySendError, Unavailable};
 use crate::message::{Envelope, Extension, Head, Priority, RingMessage};
 use crate::ring::{Batch, PushError, Reservation};
-use crate::thread::Waiter;
 
 /// How long a sender that may sleep does so between two looks at a full ring. A full ring has work for longer.
 const NAP: Duration = Duration::from_micros(100);
@@ -249,7 +248,7 @@ pub(super) fn until_sent<R>(
     timeout: Duration,
     mut attempt: impl FnMut() -> Result<R, TrySendError>,
 ) -> Result<R, SendTimeoutError> {
-    let mut waiter = Waiter::new(link.host_wait, timeout);
+    let mut waiter = link.waiter(timeout);
     let mut last = false;
     loop {
         match attempt() {

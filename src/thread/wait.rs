@@ -110,6 +110,7 @@ pub(crate) struct Waiter {
     deadline: Option<Deadline>,
     steps: u32,
     permit: Option<SpinPermit>,
+    longest_sleep: Duration,
 }
 
 /// What a waiting caller does next.
@@ -129,6 +130,16 @@ impl Waiter {
             deadline: None,
             steps: 0,
             permit: None,
+            longest_sleep: Duration::MAX,
+        }
+    }
+
+    /// The same wait for an event that nobody may announce: no sleep is longer than this.
+    #[inline]
+    pub(crate) fn sleeping_at_most(self, longest_sleep: Duration) -> Self {
+        Self {
+            longest_sleep,
+            ..self
         }
     }
 
@@ -148,7 +159,7 @@ impl Waiter {
                 }
                 let prepared = event.prepare();
                 if !is_ready() {
-                    prepared.wait(remaining);
+                    prepared.wait(remaining.min(self.longest_sleep));
                 }
                 true
             }

@@ -3,16 +3,48 @@
 use std::sync::Arc;
 
 use super::dispatch::CpuDispatch;
-use super::memory::{Account, HostMemory};
 use crate::backend::{
-    BackendType, Device, DeviceInfo, DeviceMemory, Dispatch, DispatchRequest, Placement,
+    Account, Backend, BackendType, Device, DeviceInfo, DeviceKind, DeviceMemory, Dispatch,
+    DispatchRequest, Placement,
 };
 use crate::error::Error;
 use crate::thread::affinity;
 
+/// The CPU backend.
+#[derive(Debug)]
+pub(crate) struct CpuBackend {
+    devices: Vec<DeviceInfo>,
+}
+
+impl CpuBackend {
+    /// See [`CpuDevice::enumerate`].
+    pub(crate) fn new(count: usize, memory_limit: Option<u64>, reserved: &[usize]) -> Self {
+        Self {
+            devices: CpuDevice::enumerate(count, memory_limit, reserved),
+        }
+    }
+}
+
+impl Backend for CpuBackend {
+    fn devices(&self) -> Vec<DeviceInfo> {
+        self.devices.clone()
+    }
+
+    fn open(&self, index: usize) -> Result<Arc<dyn Device>, Error> {
+        match self.devices.get(index) {
+            Some(info) => Ok(Arc::new(CpuDevice::open(info.clone()))),
+            None => Err(Error::DeviceNotFound {
+                backend: BackendType::Cpu.name(),
+                index,
+                available: self.devices.len(),
+            }),
+        }
+    }
+}
+
 /// One CPU device.
 #[derive(Debug)]
-pub(crate) struct CpuDevice {
+struct CpuDevice {
     info: DeviceInfo,
     account: Arc<Account>,
 }
@@ -20,11 +52,7 @@ pub(crate) struct CpuDevice {
 impl CpuDevice {
     /// Describes `count` devices, which share the usable cores (less `reserved`) evenly, each with `memory_limit` bytes
     /// or its share of the machine's memory. With fewer cores than devices, all have all cores.
-    pub(crate) fn enumerate(
-        count: usize,
-        memory_limit: Option<u64>,
-        reserved: &[usize],
-    ) -> Vec<DeviceInfo> {
+    fn enumerate(count: usize, memory_limit: Option<u64>, reserved: &[usize]) -> Vec<DeviceInfo> {
         let mut cores = affinity::usable_cores();
         if cores.iter().any(|core| !reserved.contains(core)) {
             cores.retain(|core| !reserved.contains(core));
@@ -35,6 +63,8 @@ impl CpuDevice {
                 backend: BackendType::Cpu,
                 index,
                 name: format!("cpu{index}"),
+                kind: DeviceKind::Cpu,
+                vulkan: None,
                 memory_limit: memory_limit
                     .unwrap_or_else(|| machine_memory() / count.max(1) as u64),
                 cores: if cores.len() < count {
@@ -51,7 +81,7 @@ impl CpuDevice {
             .collect()
     }
 
-    pub(crate) fn open(info: DeviceInfo) -> Self {
+    fn open(info: DeviceInfo) -> Self {
         let account = Arc::new(Account::new(info.memory_limit));
         Self { info, account }
     }
@@ -62,8 +92,8 @@ impl Device for CpuDevice {
         &self.info
     }
 
-    fn memory_in_use(&self) -> u64 {
-        self.account.used()
+    fn account(&self) -> &Arc<Account> {
+        &self.account
     }
 
     fn allocate(
@@ -71,14 +101,7 @@ impl Device for CpuDevice {
         bytes: usize,
         _placement: Placement,
     ) -> Result<Arc<dyn DeviceMemory>, Error> {
-        match HostMemory::allocate(bytes, &self.account) {
-            Some(memory) => Ok(Arc::new(memory)),
-            None => Err(Error::OutOfMemory {
-                device: self.info.name.clone(),
-                asked: bytes as u64,
-                available: self.account.available(),
-            }),
-        }
+        Ok(self.allocate_host(bytes)?)
     }
 
     fn dispatch(&self, request: DispatchRequest) -> Result<Box<dyn Dispatch>, Error> {

@@ -6,7 +6,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::worker::{Worker, WorkerSetup};
-use crate::backend::{BlockMemory, Dispatch, DispatchRequest, DispatchStatus};
+use crate::backend::{
+    BackendType, BlockMemory, Dispatch, DispatchRequest, DispatchStatus, Handler,
+};
 use crate::error::Error;
 use crate::kernel::signals::KernelSignals;
 use crate::kernel::{BlockState, FailureReason, KernelFailure, UndeliveredMessage};
@@ -31,13 +33,19 @@ pub(super) struct CpuDispatch {
 impl CpuDispatch {
     /// Starts all threads, and returns once each has pinned itself and is idle.
     pub(super) fn start(request: DispatchRequest) -> Result<Self, Error> {
+        let Handler::Cpu(handler) = request.handler else {
+            return Err(Error::NoHandler {
+                kernel: request.signals.name.clone(),
+                backend: BackendType::Cpu.name(),
+            });
+        };
         let blocks: Arc<[Arc<BlockMemory>]> = request
             .blocks
             .iter()
             .map(|ends| Arc::clone(&ends.memory))
             .collect();
         let setup = Arc::new(WorkerSetup {
-            handler: request.handler,
+            handler,
             types: request.types,
             grid: request.grid,
             block_size: request.block_size,

@@ -2,7 +2,6 @@
 
 mod device;
 mod dispatch;
-mod memory;
 mod worker;
 
-pub(crate) use device::CpuDevice;
+pub(crate) use device::CpuBackend;

@@ -5,8 +5,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::backend::BlockMemory;
 use crate::backend::block::DeviceEnds;
-use crate::backend::{BlockMemory, Handler};
 use crate::error::HandlerError;
 use crate::kernel::signals::KernelSignals;
 use crate::kernel::{
@@ -32,10 +32,9 @@ const STEPS_PER_STORE: u32 = 512;
 const MESSAGES_PER_STORE: u32 = 256;
 
 /// What all blocks of a kernel have in common. On cache lines of its own: the loop looks at it with every poll.
-#[derive(Debug)]
 #[repr(align(128))]
 pub(super) struct WorkerSetup {
-    pub(super) handler: Handler,
+    pub(super) handler: Arc<dyn CpuHandler>,
     pub(super) types: Arc<TypeTable>,
     pub(super) grid: Dim3,
     pub(super) block_size: Dim3,
@@ -78,7 +77,7 @@ impl Worker {
             mut state,
             memory,
         } = ends;
-        let Handler::Cpu(handler) = &setup.handler;
+        let handler = &setup.handler;
         let mut block = BlockLoop {
             requests,
             port: ReplyPort {
@@ -91,7 +90,8 @@ impl Worker {
                 replies: 0,
                 bytes: 0,
             },
-            state: state.as_mut(),
+            // Memory of this process always is within reach.
+            state: state.as_mut().map_or(&mut [], |state| state.as_mut()),
             memory: &memory,
             setup: &setup,
             handler: handler.as_ref(),

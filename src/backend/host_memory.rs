@@ -1,6 +1,7 @@
-//! Memory of a CPU device: the process's own, counted against a limit.
+//! Memory of this process, counted against a device's limit.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::any::Any;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,39 +14,45 @@ const PAGE_BYTES: usize = 4096;
 
 /// Bytes taken on one device.
 #[derive(Debug)]
-pub(super) struct Account {
+pub(crate) struct Account {
     limit: u64,
     used: AtomicU64,
 }
 
 impl Account {
-    pub(super) fn new(limit: u64) -> Self {
+    pub(crate) fn new(limit: u64) -> Self {
         Self {
             limit,
             used: AtomicU64::new(0),
         }
     }
 
-    pub(super) fn used(&self) -> u64 {
+    pub(crate) fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
     }
 
-    pub(super) fn available(&self) -> u64 {
+    pub(crate) fn available(&self) -> u64 {
         self.limit.saturating_sub(self.used())
     }
 
-    fn take(&self, bytes: u64) -> bool {
+    /// Books `bytes`, unless that would exceed the limit.
+    pub(crate) fn take(&self, bytes: u64) -> bool {
         self.used
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
                 used.checked_add(bytes).filter(|after| *after <= self.limit)
             })
             .is_ok()
     }
+
+    /// Gives back what was taken.
+    pub(crate) fn give_back(&self, bytes: u64) {
+        self.used.fetch_sub(bytes, Ordering::Relaxed);
+    }
 }
 
 /// A zeroed run of pages.
 #[derive(Debug)]
-pub(super) struct HostMemory {
+pub(crate) struct HostMemory {
     start: NonNull<u8>,
     layout: Layout,
     account: Arc<Account>,
@@ -57,8 +64,13 @@ unsafe impl Send for HostMemory {}
 unsafe impl Sync for HostMemory {}
 
 impl HostMemory {
+    /// The first byte.
+    pub(crate) fn start(&self) -> NonNull<u8> {
+        self.start
+    }
+
     /// At least `bytes` of zeroed memory, every page of it present; `None` if the account or the system has none left.
-    pub(super) fn allocate(bytes: usize, account: &Arc<Account>) -> Option<Self> {
+    pub(crate) fn allocate(bytes: usize, account: &Arc<Account>) -> Option<Self> {
         let bytes = bytes.max(1).checked_next_multiple_of(PAGE_BYTES)?;
         let layout = Layout::from_size_align(bytes, PAGE_BYTES).ok()?;
         if !account.take(bytes as u64) {
@@ -66,7 +78,7 @@ impl HostMemory {
         }
         // SAFETY: the layout's size is at least one page, so not zero.
         let Some(start) = NonNull::new(unsafe { alloc_zeroed(layout) }) else {
-            account.used.fetch_sub(bytes as u64, Ordering::Relaxed);
+            account.give_back(bytes as u64);
             return None;
         };
         for offset in (0..bytes).step_by(PAGE_BYTES) {
@@ -82,8 +94,12 @@ impl HostMemory {
 }
 
 impl DeviceMemory for HostMemory {
-    fn host_ptr(&self) -> NonNull<u8> {
-        self.start
+    fn host_ptr(&self) -> Option<NonNull<u8>> {
+        Some(self.start)
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
     }
 
     fn write_combining(&self) -> WriteCombining {
@@ -95,8 +111,6 @@ impl Drop for HostMemory {
     fn drop(&mut self) {
         // SAFETY: `start` came from `alloc_zeroed` with this very layout, and is freed once.
         unsafe { dealloc(self.start.as_ptr(), self.layout) };
-        self.account
-            .used
-            .fetch_sub(self.layout.size() as u64, Ordering::Relaxed);
+        self.account.give_back(self.layout.size() as u64);
     }
 }

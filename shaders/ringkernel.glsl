@@ -1,0 +1,460 @@
+// The device half of a persistent kernel, in GLSL: the layouts, the accessors that a handler is written against, and the
+// polling loop. A kernel is this file and a handler behind it:
+//
+//     #version 450
+//     #extension GL_GOOGLE_include_directive : require
+//     #include "ringkernel.glsl"
+//     RK_HANDLER { RK_FOR(i, rk_in_words()) { rk_out(i, rk_in(i)); } rk_reply(rk_in_bytes()); }
+//
+//     glslangValidator -V --target-env vulkan1.1 -Ishaders -o mine.spv mine.comp
+//
+// A dispatch of it is one *slice*: it polls until its budget is spent and leaves everything that the next slice needs
+// in memory. One workgroup is one block of the grid. All invocations of a block run the handler together, so that every
+// function marked [all] must be called by all of them alike.
+
+// Layouts. Sizes and offsets are in words of 4 bytes; a test compares each with the Rust structures of the same name.
+const uint RK_HEADER_WORDS = 4u;
+const uint RK_EXTENSION_WORDS = 8u;
+const uint RK_CURSOR_WORDS = 32u;
+const uint RK_HEADER_SEQUENCE = 0u;
+const uint RK_HEADER_CORRELATION = 1u;
+const uint RK_HEADER_LENGTH_FLAGS = 2u;
+const uint RK_HEADER_KIND_LANE = 3u;
+const uint RK_LENGTH_MASK = 0x00ffffffu;
+const uint RK_PRIORITY_MASK = 0x03000000u;
+const uint RK_ERROR_BIT = 0x04000000u;
+const uint RK_EXTENDED_BIT = 0x08000000u;
+// The host's line of the control block, behind the request slots and the reply ring's cursor.
+const uint RK_HOST_ACTIVE = 0u;
+const uint RK_HOST_TERMINATE = 1u;
+const uint RK_HOST_SLICE_BUDGET = 2u;
+const uint RK_HOST_EPOCH = 3u;
+const uint RK_HOST_IDLE_BUDGET = 4u;
+// The device's lines, behind the reply slots and the request ring's cursor.
+const uint RK_DEVICE_PROCESSED = 0u;
+const uint RK_DEVICE_PRODUCED = 1u;
+const uint RK_DEVICE_STEP = 2u;
+const uint RK_DEVICE_STATE = 16u;
+const uint RK_DEVICE_HEARTBEAT = 17u;
+const uint RK_DEVICE_DROPPED = 18u;
+const uint RK_DEVICE_LAST_ERROR = 19u;
+const uint RK_DEVICE_SLICE_NUMBER = 20u;
+const uint RK_DEVICE_HAS_TERMINATED = 21u;
+const uint RK_DEVICE_FAULT = 22u;
+const uint RK_DEVICE_WORDS = 48u;
+// Telemetry, behind the device's lines. 64-bit counters, low word first.
+const uint RK_TELEMETRY_VERSION = 0u;
+const uint RK_TELEMETRY_RECEIVED = 2u;
+const uint RK_TELEMETRY_REPLIED = 4u;
+const uint RK_TELEMETRY_ERRORS = 6u;
+const uint RK_TELEMETRY_BYTES_IN = 8u;
+const uint RK_TELEMETRY_BYTES_OUT = 10u;
+// Values of the `state` word.
+const uint RK_STATE_IDLE = 1u;
+const uint RK_STATE_POLLING = 2u;
+const uint RK_STATE_ENDED = 3u;
+const uint RK_STATE_FAULTED = 4u;
+// Values of the `fault` word.
+const uint RK_FAULT_NONE = 0u;
+const uint RK_FAULT_CORRUPT_RING = 1u;
+const uint RK_FAULT_LOOP_CUT = 2u;
+const uint RK_FAULT_TOO_MANY_REPLIES = 3u;
+// Codes of error replies, as in `HandlerError`.
+const uint RK_BAD_REQUEST = 0xffffffffu;
+const uint RK_REPLY_TOO_LARGE = 0xfffffffeu;
+
+// Declares to the host which layout this module was built for: the default of specialization constant 31.
+layout(constant_id = 31) const uint RK_LAYOUT_VERSION = 1u;
+
+layout(local_size_x_id = 0) in;
+
+layout(std430, set = 0, binding = 0) coherent volatile readonly buffer RkHostToDevice { uint rk_h2d[]; };
+layout(std430, set = 0, binding = 1) coherent volatile buffer RkDeviceToHost { uint rk_d2h[]; };
+layout(std430, set = 0, binding = 2) coherent buffer RkState { uint rk_state_words[]; };
+
+layout(push_constant) uniform RkLaunch {
+    uint host_to_device_words;  // From one block to the next, in words.
+    uint device_to_host_words;
+    uint state_words;
+    uint capacity;              // Slots of a ring.
+    uint slot_words;
+    uint epoch;                 // Of the command buffer; a slice of another epoch than the host's ends at once.
+    uint message_cost;          // Loop iterations to charge for one run of the handler.
+    uint replies;               // Replies that one run of the handler may write.
+    uint kinds;                 // Kinds that the kernel takes, beside raw bytes.
+    uint telemetry;             // Whether counters are kept.
+    uint two;                   // 2; a compiler must not know that.
+} rk_launch;
+
+// Copies what one invocation polled to all others: (sequence, flags, replies consumed, -), one half a poll.
+shared uvec4 rk_seen[2];
+
+// Orders this invocation's memory accesses, and holds the block together.
+#define RK_SYNC { memoryBarrierBuffer(); memoryBarrierShared(); barrier(); }
+
+const uint RK_RUN = 1u;
+const uint RK_TERMINATE = 2u;
+const uint RK_STALE = 4u;
+
+// Where this block's pieces start, in words.
+uint rk_requests, rk_reply_cursor, rk_host_line, rk_replies, rk_request_cursor, rk_device_line, rk_telemetry_line,
+    rk_state_base;
+// Positions of the rings, and how many replies there is room for.
+uint rk_position, rk_out_position, rk_room;
+// The request in hand.
+uint rk_correlation, rk_length_flags, rk_kind_lane, rk_request, rk_bytes, rk_step_number;
+// The reply in the making: its payload, and the most bytes that fit.
+uint rk_reply_payload, rk_reply_limit;
+// What the handler asked for.
+bool rk_wants_again;
+uint rk_error_code, rk_fault_code;
+bool rk_has_error;
+// Counters of invocation 0.
+uvec2 rk_received, rk_replied, rk_errors, rk_bytes_in, rk_bytes_out;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What a handler is written against.
+
+// Opens the handler: `RK_HANDLER { ... }`.
+#define RK_HANDLER void rk_handler()
+void rk_handler();
+
+// This invocation's index in its block, and their number.
+uint rk_thread() { return gl_LocalInvocationIndex; }
+uint rk_threads() { return gl_WorkGroupSize.x; }
+// This block's index in the grid, and their number.
+uint rk_block() { return gl_WorkGroupID.x; }
+uint rk_blocks() { return gl_NumWorkGroups.x; }
+// A loop over 0..n, shared by the threads of the block.
+#define RK_FOR(i, n) for (uint i = rk_thread(); i < (n); i += rk_threads())
+// Waits for all threads of the block, and shows each what the others wrote to state. [all]
+#define rk_barrier() RK_SYNC
+
+// The request's payload: its bytes, its words (the last one may be cut short), its kind (0 is raw bytes).
+uint rk_in_bytes() { return rk_bytes; }
+uint rk_in_words() { return (rk_bytes + 3u) >> 2; }
+uint rk_in_kind() { return rk_kind_lane & 0xffffu; }
+uint rk_in(uint i) { return rk_h2d[rk_request + i]; }
+float rk_in_f32(uint i) { return uintBitsToFloat(rk_h2d[rk_request + i]); }
+// Words that a reply can hold.
+uint rk_out_words() { return rk_reply_limit >> 2; }
+// Writes a word of the reply; beyond the slot's end, nothing.
+void rk_out(uint i, uint value) {
+    if (i < (rk_reply_limit >> 2) && rk_room != 0u) rk_d2h[rk_reply_payload + i] = value;
+}
+void rk_out_f32(uint i, float value) { rk_out(i, floatBitsToUint(value)); }
+
+// Rounded after each operation, as on the CPU; a plain expression may be fused.
+float rk_mul_f32(float a, float b) {
+    precise float product = a * b;
+    return product;
+}
+float rk_add_f32(float a, float b) {
+    precise float sum = a + b;
+    return sum;
+}
+
+// The block's state words, zero at launch.
+uint rk_state(uint i) { return rk_state_words[rk_state_base + i]; }
+void rk_set_state(uint i, uint value) { rk_state_words[rk_state_base + i] = value; }
+
+// How often the handler has been run for this request already; above 0 only after `rk_again`.
+uint rk_step() { return rk_step_number; }
+// Asks that the handler be run for the same request again, when there is room for its replies. [all]
+void rk_again() { rk_wants_again = true; }
+// Fails the request: an error reply with this code follows when the handler returns. [all]
+void rk_error(uint code) {
+    rk_has_error = true;
+    rk_error_code = code;
+}
+
+void rk_add(inout uvec2 counter, uint value) {
+    uint before = counter.x;
+    counter.x = before + value;
+    if (counter.x < before) counter.y++;
+}
+
+uint rk_slot(uint position) { return (position & (rk_launch.capacity - 1u)) * rk_launch.slot_words; }
+
+void rk_aim_reply() {
+    bool extended = (rk_length_flags & RK_EXTENDED_BIT) != 0u;
+    uint skip = extended ? RK_HEADER_WORDS + RK_EXTENSION_WORDS : RK_HEADER_WORDS;
+    rk_reply_payload = rk_replies + rk_slot(rk_out_position) + skip;
+    rk_reply_limit = 4u * (rk_launch.slot_words - skip);
+}
+
+// Publishes what `rk_out` wrote.
+void rk_publish(uint kind, uint flags, uint bytes) {
+    if (bytes > rk_reply_limit) {
+        rk_error(RK_REPLY_TOO_LARGE);
+        return;
+    }
+    if (rk_room == 0u) {
+        rk_fault_code = RK_FAULT_TOO_MANY_REPLIES;
+        return;
+    }
+    uint slot = rk_replies + rk_slot(rk_out_position);
+    if ((rk_length_flags & RK_EXTENDED_BIT) != 0u && rk_thread() < RK_EXTENSION_WORDS) {
+        // A reply carries the request's extension back.
+        uint from = rk_requests + rk_slot(rk_position) + RK_HEADER_WORDS + rk_thread();
+        rk_d2h[slot + RK_HEADER_WORDS + rk_thread()] = rk_h2d[from];
+    }
+    RK_SYNC
+    rk_out_position++;
+    rk_room--;
+    if (rk_thread() == 0u) {
+        uint keep = rk_length_flags & (RK_PRIORITY_MASK | RK_EXTENDED_BIT);
+        rk_d2h[slot + RK_HEADER_CORRELATION] = rk_correlation;
+        rk_d2h[slot + RK_HEADER_LENGTH_FLAGS] = bytes | keep | flags;
+        rk_d2h[slot + RK_HEADER_KIND_LANE] = (rk_kind_lane & 0xffff0000u) | kind;
+        // All of the reply is in memory before its sequence is.
+        memoryBarrierBuffer();
+        rk_d2h[slot + RK_HEADER_SEQUENCE] = rk_out_position;
+        rk_d2h[rk_device_line + RK_DEVICE_PRODUCED] = rk_out_position;
+        rk_add(rk_replied, 1u);
+        rk_add(rk_bytes_out, bytes);
+    }
+    rk_aim_reply();
+}
+
+// Sends the reply: `bytes` of what `rk_out` wrote, of this kind, or of the request's. One more than the kernel declared
+// for each run fails the kernel if the ring is full. [all]
+void rk_reply_as(uint kind, uint bytes) { rk_publish(kind, 0u, bytes); }
+void rk_reply(uint bytes) { rk_publish(rk_in_kind(), 0u, bytes); }
+// The same as raw bytes, whatever the request was. [all]
+void rk_reply_raw(uint bytes) { rk_publish(0u, 0u, bytes); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The loop.
+
+void rk_begin() {
+    uint slots = rk_launch.capacity * rk_launch.slot_words;
+    rk_requests = rk_block() * rk_launch.host_to_device_words;
+    rk_reply_cursor = rk_requests + slots;
+    rk_host_line = rk_reply_cursor + RK_CURSOR_WORDS;
+    rk_replies = rk_block() * rk_launch.device_to_host_words;
+    rk_request_cursor = rk_replies + slots;
+    rk_device_line = rk_request_cursor + RK_CURSOR_WORDS;
+    rk_telemetry_line = rk_device_line + RK_DEVICE_WORDS;
+    rk_state_base = rk_block() * rk_launch.state_words;
+    rk_position = rk_d2h[rk_device_line + RK_DEVICE_PROCESSED];
+    rk_out_position = rk_d2h[rk_device_line + RK_DEVICE_PRODUCED];
+    rk_step_number = rk_d2h[rk_device_line + RK_DEVICE_STEP];
+    rk_fault_code = RK_FAULT_NONE;
+    rk_room = 0u;
+}
+
+uvec2 rk_load_counter(uint word) {
+    uint at = rk_telemetry_line + word;
+    return uvec2(rk_d2h[at], rk_d2h[at + 1u]);
+}
+
+void rk_store_counter(uint word, uvec2 value) {
+    uint at = rk_telemetry_line + word;
+    rk_d2h[at] = value.x;
+    rk_d2h[at + 1u] = value.y;
+}
+
+void rk_load_telemetry() {
+    rk_received = rk_load_counter(RK_TELEMETRY_RECEIVED);
+    rk_replied = rk_load_counter(RK_TELEMETRY_REPLIED);
+    rk_errors = rk_load_counter(RK_TELEMETRY_ERRORS);
+    rk_bytes_in = rk_load_counter(RK_TELEMETRY_BYTES_IN);
+    rk_bytes_out = rk_load_counter(RK_TELEMETRY_BYTES_OUT);
+}
+
+// A seqlock: the version is odd while the counters change.
+void rk_store_telemetry() {
+    if (rk_launch.telemetry == 0u) return;
+    uint version = rk_d2h[rk_telemetry_line + RK_TELEMETRY_VERSION];
+    rk_d2h[rk_telemetry_line + RK_TELEMETRY_VERSION] = version + 1u;
+    memoryBarrierBuffer();
+    rk_store_counter(RK_TELEMETRY_RECEIVED, rk_received);
+    rk_store_counter(RK_TELEMETRY_REPLIED, rk_replied);
+    rk_store_counter(RK_TELEMETRY_ERRORS, rk_errors);
+    rk_store_counter(RK_TELEMETRY_BYTES_IN, rk_bytes_in);
+    rk_store_counter(RK_TELEMETRY_BYTES_OUT, rk_bytes_out);
+    memoryBarrierBuffer();
+    rk_d2h[rk_telemetry_line + RK_TELEMETRY_VERSION] = version + 2u;
+}
+
+// What the host wants of this slice. For invocation 0.
+uint rk_commands() {
+    if (rk_h2d[rk_host_line + RK_HOST_EPOCH] != rk_launch.epoch) return RK_STALE;
+    if (rk_h2d[rk_host_line + RK_HOST_TERMINATE] != 0u) return RK_TERMINATE;
+    return rk_h2d[rk_host_line + RK_HOST_ACTIVE] != 0u ? RK_RUN : 0u;
+}
+
+// Takes up the request at the present position. False if no sound producer wrote it.
+bool rk_take() {
+    uint slot = rk_requests + rk_slot(rk_position);
+    rk_correlation = rk_h2d[slot + RK_HEADER_CORRELATION];
+    rk_length_flags = rk_h2d[slot + RK_HEADER_LENGTH_FLAGS];
+    rk_kind_lane = rk_h2d[slot + RK_HEADER_KIND_LANE];
+    rk_bytes = rk_length_flags & RK_LENGTH_MASK;
+    rk_aim_reply();
+    rk_request = slot + RK_HEADER_WORDS;
+    if ((rk_length_flags & RK_EXTENDED_BIT) != 0u) rk_request += RK_EXTENSION_WORDS;
+    return rk_bytes <= rk_reply_limit;
+}
+
+// Runs the handler on it, and answers for it if it fails.
+void rk_handle() {
+    rk_wants_again = false;
+    rk_has_error = false;
+    bool known = (rk_kind_lane & 0xffffu) <= rk_launch.kinds;
+    if (known) {
+        rk_handler();
+    } else {
+        rk_error(RK_BAD_REQUEST);
+    }
+    // A driver that cuts loops short does so without a word; this loop is then cut as well.
+    uint turns = 0u;
+    for (uint i = 0u; i < rk_launch.two; i++) turns++;
+    if (turns != 2u) rk_fault_code = RK_FAULT_LOOP_CUT;
+    if (rk_fault_code != RK_FAULT_NONE) return;
+    if (rk_has_error) {
+        rk_wants_again = false;
+        if (rk_thread() == 0u) {
+            rk_d2h[rk_device_line + RK_DEVICE_LAST_ERROR] = rk_error_code;
+            if (known) rk_add(rk_errors, 1u);
+            else rk_d2h[rk_device_line + RK_DEVICE_DROPPED] = rk_d2h[rk_device_line + RK_DEVICE_DROPPED] + 1u;
+            rk_out(0u, rk_error_code);
+        }
+        rk_publish(0u, RK_ERROR_BIT, 4u);
+        if (rk_fault_code != RK_FAULT_NONE) return;
+    }
+    if (rk_wants_again) {
+        rk_step_number++;
+    } else {
+        rk_step_number = 0u;
+        rk_position++;
+        if (rk_thread() == 0u) {
+            rk_add(rk_received, 1u);
+            rk_add(rk_bytes_in, rk_bytes);
+        }
+    }
+}
+
+// Makes known how far the block has read. For invocation 0, when no invocation reads a request any more.
+void rk_release() {
+    rk_d2h[rk_device_line + RK_DEVICE_PROCESSED] = rk_position;
+    rk_d2h[rk_device_line + RK_DEVICE_STEP] = rk_step_number;
+}
+
+void main() {
+    rk_begin();
+    bool leader = rk_thread() == 0u;
+    uint budget = rk_h2d[rk_host_line + RK_HOST_SLICE_BUDGET];
+    uint idle_budget = rk_h2d[rk_host_line + RK_HOST_IDLE_BUDGET];
+    uint give_back = max(rk_launch.capacity >> 2, 1u);
+    uint given_back = rk_position, released = rk_position, beats = 0u, idle = 0u, spent = 0u, flags = 0u;
+    bool unstored = false, ended = false;
+    if (leader) {
+        beats = rk_d2h[rk_device_line + RK_DEVICE_HEARTBEAT];
+        uint state = rk_d2h[rk_device_line + RK_DEVICE_STATE];
+        flags = state == RK_STATE_FAULTED || state == RK_STATE_ENDED ? RK_STALE : rk_commands();
+        if (flags == RK_RUN) {
+            if (rk_launch.telemetry != 0u) rk_load_telemetry();
+            uint number = rk_d2h[rk_device_line + RK_DEVICE_SLICE_NUMBER];
+            rk_d2h[rk_device_line + RK_DEVICE_SLICE_NUMBER] = number + 1u;
+            rk_d2h[rk_device_line + RK_DEVICE_STATE] = RK_STATE_POLLING;
+        }
+        rk_seen[1] = uvec4(0u, flags, budget, idle_budget);
+    }
+    RK_SYNC
+    // All invocations go by what one of them read.
+    flags = rk_seen[1].y;
+    budget = rk_seen[1].z;
+    idle_budget = rk_seen[1].w;
+    bool ran = flags == RK_RUN;
+    for (uint poll = 0u; ran && spent < budget; poll++) {
+        if (leader) {
+            uint sequence = rk_h2d[rk_requests + rk_slot(rk_position) + RK_HEADER_SEQUENCE];
+            rk_seen[poll & 1u] = uvec4(sequence, rk_commands(), rk_h2d[rk_reply_cursor], 0u);
+        }
+        RK_SYNC
+        uvec4 seen = rk_seen[poll & 1u];
+        flags = seen.y;
+        spent++;
+        // Nobody reads the last request any more.
+        if (leader && released != rk_position) {
+            released = rk_position;
+            rk_release();
+            rk_d2h[rk_device_line + RK_DEVICE_HEARTBEAT] = ++beats;
+            if (rk_position - given_back >= give_back) {
+                given_back = rk_position;
+                rk_d2h[rk_request_cursor] = rk_position;
+            }
+        }
+        if (flags != RK_RUN) {
+            ended = true;
+            break;
+        }
+        uint unread = rk_out_position - seen.z;
+        rk_room = unread <= rk_launch.capacity ? rk_launch.capacity - unread : 0u;
+        if (seen.x == rk_position + 1u && rk_room >= rk_launch.replies) {
+            idle = 0u;
+            unstored = true;
+            spent += rk_launch.message_cost;
+            if (rk_take()) rk_handle();
+            else rk_fault_code = RK_FAULT_CORRUPT_RING;
+            if (rk_fault_code != RK_FAULT_NONE) {
+                ended = true;
+                break;
+            }
+        } else {
+            if (seen.x != rk_position + 1u && seen.x != rk_position + 1u - rk_launch.capacity) {
+                rk_fault_code = RK_FAULT_CORRUPT_RING;
+                ended = true;
+                break;
+            }
+            idle++;
+            if (leader && (idle & 63u) == 1u) {
+                if (given_back != rk_position) {
+                    given_back = rk_position;
+                    rk_d2h[rk_request_cursor] = rk_position;
+                }
+                rk_d2h[rk_device_line + RK_DEVICE_HEARTBEAT] = ++beats;
+            }
+            if (leader && idle == 16u && unstored) {
+                unstored = false;
+                rk_store_telemetry();
+            }
+            if (idle >= idle_budget) {
+                ended = true;
+                break;
+            }
+        }
+    }
+    if (!ran) {
+        // Nothing was begun: only a command may have to be answered.
+        if (leader && flags == RK_TERMINATE) {
+            rk_d2h[rk_device_line + RK_DEVICE_HAS_TERMINATED] = 1u;
+            rk_d2h[rk_device_line + RK_DEVICE_STATE] = RK_STATE_ENDED;
+        } else if (leader && flags == 0u) {
+            rk_d2h[rk_device_line + RK_DEVICE_STATE] = RK_STATE_IDLE;
+        }
+        return;
+    }
+    // The loop was left although it had budget, and by none of its own exits: the driver cut it.
+    if (!ended && spent < budget) rk_fault_code = RK_FAULT_LOOP_CUT;
+    RK_SYNC
+    if (!leader) return;
+    if (rk_fault_code == RK_FAULT_NONE) rk_release();
+    rk_d2h[rk_request_cursor] = rk_d2h[rk_device_line + RK_DEVICE_PROCESSED];
+    if (unstored) rk_store_telemetry();
+    rk_d2h[rk_device_line + RK_DEVICE_HEARTBEAT] = ++beats;
+    memoryBarrierBuffer();
+    if (rk_fault_code != RK_FAULT_NONE) {
+        rk_d2h[rk_device_line + RK_DEVICE_FAULT] = rk_fault_code;
+        memoryBarrierBuffer();
+        rk_d2h[rk_device_line + RK_DEVICE_STATE] = RK_STATE_FAULTED;
+    } else if (flags == RK_TERMINATE) {
+        rk_d2h[rk_device_line + RK_DEVICE_HAS_TERMINATED] = 1u;
+        memoryBarrierBuffer();
+        rk_d2h[rk_device_line + RK_DEVICE_STATE] = RK_STATE_ENDED;
+    } else if (flags == 0u) {
+        rk_d2h[rk_device_line + RK_DEVICE_STATE] = RK_STATE_IDLE;
+    }
+}

@@ -1,0 +1,470 @@
+//! An open Vulkan device, and what all its kernels share: allocator, layouts, pipelines, and whether it is lost.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use ash::{ext, vk};
+use gpu_allocator::vulkan::{Allocator, AllocatorCreateDesc};
+use parking_lot::Mutex;
+
+use super::loader::Instance;
+use super::physical::Physical;
+use super::{spirv, unavailable};
+use crate::backend::Account;
+use crate::error::Error;
+use crate::kernel::ShaderSource;
+
+/// Bindings of the prelude: host-to-device memory, device-to-host memory, state.
+pub(super) const BINDINGS: u32 = 3;
+
+/// The specialization constant that sets the block size.
+const BLOCK_SIZE_CONSTANT: u32 = 0;
+
+/// What the prelude's push constants are, word for word.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PushConstants {
+    pub(super) host_to_device_words: u32,
+    pub(super) device_to_host_words: u32,
+    pub(super) state_words: u32,
+    pub(super) capacity: u32,
+    pub(super) slot_words: u32,
+    pub(super) epoch: u32,
+    pub(super) message_cost: u32,
+    pub(super) replies: u32,
+    pub(super) kinds: u32,
+    pub(super) telemetry: u32,
+    pub(super) two: u32,
+}
+
+const PUSH_CONSTANT_BYTES: usize = size_of::<PushConstants>();
+
+// SAFETY-relevant for `bytes`: eleven words without padding.
+const _: () = assert!(PUSH_CONSTANT_BYTES == 11 * 4);
+
+impl PushConstants {
+    pub(super) fn bytes(&self) -> [u8; PUSH_CONSTANT_BYTES] {
+        let words = [
+            self.host_to_device_words,
+            self.device_to_host_words,
+            self.state_words,
+            self.capacity,
+            self.slot_words,
+            self.epoch,
+            self.message_cost,
+            self.replies,
+            self.kinds,
+            self.telemetry,
+            self.two,
+        ];
+        let mut bytes = [0; PUSH_CONSTANT_BYTES];
+        for (out, word) in bytes.chunks_exact_mut(4).zip(words) {
+            out.copy_from_slice(&word.to_ne_bytes());
+        }
+        bytes
+    }
+}
+
+/// An open device.
+pub(super) struct Context {
+    pub(super) raw: ash::Device,
+    pub(super) physical: Physical,
+    pub(super) account: Arc<Account>,
+    /// `None` only while the context is dropped.
+    pub(super) allocator: Mutex<Option<Allocator>>,
+    pub(super) names: Option<ext::debug_utils::Device>,
+    pub(super) set_layout: vk::DescriptorSetLayout,
+    pub(super) pipeline_layout: vk::PipelineLayout,
+    /// By code and block size.
+    pipelines: Mutex<HashMap<(ShaderSource, u32), vk::Pipeline>>,
+    /// Why the device is lost, once it is.
+    lost: OnceLock<String>,
+    /// Whether work is left on it that never ended.
+    abandoned: AtomicBool,
+    /// Outlives the device.
+    _instance: Arc<Instance>,
+}
+
+impl fmt::Debug for Context {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Context")
+            .field("device", &self.name())
+            .field("lost", &self.lost())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Context {
+    pub(super) fn open(
+        instance: &Arc<Instance>,
+        physical: &Physical,
+        account: Arc<Account>,
+    ) -> Result<Arc<Self>, Error> {
+        let priorities = vec![1.0; physical.queues as usize];
+        let queues = [vk::DeviceQueueCreateInfo::default()
+            .queue_family_index(physical.family)
+            .queue_priorities(&priorities)];
+        let mut extensions = Vec::new();
+        if physical.portability_subset {
+            extensions.push(ash::khr::portability_subset::NAME.as_ptr());
+        }
+        let info = vk::DeviceCreateInfo::default()
+            .queue_create_infos(&queues)
+            .enabled_extension_names(&extensions);
+        // SAFETY: the physical device came from this instance, its family has that many queues.
+        let raw = unsafe {
+            instance
+                .raw()
+                .create_device(physical.handle, &info, None)
+                .map_err(|error| {
+                    unavailable(format!(
+                        "'{}' cannot be opened: {error}",
+                        physical.info.name
+                    ))
+                })?
+        };
+        let allocator = Allocator::new(&AllocatorCreateDesc {
+            instance: instance.raw().clone(),
+            device: raw.clone(),
+            physical_device: physical.handle,
+            debug_settings: Default::default(),
+            buffer_device_address: false,
+            allocation_sizes: Default::default(),
+        });
+        let names = instance
+            .debug_utils
+            .then(|| ext::debug_utils::Device::new(instance.raw(), &raw));
+        let mut context = Self {
+            raw,
+            physical: physical.clone(),
+            account,
+            allocator: Mutex::new(None),
+            names,
+            set_layout: vk::DescriptorSetLayout::null(),
+            pipeline_layout: vk::PipelineLayout::null(),
+            pipelines: Mutex::new(HashMap::new()),
+            lost: OnceLock::new(),
+            abandoned: AtomicBool::new(false),
+            _instance: Arc::clone(instance),
+        };
+        match allocator {
+            Ok(allocator) => *context.allocator.lock() = Some(allocator),
+            Err(error) => {
+                return Err(unavailable(format!("'{}': {error}", physical.info.name)));
+            }
+        }
+        let bindings: Vec<_> = (0..BINDINGS)
+            .map(|binding| {
+                vk::DescriptorSetLayoutBinding::default()
+                    .binding(binding)
+                    .descriptor_type(vk::DescriptorType::STORAGE_BUFFER)
+                    .descriptor_count(1)
+                    .stage_flags(vk::ShaderStageFlags::COMPUTE)
+            })
+            .collect();
+        let info = vk::DescriptorSetLayoutCreateInfo::default().bindings(&bindings);
+        // SAFETY: the device is live; the bindings live until the call returns.
+        context.set_layout = context.check("create a descriptor set layout", unsafe {
+            context.raw.create_descriptor_set_layout(&info, None)
+        })?;
+        let layouts = [context.set_layout];
+        let ranges = [vk::PushConstantRange::default()
+            .stage_flags(vk::ShaderStageFlags::COMPUTE)
+            .size(PUSH_CONSTANT_BYTES as u32)];
+        let info = vk::PipelineLayoutCreateInfo::default()
+            .set_layouts(&layouts)
+            .push_constant_ranges(&ranges);
+        // SAFETY: as above; the set layout is this device's.
+        context.pipeline_layout = context.check("create a pipeline layout", unsafe {
+            context.raw.create_pipeline_layout(&info, None)
+        })?;
+        Ok(Arc::new(context))
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.physical.info.name
+    }
+
+    pub(super) fn out_of_memory(&self, asked: u64) -> Error {
+        Error::OutOfMemory {
+            device: self.name().to_owned(),
+            asked,
+            available: self.account.available(),
+        }
+    }
+
+    /// Marks the device as lost; the first reason is kept.
+    pub(super) fn lose(&self, reason: String) {
+        if self.lost.set(reason).is_ok() {
+            log::error!(
+                "device '{}' is lost: {}",
+                self.name(),
+                self.lost().unwrap_or("")
+            );
+        }
+    }
+
+    /// Marks the device as one whose work never ends, so that nothing that it may use is ever destroyed.
+    pub(super) fn abandon(&self, reason: String) {
+        self.abandoned.store(true, Ordering::Release);
+        self.lose(reason);
+    }
+
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.abandoned.load(Ordering::Acquire)
+    }
+
+    /// Why the device is lost, if it is.
+    pub(super) fn lost(&self) -> Option<&str> {
+        self.lost.get().map(String::as_str)
+    }
+
+    /// The error of a lost device, if it is one.
+    pub(super) fn check_lost(&self) -> Result<(), Error> {
+        match self.lost() {
+            None => Ok(()),
+            Some(reason) => Err(Error::DeviceLost {
+                device: self.name().to_owned(),
+                reason: reason.to_owned(),
+            }),
+        }
+    }
+
+    /// What a driver's answer means. A lost device is latched; so is one that answers what its specification does not
+    /// allow it to.
+    pub(super) fn check<T>(
+        &self,
+        operation: &'static str,
+        result: Result<T, vk::Result>,
+    ) -> Result<T, Error> {
+        match result {
+            Ok(value) => Ok(value),
+            Err(vk::Result::ERROR_OUT_OF_HOST_MEMORY | vk::Result::ERROR_OUT_OF_DEVICE_MEMORY) => {
+                Err(self.out_of_memory(0))
+            }
+            Err(error) => {
+                let reason = format!("the driver failed to {operation}: {error}");
+                self.lose(reason.clone());
+                Err(Error::DeviceLost {
+                    device: self.name().to_owned(),
+                    reason,
+                })
+            }
+        }
+    }
+
+    /// The pipeline of a shader for this block size, made once.
+    pub(super) fn pipeline(
+        &self,
+        kernel: &str,
+        source: &ShaderSource,
+        block_size: u32,
+    ) -> Result<vk::Pipeline, Error> {
+        let key = (source.clone(), block_size);
+        let mut pipelines = self.pipelines.lock();
+        if let Some(pipeline) = pipelines.get(&key) {
+            return Ok(*pipeline);
+        }
+        let words = match source {
+            ShaderSource::Spirv(bytes) => {
+                spirv::check(bytes).map_err(|reason| Error::InvalidCode {
+                    kernel: kernel.to_owned(),
+                    reason,
+                })?
+            }
+            #[cfg(feature = "glsl")]
+            ShaderSource::Glsl(text) => super::glsl::compile(kernel, text)?,
+        };
+        let info = vk::ShaderModuleCreateInfo::default().code(&words);
+        // SAFETY: the words were checked to be a module; they live until the call returns.
+        let module = self.check("create a shader module", unsafe {
+            self.raw.create_shader_module(&info, None)
+        })?;
+        let entries = [vk::SpecializationMapEntry::default()
+            .constant_id(BLOCK_SIZE_CONSTANT)
+            .size(4)];
+        let data = block_size.to_ne_bytes();
+        let specialization = vk::SpecializationInfo::default()
+            .map_entries(&entries)
+            .data(&data);
+        let stage = vk::PipelineShaderStageCreateInfo::default()
+            .stage(vk::ShaderStageFlags::COMPUTE)
+            .module(module)
+            .name(c"main")
+            .specialization_info(&specialization);
+        let info = [vk::ComputePipelineCreateInfo::default()
+            .stage(stage)
+            .layout(self.pipeline_layout)];
+        // SAFETY: module and layout are this device's; everything that `info` points to lives until the call returns.
+        let made = unsafe {
+            self.raw
+                .create_compute_pipelines(vk::PipelineCache::null(), &info, None)
+        };
+        // SAFETY: the module is not used by anything but the call above.
+        unsafe { self.raw.destroy_shader_module(module, None) };
+        let made = match made {
+            Ok(made) => made,
+            Err((_, vk::Result::ERROR_DEVICE_LOST)) => {
+                return self.check("create a pipeline", Err(vk::Result::ERROR_DEVICE_LOST));
+            }
+            Err((
+                _,
+                vk::Result::ERROR_OUT_OF_HOST_MEMORY | vk::Result::ERROR_OUT_OF_DEVICE_MEMORY,
+            )) => {
+                return Err(self.out_of_memory(0));
+            }
+            Err((_, error)) => {
+                return Err(Error::InvalidCode {
+                    kernel: kernel.to_owned(),
+                    reason: format!("the driver refuses it: {error}"),
+                });
+            }
+        };
+        let pipeline = made.first().copied().unwrap_or_default();
+        self.set_name(pipeline, &format!("{kernel} x{block_size}"));
+        pipelines.insert(key, pipeline);
+        Ok(pipeline)
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        if self.is_abandoned() {
+            // Destroying what a dispatch still uses is undefined; the process keeps it to its end.
+            std::mem::forget(self.allocator.lock().take());
+            log::warn!("device '{}' was left behind with work on it", self.name());
+            return;
+        }
+        // SAFETY: every object that uses the device holds the context, and waited for its own work, so that nothing of
+        // it is in use; each is destroyed once. Null handles are allowed.
+        unsafe {
+            for (_, pipeline) in self.pipelines.lock().drain() {
+                self.raw.destroy_pipeline(pipeline, None);
+            }
+            self.raw.destroy_pipeline_layout(self.pipeline_layout, None);
+            self.raw
+                .destroy_descriptor_set_layout(self.set_layout, None);
+            drop(self.allocator.lock().take());
+            self.raw.destroy_device(None);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `name -> value` of the prelude's `const uint` lines.
+    fn prelude_constants() -> HashMap<&'static str, u64> {
+        include_str!("../../../shaders/ringkernel.glsl")
+            .lines()
+            .filter_map(|line| line.strip_prefix("const uint ")?.split_once(" = "))
+            .map(|(name, value)| {
+                let value = value.split(';').next().unwrap().trim_end_matches('u');
+                let value = match value.strip_prefix("0x") {
+                    Some(hex) => u64::from_str_radix(hex, 16),
+                    None => value.parse(),
+                };
+                (name, value.unwrap())
+            })
+            .collect()
+    }
+
+    #[test]
+    fn the_prelude_has_the_layouts_of_the_host() {
+        use crate::error::HandlerError;
+        use crate::kernel::{DeviceLines, HostLine, TelemetryBuffer};
+        use crate::message::{EXTENSION_BYTES, HEADER_BYTES};
+        use crate::ring::{CURSOR_BYTES, SlotHeader};
+        use std::mem::offset_of;
+
+        let mut prelude = prelude_constants();
+        let mut check = |name: &str, expected: u64| {
+            assert_eq!(prelude.remove(name), Some(expected), "{name}");
+        };
+        let words = |bytes: usize| bytes as u64 / 4;
+        check("RK_HEADER_WORDS", words(HEADER_BYTES));
+        check("RK_EXTENSION_WORDS", words(EXTENSION_BYTES));
+        check("RK_CURSOR_WORDS", words(CURSOR_BYTES));
+        let header = SlotHeader::OFFSETS;
+        check("RK_HEADER_SEQUENCE", words(header[0]));
+        check("RK_HEADER_CORRELATION", words(header[1]));
+        check("RK_HEADER_LENGTH_FLAGS", words(header[2]));
+        check("RK_HEADER_KIND_LANE", words(header[3]));
+        let masks = crate::message::FLAG_MASKS;
+        check("RK_LENGTH_MASK", masks[0].into());
+        check("RK_PRIORITY_MASK", masks[1].into());
+        check("RK_ERROR_BIT", masks[2].into());
+        check("RK_EXTENDED_BIT", masks[3].into());
+        for (name, offset) in HostLine::OFFSETS {
+            check(&format!("RK_HOST_{name}"), words(offset));
+        }
+        for (name, offset) in DeviceLines::OFFSETS {
+            check(&format!("RK_DEVICE_{name}"), words(offset));
+        }
+        check("RK_DEVICE_WORDS", words(size_of::<DeviceLines>()));
+        for (name, offset) in TelemetryBuffer::OFFSETS {
+            check(&format!("RK_TELEMETRY_{name}"), words(offset));
+        }
+        for (name, value) in crate::kernel::CONTROL_VALUES {
+            check(&format!("RK_{name}"), value.into());
+        }
+        check("RK_BAD_REQUEST", HandlerError::BAD_REQUEST.into());
+        check("RK_REPLY_TOO_LARGE", HandlerError::REPLY_TOO_LARGE.into());
+        // The loop's own: what the host wants of a slice.
+        for name in ["RK_RUN", "RK_TERMINATE", "RK_STALE"] {
+            assert!(prelude.remove(name).is_some());
+        }
+        assert!(prelude.is_empty(), "not checked: {prelude:?}");
+        // Alignment of what the shader takes for granted.
+        assert_eq!(offset_of!(PushConstants, two), 40);
+    }
+
+    #[test]
+    fn the_prelude_has_the_push_constants_of_the_host() {
+        let prelude = include_str!("../../../shaders/ringkernel.glsl");
+        let block = prelude.split("uniform RkLaunch {").nth(1).unwrap();
+        let names: Vec<&str> = block
+            .split('}')
+            .next()
+            .unwrap()
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("uint ")?.split(';').next())
+            .collect();
+        let debug = format!(
+            "{:?}",
+            PushConstants {
+                host_to_device_words: 0,
+                device_to_host_words: 0,
+                state_words: 0,
+                capacity: 0,
+                slot_words: 0,
+                epoch: 0,
+                message_cost: 0,
+                replies: 0,
+                kinds: 0,
+                telemetry: 0,
+                two: 0,
+            }
+        );
+        let fields: Vec<&str> = debug
+            .trim_start_matches("PushConstants {")
+            .trim_end_matches('}')
+            .split(',')
+            .map(|field| field.split(':').next().unwrap().trim())
+            .collect();
+        assert_eq!(names, fields);
+    }
+
+    #[test]
+    fn the_prelude_declares_the_version_that_is_checked() {
+        let prelude = include_str!("../../../shaders/ringkernel.glsl");
+        let declared = format!(
+            "layout(constant_id = 31) const uint RK_LAYOUT_VERSION = {}u;",
+            spirv::LAYOUT_VERSION
+        );
+        assert!(prelude.contains(&declared));
+    }
+}

@@ -1,0 +1,366 @@
+//! Vulkan devices: opening, probing, memory, and where kernels go.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::context::Context;
+use super::dispatch::VulkanDispatch;
+use super::lane::Lane;
+use super::loader::Instance;
+use super::memory::Buffer;
+use super::physical::{self, Physical};
+use super::slice_kernel::SliceKernel;
+use super::{probe, unavailable};
+use crate::backend::{
+    Account, Backend, Device, DeviceInfo, DeviceKind, DeviceMemory, Dispatch, DispatchRequest,
+    ExecutionMode, GridMemory, Placement, VulkanConfig, VulkanMode,
+};
+use crate::error::Error;
+use crate::thread::affinity;
+use crate::thread::event_count::EventCount;
+
+/// How often the probe is made before its answer counts: a loaded machine can make one attempt fail.
+const PROBES: u32 = 3;
+
+/// The Vulkan backend.
+#[derive(Debug)]
+pub(crate) struct VulkanBackend {
+    config: VulkanConfig,
+    reserved_cores: Vec<usize>,
+    termination_timeout: Duration,
+    devices: Vec<Physical>,
+    /// After `devices`, whose handles are its own.
+    instance: Arc<Instance>,
+}
+
+impl VulkanBackend {
+    /// Opens the loader and lists the devices.
+    pub(crate) fn load(
+        config: &VulkanConfig,
+        reserved_cores: &[usize],
+        termination_timeout: Duration,
+    ) -> Result<Self, Error> {
+        // Drivers start threads, which inherit the cores of the thread that calls them.
+        on_driver_cores(&driver_cores(reserved_cores, true), || {
+            let instance = Arc::new(Instance::load(config)?);
+            let devices = physical::enumerate(&instance, config)?;
+            Ok(Self {
+                config: config.clone(),
+                reserved_cores: reserved_cores.to_vec(),
+                termination_timeout,
+                devices,
+                instance,
+            })
+        })
+    }
+}
+
+impl Backend for VulkanBackend {
+    fn devices(&self) -> Vec<DeviceInfo> {
+        self.devices
+            .iter()
+            .map(|device| device.info.clone())
+            .collect()
+    }
+
+    fn open(&self, index: usize) -> Result<Arc<dyn Device>, Error> {
+        let physical = self.devices.get(index).ok_or(Error::DeviceNotFound {
+            backend: crate::backend::BackendType::Vulkan.name(),
+            index,
+            available: self.devices.len(),
+        })?;
+        let software = physical.info.kind == DeviceKind::SoftwareGpu;
+        let cores = driver_cores(&self.reserved_cores, software);
+        let device = on_driver_cores(&cores, || {
+            VulkanDevice::open(
+                &self.instance,
+                physical,
+                &self.config,
+                cores.clone(),
+                self.termination_timeout,
+            )
+        })?;
+        Ok(Arc::new(device))
+    }
+}
+
+/// The cores for a driver's threads and for those of this backend: all but the reserved ones. A software GPU's threads
+/// spin, so that one core is left to the callers if none is reserved.
+fn driver_cores(reserved: &[usize], software: bool) -> Vec<usize> {
+    let usable = affinity::usable_cores();
+    let mut cores: Vec<usize> = usable
+        .iter()
+        .copied()
+        .filter(|core| !reserved.contains(core))
+        .collect();
+    if cores.is_empty() {
+        return usable;
+    }
+    if reserved.is_empty() && software && cores.len() > 1 {
+        cores.remove(0);
+    }
+    cores
+}
+
+/// Runs `body` on a thread of its own, which is confined to `cores`.
+fn on_driver_cores<T: Send>(
+    cores: &[usize],
+    body: impl FnOnce() -> Result<T, Error> + Send,
+) -> Result<T, Error> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new()
+            .name("rk-vulkan-open".into())
+            .spawn_scoped(scope, || {
+                if !cores.is_empty()
+                    && let Err(error) = affinity::confine_current_thread(cores)
+                {
+                    log::warn!("Vulkan driver threads run anywhere: {error}");
+                }
+                body()
+            })
+            .map_err(|source| Error::Os {
+                operation: "start a thread to open Vulkan",
+                source,
+            })?;
+        thread
+            .join()
+            .unwrap_or_else(|_| Err(unavailable("the driver panicked")))
+    })
+}
+
+/// An open device.
+#[derive(Debug)]
+pub(super) struct VulkanDevice {
+    info: DeviceInfo,
+    mode: ExecutionMode,
+    /// One a queue, started when first needed.
+    lanes: Mutex<Vec<Lane>>,
+    doorbell: Arc<EventCount>,
+    cores: Vec<usize>,
+    termination_timeout: Duration,
+    context: Arc<Context>,
+}
+
+impl VulkanDevice {
+    fn open(
+        instance: &Arc<Instance>,
+        physical: &Physical,
+        config: &VulkanConfig,
+        cores: Vec<usize>,
+        termination_timeout: Duration,
+    ) -> Result<Self, Error> {
+        let account = Arc::new(Account::new(physical.info.memory_limit));
+        let context = Context::open(instance, physical, account)?;
+        let mut device = Self {
+            info: physical.info.clone(),
+            mode: ExecutionMode::Resident,
+            lanes: Mutex::new(Vec::new()),
+            doorbell: Arc::new(EventCount::new()),
+            cores,
+            termination_timeout,
+            context,
+        };
+        let (mode, reason) = match config.mode {
+            VulkanMode::Resident => (ExecutionMode::Resident, "forced".to_owned()),
+            VulkanMode::Exchange => (ExecutionMode::Exchange, "forced".to_owned()),
+            VulkanMode::Staged => (ExecutionMode::Staged, "forced".to_owned()),
+            VulkanMode::Auto => device.probe()?,
+        };
+        device.mode = mode;
+        // Lanes of the probe belong to its mode.
+        device.lanes.lock().clear();
+        let placements = device.placements()?;
+        log::info!(
+            "device '{}' is in {} mode: {reason}",
+            device.info.name,
+            mode.name()
+        );
+        if let Some(vulkan) = &mut device.info.vulkan {
+            vulkan.mode = mode;
+            vulkan.mode_reason = reason;
+            vulkan.placements = placements;
+        }
+        Ok(device)
+    }
+
+    fn probe(&self) -> Result<(ExecutionMode, String), Error> {
+        let mut reason = String::new();
+        for _ in 0..PROBES {
+            match probe::run(self)? {
+                Ok(seen) => return Ok((ExecutionMode::Resident, seen)),
+                Err(failed) => reason = failed,
+            }
+            log::debug!("device '{}': probe: {reason}", self.info.name);
+        }
+        Ok((
+            ExecutionMode::Exchange,
+            format!("the probe failed: {reason}"),
+        ))
+    }
+
+    /// Where memory of each placement lies.
+    fn placements(&self) -> Result<Vec<crate::backend::MemoryPlacement>, Error> {
+        [
+            (Placement::HostToDevice, "host-to-device"),
+            (Placement::DeviceToHost, "device-to-host"),
+            (Placement::DeviceState, "state"),
+        ]
+        .into_iter()
+        .map(|(placement, purpose)| {
+            let location = match (self.mode, placement) {
+                (ExecutionMode::Staged, _) => gpu_allocator::MemoryLocation::GpuOnly,
+                _ => Buffer::location(placement),
+            };
+            Buffer::new(&self.context, purpose, 64, location)
+                .map(|buffer| buffer.placement(purpose))
+        })
+        .collect()
+    }
+
+    pub(super) fn check_lost(&self) -> Result<(), Error> {
+        self.context.check_lost()
+    }
+
+    fn buffer(
+        &self,
+        name: &str,
+        bytes: usize,
+        location: gpu_allocator::MemoryLocation,
+    ) -> Result<Arc<dyn DeviceMemory>, Error> {
+        Ok(Arc::new(Buffer::new(&self.context, name, bytes, location)?))
+    }
+
+    /// The lane with the fewest kernels; a new one while there are queues without.
+    fn lane(&self) -> Result<Arc<super::lane::LaneHandle>, Error> {
+        let mut lanes = self.lanes.lock();
+        let least = lanes.iter().min_by_key(|lane| lane.handle.load());
+        match least {
+            Some(lane)
+                if lane.handle.load() == 0
+                    || lanes.len() >= self.context.physical.queues as usize =>
+            {
+                Ok(Arc::clone(&lane.handle))
+            }
+            _ => {
+                let lane = Lane::start(
+                    &self.context,
+                    lanes.len() as u32,
+                    self.mode,
+                    Arc::clone(&self.doorbell),
+                    self.cores.clone(),
+                    self.termination_timeout,
+                )?;
+                let handle = Arc::clone(&lane.handle);
+                lanes.push(lane);
+                Ok(handle)
+            }
+        }
+    }
+
+    /// The memory that the shader sees in exchange mode, and the memory through which the host sees it.
+    fn exchange_memory(
+        &self,
+        front: &GridMemory,
+        blocks: u32,
+    ) -> Result<(Arc<GridMemory>, Arc<GridMemory>), Error> {
+        use gpu_allocator::MemoryLocation::{CpuToGpu, GpuOnly, GpuToCpu};
+        let grid = |staged: bool| {
+            GridMemory::new(self, blocks, front.layout, |bytes, placement| {
+                match (placement, staged) {
+                    (Placement::DeviceState, _) => self.buffer("state", bytes, GpuOnly),
+                    (_, true) => self.buffer("device ring", bytes, GpuOnly),
+                    (Placement::HostToDevice, false) => self.buffer("requests", bytes, CpuToGpu),
+                    (Placement::DeviceToHost, false) => self.buffer("replies", bytes, GpuToCpu),
+                }
+            })
+        };
+        if self.mode == ExecutionMode::Staged {
+            let host = GridMemory::new(
+                self,
+                blocks,
+                crate::backend::BlockLayout {
+                    state_bytes: 0,
+                    ..front.layout
+                },
+                |bytes, placement| match placement {
+                    Placement::HostToDevice => self.buffer("staged requests", bytes, CpuToGpu),
+                    _ => self.buffer("staged replies", bytes, GpuToCpu),
+                },
+            )?;
+            Ok((grid(true)?, host))
+        } else {
+            let grid = grid(false)?;
+            Ok((Arc::clone(&grid), grid))
+        }
+    }
+}
+
+impl Device for VulkanDevice {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn account(&self) -> &Arc<Account> {
+        &self.context.account
+    }
+
+    fn allocate(&self, bytes: usize, placement: Placement) -> Result<Arc<dyn DeviceMemory>, Error> {
+        self.context.check_lost()?;
+        match (self.mode, placement) {
+            (ExecutionMode::Resident, _) => {
+                let name = match placement {
+                    Placement::HostToDevice => "requests",
+                    Placement::DeviceToHost => "replies",
+                    Placement::DeviceState => "state",
+                };
+                self.buffer(name, bytes, Buffer::location(placement))
+            }
+            // The state is taken with the rest of the shader's memory.
+            (_, Placement::DeviceState) => Ok(self.allocate_host(1)?),
+            _ => Ok(self.allocate_host(bytes)?),
+        }
+    }
+
+    fn doorbell(&self) -> Option<Arc<EventCount>> {
+        Some(Arc::clone(&self.doorbell))
+    }
+
+    fn wakes_callers(&self) -> bool {
+        self.mode != ExecutionMode::Resident
+    }
+
+    fn dispatch(&self, request: DispatchRequest) -> Result<Box<dyn Dispatch>, Error> {
+        self.context.check_lost()?;
+        let blocks = request.blocks.len() as u32;
+        let Some(first) = request.blocks.first() else {
+            return Err(Error::InvalidOption {
+                option: "grid",
+                reason: "it has no blocks".into(),
+            });
+        };
+        let front = Arc::clone(&first.memory.grid);
+        let (device_grid, relay_grid) = if self.mode == ExecutionMode::Resident {
+            (front, None)
+        } else {
+            let (device, host) = self.exchange_memory(&front, blocks)?;
+            (device, Some(host))
+        };
+        let relay_blocks = match relay_grid {
+            None => Vec::new(),
+            Some(grid) => grid
+                .ends(self, blocks)?
+                .into_iter()
+                .map(|(_, _, ends)| ends.memory)
+                .collect(),
+        };
+        let kernel = Arc::new(SliceKernel::new(
+            &self.context,
+            request,
+            device_grid,
+            relay_blocks,
+        )?);
+        Ok(Box::new(VulkanDispatch::start(kernel, self.lane()?)))
+    }
+}

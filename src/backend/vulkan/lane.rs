@@ -1,0 +1,954 @@
+//! A queue of a device and the thread behind it, which keeps the slices of its kernels coming.
+//!
+//! Two command buffers are always submitted: while the slices of one run, the other waits its turn, and the thread sleeps
+//! until the first is done and submits it again. Each holds many *steps*; a step is one slice of each running kernel, so
+//! that kernels on one queue take turns. Commands to a kernel are stores to its control block, which the running slice
+//! sees. Only when the set of running kernels changes must the command buffers be made anew: the *epoch* is raised then,
+//! and slices of an older one fall through at once.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use ash::vk;
+use parking_lot::Mutex;
+
+use super::context::Context;
+use super::relay::Relay;
+use super::slice_kernel::{SOFTWARE_ITERATIONS, SliceKernel};
+use crate::backend::ExecutionMode;
+use crate::error::Error;
+use crate::kernel::{BlockState, KernelFailure};
+use crate::thread::KernelWait;
+use crate::thread::affinity;
+use crate::thread::event_count::EventCount;
+
+/// Command buffers that take turns.
+const BATCHES: usize = 2;
+
+/// How long a fence may take whatever the termination timeout is: slices are far shorter, but a loaded machine is slow.
+const SHORTEST_FENCE_LIMIT: Duration = Duration::from_secs(2);
+
+/// Between two looks at commands during one fence wait.
+const FENCE_CHUNK: Duration = Duration::from_millis(100);
+
+/// Longest sleep without work.
+const LONGEST_SLEEP: Duration = Duration::from_secs(1);
+
+/// How long a sleeping kernel that is blocked on a full reply ring is left alone.
+const BLOCKED_NAP: Duration = Duration::from_micros(200);
+
+/// How long hardware slices should take: far below every watchdog (from 2 s on Windows), even for both batches.
+const SLICE_TARGET: Duration = Duration::from_millis(25);
+
+/// Bounds of a hardware slice's polls.
+const FEWEST_POLLS: u32 = 1_000;
+const MOST_POLLS: u32 = 1 << 26;
+
+/// Polls of a first hardware slice, some 20 ms over PCIe.
+const FIRST_POLLS: u32 = 20_000;
+
+/// Budgets while several blocks share an execution unit: whoever has nothing to do gives way at once, and nobody keeps
+/// the others waiting for long.
+const SHARED_POLLS: u32 = 2_000;
+const SHARED_IDLE_POLLS: u32 = 48;
+
+/// Empty polls after which a slice of a kernel that sleeps when idle ends.
+const PARKING_IDLE_POLLS: u32 = 2_000;
+
+/// What everybody may ask of a lane.
+pub(super) struct LaneHandle {
+    context: Arc<Context>,
+    doorbell: Arc<EventCount>,
+    inbox: Mutex<Vec<Arc<SliceKernel>>>,
+    /// Kernels that are on the lane, for whoever interrupts it.
+    members: Mutex<Vec<Arc<SliceKernel>>>,
+    epoch: AtomicU32,
+    stop: AtomicBool,
+}
+
+impl fmt::Debug for LaneHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LaneHandle")
+            .field("device", &self.context.name())
+            .field("kernels", &self.load())
+            .finish_non_exhaustive()
+    }
+}
+
+impl LaneHandle {
+    /// Kernels on the lane.
+    pub(super) fn load(&self) -> usize {
+        self.members.lock().len()
+    }
+
+    /// Puts a kernel on the lane.
+    pub(super) fn admit(&self, kernel: Arc<SliceKernel>) {
+        {
+            let mut members = self.members.lock();
+            let epoch = self.epoch.load(Ordering::Relaxed);
+            for block in &kernel.blocks {
+                block.control().set_epoch(epoch);
+            }
+            members.push(Arc::clone(&kernel));
+            self.inbox.lock().push(kernel);
+        }
+        self.doorbell.notify();
+    }
+
+    fn remove(&self, kernel: &Arc<SliceKernel>) {
+        self.members
+            .lock()
+            .retain(|member| !Arc::ptr_eq(member, kernel));
+    }
+
+    /// Makes all slices in flight end at once, so that the lane looks at its kernels again. Those that go on lose some
+    /// 100 us by it.
+    pub(super) fn interrupt(&self) {
+        {
+            let members = self.members.lock();
+            let epoch = self.epoch.load(Ordering::Relaxed).wrapping_add(1);
+            self.epoch.store(epoch, Ordering::Release);
+            for block in members.iter().flat_map(|kernel| &kernel.blocks) {
+                block.control().set_epoch(epoch);
+            }
+        }
+        self.doorbell.notify();
+    }
+}
+
+/// A lane, for the device that owns it.
+#[derive(Debug)]
+pub(super) struct Lane {
+    pub(super) handle: Arc<LaneHandle>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Lane {
+    /// Starts the thread of a queue, on one of `cores` if any are named.
+    pub(super) fn start(
+        context: &Arc<Context>,
+        queue_index: u32,
+        mode: ExecutionMode,
+        doorbell: Arc<EventCount>,
+        cores: Vec<usize>,
+        termination_timeout: Duration,
+    ) -> Result<Self, Error> {
+        let handle = Arc::new(LaneHandle {
+            context: Arc::clone(context),
+            doorbell,
+            inbox: Mutex::new(Vec::new()),
+            members: Mutex::new(Vec::new()),
+            epoch: AtomicU32::new(1),
+            stop: AtomicBool::new(false),
+        });
+        let bridge = Bridge::new(
+            Arc::clone(&handle),
+            queue_index,
+            mode,
+            termination_timeout.max(SHORTEST_FENCE_LIMIT),
+        )?;
+        let thread = std::thread::Builder::new()
+            .name(format!(
+                "rk-bridge-{}-{queue_index}",
+                context.physical.info.index
+            ))
+            .spawn(move || {
+                if !cores.is_empty()
+                    && let Err(error) = affinity::confine_current_thread(&cores)
+                {
+                    log::warn!("the thread of a Vulkan queue runs anywhere: {error}");
+                }
+                bridge.run();
+            })
+            .map_err(|source| Error::Os {
+                operation: "start the thread of a Vulkan queue",
+                source,
+            })?;
+        Ok(Self {
+            handle,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Lane {
+    /// Ends the thread. Bounded: a fence that never signals ends the device.
+    fn drop(&mut self) {
+        self.handle.stop.store(true, Ordering::Release);
+        self.handle.interrupt();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("the thread of a Vulkan queue panicked");
+        }
+    }
+}
+
+/// A kernel as its lane sees it.
+#[derive(Debug)]
+struct Member {
+    kernel: Arc<SliceKernel>,
+    /// In exchange mode, what carries its messages.
+    relay: Option<Relay>,
+    /// For kernels that sleep when idle: whether it sleeps, when to look at it again, whether requests do not matter until
+    /// then.
+    asleep: bool,
+    look_at: Instant,
+    blocked: bool,
+    /// Progress and heartbeats when last looked at.
+    progress: u32,
+    heartbeats: u32,
+}
+
+impl Member {
+    fn new(kernel: Arc<SliceKernel>, relay: Option<Relay>) -> Self {
+        Self {
+            kernel,
+            relay,
+            asleep: false,
+            look_at: Instant::now(),
+            blocked: false,
+            progress: 0,
+            heartbeats: 0,
+        }
+    }
+
+    fn may_sleep(&self) -> bool {
+        matches!(self.kernel.wait, KernelWait::Park | KernelWait::Interval(_))
+    }
+
+    /// Whether slices of it should be submitted now.
+    fn wants_slices(&self, now: Instant) -> bool {
+        if !self.kernel.is_wanted() {
+            return false;
+        }
+        let answered = self
+            .kernel
+            .blocks
+            .iter()
+            .all(|block| block.control().state() == Some(BlockState::Polling));
+        !self.asleep
+            || !answered
+            || now >= self.look_at
+            || (self.kernel.wait == KernelWait::Park && !self.blocked && self.kernel.has_request())
+    }
+
+    /// Looks at what a completed batch has done for it.
+    fn observe(&mut self, now: Instant) {
+        let heartbeats = self.kernel.heartbeats();
+        if heartbeats != self.heartbeats {
+            self.heartbeats = heartbeats;
+            self.kernel.show_life();
+        }
+        let progress = self.kernel.progress();
+        let idle = progress == self.progress;
+        self.progress = progress;
+        self.asleep = idle && self.may_sleep();
+        if self.asleep {
+            self.blocked = self.kernel.has_request();
+            let nap = match self.kernel.wait {
+                _ if self.blocked => BLOCKED_NAP,
+                KernelWait::Interval(interval) => interval.min(self.kernel.heartbeat_interval),
+                _ => self.kernel.heartbeat_interval,
+            };
+            self.look_at = now + nap;
+        }
+    }
+}
+
+/// A command buffer with its fence.
+#[derive(Debug)]
+struct Batch {
+    commands: vk::CommandBuffer,
+    fence: vk::Fence,
+    /// What is recorded in it, and for which epoch.
+    kernels: Vec<Arc<SliceKernel>>,
+    epoch: u32,
+    steps: u32,
+    submitted: Instant,
+}
+
+/// The thread's own.
+struct Bridge {
+    handle: Arc<LaneHandle>,
+    context: Arc<Context>,
+    queue: vk::Queue,
+    pool: vk::CommandPool,
+    batches: Vec<Batch>,
+    /// Indices of submitted batches, the oldest first.
+    in_flight: VecDeque<usize>,
+    members: Vec<Member>,
+    mode: ExecutionMode,
+    software: bool,
+    steps: u32,
+    /// Polls of a slice that has its unit for itself.
+    polls: u32,
+    fence_limit: Duration,
+    last_done: Instant,
+}
+
+impl Bridge {
+    fn new(
+        handle: Arc<LaneHandle>,
+        queue_index: u32,
+        mode: ExecutionMode,
+        fence_limit: Duration,
+    ) -> Result<Self, Error> {
+        let context = Arc::clone(&handle.context);
+        let software = !context.physical.info.kind.is_hardware();
+        let family = context.physical.family;
+        // SAFETY: the device was created with this many queues of this family.
+        let queue = unsafe { context.raw.get_device_queue(family, queue_index) };
+        context.set_name(queue, &format!("rk-queue-{queue_index}"));
+        let info = vk::CommandPoolCreateInfo::default()
+            .flags(vk::CommandPoolCreateFlags::RESET_COMMAND_BUFFER)
+            .queue_family_index(family);
+        // From here on, dropping `bridge` undoes whatever was done.
+        let mut bridge = Self {
+            queue,
+            pool: vk::CommandPool::null(),
+            batches: Vec::new(),
+            in_flight: VecDeque::with_capacity(BATCHES),
+            members: Vec::new(),
+            mode,
+            software,
+            steps: if software { 16 } else { 4 },
+            polls: if software {
+                SOFTWARE_ITERATIONS
+            } else {
+                FIRST_POLLS
+            },
+            fence_limit,
+            last_done: Instant::now(),
+            context: Arc::clone(&context),
+            handle,
+        };
+        // SAFETY: the device is live, the family is one of its own.
+        bridge.pool = context.check("create a command pool", unsafe {
+            context.raw.create_command_pool(&info, None)
+        })?;
+        let info = vk::CommandBufferAllocateInfo::default()
+            .command_pool(bridge.pool)
+            .level(vk::CommandBufferLevel::PRIMARY)
+            .command_buffer_count(BATCHES as u32);
+        // SAFETY: the pool was just created.
+        let commands = context.check("allocate command buffers", unsafe {
+            context.raw.allocate_command_buffers(&info)
+        })?;
+        for (index, commands) in commands.into_iter().enumerate() {
+            // SAFETY: the device is live.
+            let fence = context.check("create a fence", unsafe {
+                context
+                    .raw
+                    .create_fence(&vk::FenceCreateInfo::default(), None)
+            })?;
+            context.set_name(commands, &format!("rk-batch-{index}"));
+            context.set_name(fence, &format!("rk-batch-{index}-done"));
+            bridge.batches.push(Batch {
+                commands,
+                fence,
+                kernels: Vec::new(),
+                epoch: 0,
+                steps: 0,
+                submitted: Instant::now(),
+            });
+        }
+        Ok(bridge)
+    }
+
+    fn run(mut self) {
+        loop {
+            let mut failed = self.admit();
+            if failed.is_none() && self.context.lost().is_none() {
+                failed = match self.mode {
+                    ExecutionMode::Resident => self.keep_resident(),
+                    _ => self.exchange(),
+                }
+                .err();
+            }
+            if let Some(error) = failed {
+                // Whatever the driver refuses leaves kernels without slices: the device is lost for them.
+                self.context.lose(error.to_string());
+            }
+            if self.context.lost().is_some() {
+                self.lose_all();
+            }
+            if self.handle.stop.load(Ordering::Acquire)
+                && self.members.is_empty()
+                && self.in_flight.is_empty()
+            {
+                return;
+            }
+            if self.in_flight.is_empty() {
+                self.sleep();
+            }
+        }
+    }
+
+    /// Takes new kernels onto the lane.
+    fn admit(&mut self) -> Option<Error> {
+        let admitted = std::mem::take(&mut *self.handle.inbox.lock());
+        let mut failed = None;
+        for kernel in admitted {
+            let relay = match self.mode {
+                ExecutionMode::Resident => None,
+                mode => Some(Relay::new(&kernel, mode == ExecutionMode::Staged)),
+            };
+            let prepared = self.prepare(&kernel, relay.as_ref());
+            self.members.push(Member::new(kernel, relay));
+            failed = failed.or(prepared.err());
+        }
+        failed
+    }
+
+    /// Fills what the host could not fill itself.
+    fn prepare(&mut self, kernel: &Arc<SliceKernel>, relay: Option<&Relay>) -> Result<(), Error> {
+        let staged = relay.is_some_and(Relay::is_staged);
+        if !kernel.needs_fill() && !staged {
+            return Ok(());
+        }
+        self.drain()?;
+        let raw = self.context.raw.clone();
+        self.record(0, |commands| {
+            if let Some(state) = kernel.state_buffer()
+                && kernel.needs_fill()
+            {
+                // SAFETY: the buffer lives as long as the kernel, which is held until the batch is done.
+                unsafe { raw.cmd_fill_buffer(commands, state, 0, vk::WHOLE_SIZE, 0) };
+            }
+            if let Some(relay) = relay {
+                relay.record_first_copy(&raw, commands);
+            }
+        })?;
+        self.submit(0)?;
+        self.drain()
+    }
+
+    /// One round of a device with resident dispatches: submits what is missing, and waits for the oldest batch.
+    fn keep_resident(&mut self) -> Result<(), Error> {
+        self.settle();
+        let now = Instant::now();
+        let running: Vec<Arc<SliceKernel>> = self
+            .members
+            .iter()
+            .filter(|member| member.wants_slices(now))
+            .map(|member| Arc::clone(&member.kernel))
+            .collect();
+        self.set_budgets(&running);
+        while !running.is_empty() && self.in_flight.len() < BATCHES {
+            let free = (0..BATCHES).find(|index| !self.in_flight.contains(index));
+            let Some(index) = free else { break };
+            self.record_slices(index, &running)?;
+            self.submit(index)?;
+        }
+        if self.in_flight.is_empty() {
+            return Ok(());
+        }
+        let index = self.wait_oldest()?;
+        self.adapt(index);
+        let now = Instant::now();
+        for member in &mut self.members {
+            if self.batches[index]
+                .kernels
+                .iter()
+                .any(|kernel| Arc::ptr_eq(kernel, &member.kernel))
+            {
+                member.observe(now);
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers for kernels that have no slices in flight any more, and lets go of those that ended.
+    fn settle(&mut self) {
+        let in_flight = |kernel: &Arc<SliceKernel>| {
+            self.in_flight.iter().any(|index| {
+                self.batches[*index]
+                    .kernels
+                    .iter()
+                    .any(|running| Arc::ptr_eq(running, kernel))
+            })
+        };
+        let (ended, mut live) = (Vec::new(), Vec::new());
+        let mut ended = ended;
+        for member in std::mem::take(&mut self.members) {
+            let kernel = &member.kernel;
+            if let Some(failure) = kernel.fault()
+                && !kernel.signals.gate.state().is_final()
+            {
+                kernel.fail(failure);
+            }
+            if in_flight(kernel) {
+                live.push(member);
+            } else if kernel.must_terminate() {
+                kernel.answer_end();
+                ended.push(member);
+            } else {
+                if !kernel.is_wanted() {
+                    for block in &kernel.blocks {
+                        block.control().store_state(BlockState::Idle);
+                    }
+                }
+                live.push(member);
+            }
+        }
+        self.members = live;
+        for member in ended {
+            self.handle.remove(&member.kernel);
+            self.forget(&member.kernel);
+        }
+    }
+
+    /// Drops the references of batches that are not in flight.
+    fn forget(&mut self, kernel: &Arc<SliceKernel>) {
+        for batch in &mut self.batches {
+            if batch.kernels.iter().any(|other| Arc::ptr_eq(other, kernel)) {
+                batch.kernels.clear();
+                batch.epoch = 0;
+            }
+        }
+    }
+
+    /// How long the slices of the running kernels last.
+    fn set_budgets(&self, running: &[Arc<SliceKernel>]) {
+        let units: u32 = running.iter().map(|kernel| kernel.groups()).sum();
+        // A GPU has room for many blocks at once; but kernels of one queue wait for one another after each step.
+        let shared = running.len() > 1 || (self.software && units > 1);
+        for kernel in running {
+            let (polls, mut idle) = if shared {
+                (SHARED_POLLS, SHARED_IDLE_POLLS)
+            } else {
+                (self.polls, u32::MAX)
+            };
+            if kernel.wait != KernelWait::Spin && kernel.wait != KernelWait::SpinYield {
+                idle = idle.min(PARKING_IDLE_POLLS);
+            }
+            for block in &kernel.blocks {
+                block.control().set_budgets(polls, idle);
+            }
+        }
+    }
+
+    /// Makes hardware slices as long as they should be, going by the batch that is done.
+    fn adapt(&mut self, index: usize) {
+        let now = Instant::now();
+        let batch = &self.batches[index];
+        let begin = batch.submitted.max(self.last_done);
+        self.last_done = now;
+        if self.software || batch.epoch != self.handle.epoch.load(Ordering::Relaxed) {
+            return;
+        }
+        let slice = now.duration_since(begin) / batch.steps.max(1);
+        if slice > SLICE_TARGET {
+            let ratio = SLICE_TARGET.as_secs_f64() / slice.as_secs_f64();
+            self.polls = ((f64::from(self.polls) * ratio.max(0.1)) as u32).max(FEWEST_POLLS);
+        } else if slice < SLICE_TARGET / 2 && batch.kernels.len() == 1 && slice > SLICE_TARGET / 16
+        {
+            self.polls = (self.polls + self.polls / 2).min(MOST_POLLS);
+        }
+    }
+
+    /// Records steps of the kernels' slices, unless the batch holds just these.
+    fn record_slices(&mut self, index: usize, running: &[Arc<SliceKernel>]) -> Result<(), Error> {
+        let epoch = self.handle.epoch.load(Ordering::Acquire);
+        let batch = &self.batches[index];
+        let same = batch.epoch == epoch
+            && batch.kernels.len() == running.len()
+            && batch
+                .kernels
+                .iter()
+                .zip(running)
+                .all(|(recorded, kernel)| Arc::ptr_eq(recorded, kernel));
+        if same {
+            return Ok(());
+        }
+        let steps = self.steps;
+        let context = Arc::clone(&self.context);
+        self.record(index, |commands| {
+            for _ in 0..steps {
+                for kernel in running {
+                    record_dispatch(&context, commands, kernel, epoch);
+                }
+                let barrier = [vk::MemoryBarrier::default()
+                    .src_access_mask(vk::AccessFlags::SHADER_WRITE | vk::AccessFlags::SHADER_READ)
+                    .dst_access_mask(vk::AccessFlags::SHADER_READ | vk::AccessFlags::SHADER_WRITE)];
+                // SAFETY: the command buffer is being recorded.
+                unsafe {
+                    context.raw.cmd_pipeline_barrier(
+                        commands,
+                        vk::PipelineStageFlags::COMPUTE_SHADER,
+                        vk::PipelineStageFlags::COMPUTE_SHADER,
+                        vk::DependencyFlags::empty(),
+                        &barrier,
+                        &[],
+                        &[],
+                    );
+                }
+            }
+            host_barrier(&context, commands, vk::PipelineStageFlags::COMPUTE_SHADER);
+        })?;
+        let batch = &mut self.batches[index];
+        batch.kernels = running.to_vec();
+        batch.epoch = epoch;
+        batch.steps = steps;
+        Ok(())
+    }
+
+    /// Records a batch anew; it holds no kernels then.
+    fn record(&mut self, index: usize, body: impl FnOnce(vk::CommandBuffer)) -> Result<(), Error> {
+        let batch = &mut self.batches[index];
+        batch.kernels.clear();
+        batch.epoch = 0;
+        let commands = batch.commands;
+        let info = vk::CommandBufferBeginInfo::default();
+        // SAFETY: the batch is not in flight, and beginning it resets it (the pool allows that).
+        self.context.check("begin a command buffer", unsafe {
+            self.context.raw.begin_command_buffer(commands, &info)
+        })?;
+        body(commands);
+        // SAFETY: it was begun above.
+        self.context.check("end a command buffer", unsafe {
+            self.context.raw.end_command_buffer(commands)
+        })
+    }
+
+    fn submit(&mut self, index: usize) -> Result<(), Error> {
+        let batch = &mut self.batches[index];
+        let commands = [batch.commands];
+        let info = [vk::SubmitInfo::default().command_buffers(&commands)];
+        // SAFETY: the fence is unsignalled and the command buffer recorded, neither is in flight; this thread alone uses
+        // the queue. Whatever the commands use is held by the batch's kernels.
+        self.context.check("submit slices", unsafe {
+            self.context.raw.reset_fences(&[batch.fence])
+        })?;
+        // SAFETY: as above.
+        self.context.check("submit slices", unsafe {
+            self.context
+                .raw
+                .queue_submit(self.queue, &info, batch.fence)
+        })?;
+        batch.submitted = Instant::now();
+        self.in_flight.push_back(index);
+        Ok(())
+    }
+
+    /// Sleeps until the oldest batch is done.
+    fn wait_oldest(&mut self) -> Result<usize, Error> {
+        let Some(&index) = self.in_flight.front() else {
+            return Ok(0);
+        };
+        let fence = [self.batches[index].fence];
+        let begin = Instant::now();
+        loop {
+            // SAFETY: the fence is this device's, and belongs to a submitted batch.
+            let waited = unsafe {
+                self.context
+                    .raw
+                    .wait_for_fences(&fence, true, FENCE_CHUNK.as_nanos() as u64)
+            };
+            match waited {
+                Ok(()) => break,
+                Err(vk::Result::TIMEOUT) if begin.elapsed() < self.fence_limit => {}
+                Err(vk::Result::TIMEOUT) => {
+                    let reason = format!(
+                        "slices did not end within {:?}: a handler that never ends, or a driver that hangs",
+                        self.fence_limit
+                    );
+                    self.context.abandon(reason);
+                    self.context.check_lost()?;
+                }
+                Err(error) => return self.context.check("wait for slices", Err(error)),
+            }
+        }
+        self.in_flight.pop_front();
+        Ok(index)
+    }
+
+    /// Waits for everything in flight.
+    fn drain(&mut self) -> Result<(), Error> {
+        while !self.in_flight.is_empty() {
+            self.wait_oldest()?;
+        }
+        Ok(())
+    }
+
+    /// One round of exchange mode: carries waiting requests in, runs a slice of each kernel that has some, and carries
+    /// the replies out. Sleeps or polls if there is nothing to do.
+    fn exchange(&mut self) -> Result<(), Error> {
+        let mut round = Vec::new();
+        for (index, member) in self.members.iter_mut().enumerate() {
+            let Some(relay) = &mut member.relay else {
+                continue;
+            };
+            if relay.answer(&member.kernel) && relay.collect(&member.kernel) {
+                round.push(index);
+            }
+        }
+        if !round.is_empty() {
+            self.exchange_round(&round)?;
+        }
+        let mut ended = Vec::new();
+        self.members.retain(|member| {
+            let live = !member.kernel.must_terminate();
+            if !live {
+                ended.push(Arc::clone(&member.kernel));
+            }
+            live
+        });
+        for kernel in ended {
+            kernel.answer_end();
+            self.handle.remove(&kernel);
+            self.forget(&kernel);
+        }
+        Ok(())
+    }
+
+    fn exchange_round(&mut self, round: &[usize]) -> Result<(), Error> {
+        let context = Arc::clone(&self.context);
+        let members = std::mem::take(&mut self.members);
+        let recorded = self.record(0, |commands| {
+            let chosen = || round.iter().filter_map(|index| members.get(*index));
+            for member in chosen() {
+                if let Some(relay) = &member.relay {
+                    relay.record_copy_in(&context.raw, commands);
+                }
+            }
+            transfer_barrier(&context, commands);
+            for member in chosen() {
+                record_dispatch(&context, commands, &member.kernel, Relay::EPOCH);
+            }
+            transfer_barrier(&context, commands);
+            for member in chosen() {
+                if let Some(relay) = &member.relay {
+                    relay.record_copy_out(&context.raw, commands);
+                }
+            }
+            host_barrier(
+                &context,
+                commands,
+                vk::PipelineStageFlags::COMPUTE_SHADER | vk::PipelineStageFlags::TRANSFER,
+            );
+        });
+        self.batches[0].kernels = round
+            .iter()
+            .filter_map(|index| members.get(*index))
+            .map(|member| Arc::clone(&member.kernel))
+            .collect();
+        self.members = members;
+        recorded?;
+        self.submit(0)?;
+        self.wait_oldest()?;
+        // Replies that lie beyond what was copied out.
+        let more: Vec<usize> = round
+            .iter()
+            .copied()
+            .filter(|index| {
+                self.members
+                    .get_mut(*index)
+                    .and_then(|member| member.relay.as_mut())
+                    .is_some_and(Relay::needs_more)
+            })
+            .collect();
+        if !more.is_empty() {
+            let members = std::mem::take(&mut self.members);
+            let recorded = self.record(0, |commands| {
+                for member in more.iter().filter_map(|index| members.get(*index)) {
+                    if let Some(relay) = &member.relay {
+                        relay.record_copy_more(&context.raw, commands);
+                    }
+                }
+                host_barrier(&context, commands, vk::PipelineStageFlags::TRANSFER);
+            });
+            self.members = members;
+            recorded?;
+            self.submit(0)?;
+            self.wait_oldest()?;
+        }
+        for index in round {
+            let Some(member) = self.members.get_mut(*index) else {
+                continue;
+            };
+            let Some(relay) = &mut member.relay else {
+                continue;
+            };
+            match relay.publish(&member.kernel) {
+                Ok(()) => member.kernel.show_life(),
+                Err(failure) => member.kernel.fail(failure),
+            }
+        }
+        Ok(())
+    }
+
+    /// Fails every kernel of a lost device, and lets go of them.
+    fn lose_all(&mut self) {
+        let reason = self.context.lost().unwrap_or("lost").to_owned();
+        // Nothing is waited for any more. What was submitted may still run only if the device was abandoned, and then
+        // nothing is ever destroyed.
+        if !self.in_flight.is_empty() && !self.context.is_abandoned() {
+            // SAFETY: the device is live as an object; idle or lost is all this waits for.
+            let _ = unsafe { self.context.raw.device_wait_idle() };
+        }
+        self.in_flight.clear();
+        for member in std::mem::take(&mut self.members) {
+            self.handle.remove(&member.kernel);
+            member.kernel.lose(&reason);
+            self.forget(&member.kernel);
+        }
+    }
+
+    /// Sleeps until somebody rings, or a kernel must be looked at.
+    fn sleep(&mut self) {
+        let now = Instant::now();
+        let mut longest = LONGEST_SLEEP;
+        for member in &self.members {
+            longest = longest.min(member.nap(now));
+        }
+        if longest.is_zero() {
+            std::hint::spin_loop();
+            return;
+        }
+        let doorbell = Arc::clone(&self.handle.doorbell);
+        let prepared = doorbell.prepare();
+        let wanted = self.handle.stop.load(Ordering::Acquire) && self.members.is_empty()
+            || !self.handle.inbox.lock().is_empty()
+            || self
+                .members
+                .iter()
+                .any(|member| member.needs_attention(now));
+        if !wanted {
+            prepared.wait(longest);
+        }
+    }
+}
+
+impl Member {
+    /// How long it can do without being looked at; zero for a kernel that is polled without pause.
+    fn nap(&self, now: Instant) -> Duration {
+        if !self.kernel.is_wanted() {
+            return LONGEST_SLEEP;
+        }
+        if let Some(relay) = &self.relay {
+            return relay.nap(&self.kernel);
+        }
+        self.look_at.saturating_duration_since(now)
+    }
+
+    /// Whether it must be looked at before anybody sleeps.
+    fn needs_attention(&self, now: Instant) -> bool {
+        if self.kernel.must_terminate() {
+            return true;
+        }
+        match &self.relay {
+            Some(relay) => relay.needs_attention(&self.kernel),
+            None => self.wants_slices(now) || self.is_unanswered(),
+        }
+    }
+
+    fn is_unanswered(&self) -> bool {
+        !self.kernel.is_wanted()
+            && self
+                .kernel
+                .blocks
+                .iter()
+                .any(|block| block.control().state() == Some(BlockState::Polling))
+    }
+}
+
+impl Drop for Bridge {
+    fn drop(&mut self) {
+        if self.context.is_abandoned() {
+            return;
+        }
+        // SAFETY: nothing is in flight when the thread ends; each object is destroyed once. Null is allowed.
+        unsafe {
+            for batch in &self.batches {
+                self.context.raw.destroy_fence(batch.fence, None);
+            }
+            self.context.raw.destroy_command_pool(self.pool, None);
+        }
+    }
+}
+
+fn record_dispatch(
+    context: &Context,
+    commands: vk::CommandBuffer,
+    kernel: &SliceKernel,
+    epoch: u32,
+) {
+    // SAFETY: the command buffer is being recorded; pipeline, layout and set belong together and live as long as the
+    // kernel, which the batch holds.
+    unsafe {
+        context
+            .raw
+            .cmd_bind_pipeline(commands, vk::PipelineBindPoint::COMPUTE, kernel.pipeline);
+        context.raw.cmd_bind_descriptor_sets(
+            commands,
+            vk::PipelineBindPoint::COMPUTE,
+            context.pipeline_layout,
+            0,
+            &[kernel.set],
+            &[],
+        );
+        context.raw.cmd_push_constants(
+            commands,
+            context.pipeline_layout,
+            vk::ShaderStageFlags::COMPUTE,
+            0,
+            &kernel.constants(epoch).bytes(),
+        );
+        context.raw.cmd_dispatch(commands, kernel.groups(), 1, 1);
+    }
+}
+
+/// Makes what the device wrote visible to the host once the fence is signalled.
+fn host_barrier(context: &Context, commands: vk::CommandBuffer, from: vk::PipelineStageFlags) {
+    let barrier = [vk::MemoryBarrier::default()
+        .src_access_mask(vk::AccessFlags::MEMORY_WRITE)
+        .dst_access_mask(vk::AccessFlags::HOST_READ | vk::AccessFlags::HOST_WRITE)];
+    // SAFETY: the command buffer is being recorded.
+    unsafe {
+        context.raw.cmd_pipeline_barrier(
+            commands,
+            from,
+            vk::PipelineStageFlags::HOST,
+            vk::DependencyFlags::empty(),
+            &barrier,
+            &[],
+            &[],
+        );
+    }
+}
+
+/// Orders transfers and slices.
+fn transfer_barrier(context: &Context, commands: vk::CommandBuffer) {
+    let both = vk::PipelineStageFlags::COMPUTE_SHADER | vk::PipelineStageFlags::TRANSFER;
+    let barrier = [vk::MemoryBarrier::default()
+        .src_access_mask(vk::AccessFlags::MEMORY_WRITE)
+        .dst_access_mask(vk::AccessFlags::MEMORY_READ | vk::AccessFlags::MEMORY_WRITE)];
+    // SAFETY: the command buffer is being recorded.
+    unsafe {
+        context.raw.cmd_pipeline_barrier(
+            commands,
+            both,
+            both,
+            vk::DependencyFlags::empty(),
+            &barrier,
+            &[],
+            &[],
+        );
+    }
+}
+
+/// The failure of a kernel whose device writes positions that cannot be.
+pub(super) fn corrupt_device(block: u32) -> KernelFailure {
+    KernelFailure {
+        reason: crate::kernel::FailureReason::CorruptRing,
+        message: "the device reports positions that cannot be".into(),
+        block: Some(block),
+        request: None,
+    }
+}

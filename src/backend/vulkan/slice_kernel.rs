@@ -1,0 +1,463 @@
+//! A kernel on a Vulkan device: its pipeline, its buffers, and what its slices need.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use ash::vk;
+
+use super::context::{BINDINGS, Context, PushConstants};
+use super::memory::Buffer;
+use crate::backend::{BlockMemory, DeviceMemory, DispatchRequest, GridMemory, Handler};
+use crate::error::Error;
+use crate::kernel::signals::KernelSignals;
+use crate::kernel::{BlockFault, BlockState, FailureReason, KernelFailure, ShaderCode};
+use crate::thread::KernelWait;
+use crate::thread::event_count::EventCount;
+use crate::time::{self, Deadline};
+
+/// Software drivers run a shader in groups of 8 invocations. A block of one such group has barriers that order nothing,
+/// and one that is no multiple has invocations that exist in part: measured on lavapipe of Mesa 22.3.
+const SMALLEST_BLOCK: u32 = 16;
+
+/// Passes over the largest message that a handler's loops are charged with by default.
+const DEFAULT_PASSES: u32 = 5;
+
+/// The prelude's own loop iterations a message: the check for cut loops, and the ends of loops.
+const OWN_ITERATIONS: u32 = 4;
+
+/// Loop iterations of a whole dispatch on software drivers: lavapipe ends loops silently after 65 535 (Mesa,
+/// `LP_MAX_TGSI_LOOP_ITERATIONS`).
+pub(super) const SOFTWARE_ITERATIONS: u32 = 60_000;
+
+/// Most iterations of one handler run elsewhere: what a watchdog allows is a matter of time, not of iterations.
+const HARDWARE_ITERATIONS: u32 = 1 << 30;
+
+/// A launched kernel.
+pub(super) struct SliceKernel {
+    pub(super) context: Arc<Context>,
+    pub(super) signals: Arc<KernelSignals>,
+    /// What the host's endpoints see.
+    pub(super) blocks: Vec<Arc<BlockMemory>>,
+    /// What the shader sees; the same memory on a device with resident dispatches.
+    device_grid: Arc<GridMemory>,
+    /// In exchange mode, the memory through which the host reaches the shader's.
+    relay_blocks: Vec<Arc<BlockMemory>>,
+    pub(super) pipeline: vk::Pipeline,
+    pub(super) set: vk::DescriptorSet,
+    pool: vk::DescriptorPool,
+    constants: PushConstants,
+    pub(super) wait: KernelWait,
+    pub(super) heartbeat_interval: Duration,
+    /// Whether it will never run again.
+    finished: AtomicBool,
+    finish: EventCount,
+}
+
+impl fmt::Debug for SliceKernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SliceKernel")
+            .field("name", &self.signals.name)
+            .field("finished", &self.is_finished())
+            .finish_non_exhaustive()
+    }
+}
+
+impl SliceKernel {
+    /// Prepares everything that the slices of a kernel need. `device_grid` is what the shader will see.
+    pub(super) fn new(
+        context: &Arc<Context>,
+        request: DispatchRequest,
+        device_grid: Arc<GridMemory>,
+        relay_blocks: Vec<Arc<BlockMemory>>,
+    ) -> Result<Self, Error> {
+        let software = !context.physical.info.kind.is_hardware();
+        let kernel = request.signals.name.clone();
+        let Handler::Shader(code) = &request.handler else {
+            return Err(Error::NoHandler {
+                kernel,
+                backend: context.physical.info.backend.name(),
+            });
+        };
+        let layout = device_grid.layout;
+        let block_size = block_size(context, request.block_size.count(), software)?;
+        check_blocks(context, request.grid.count())?;
+        let slot_words = (layout.ring.stride() / 4) as u32;
+        if code.replies > layout.ring.capacity() {
+            return Err(Error::InvalidOption {
+                option: "queue_capacity",
+                reason: format!(
+                    "{} slots are fewer than the {} replies that kernel '{kernel}' declares",
+                    layout.ring.capacity(),
+                    code.replies
+                ),
+            });
+        }
+        let constants = PushConstants {
+            host_to_device_words: words(layout.host_to_device()),
+            device_to_host_words: words(layout.device_to_host()),
+            state_words: words(layout.state()),
+            capacity: layout.ring.capacity(),
+            slot_words,
+            epoch: 0,
+            message_cost: message_cost(code, slot_words, block_size, software)?,
+            replies: code.replies,
+            kinds: request.types.last_kind(),
+            telemetry: request.telemetry.into(),
+            two: 2,
+        };
+        let pipeline = context.pipeline(&kernel, &code.source, block_size)?;
+        let mut kernel = Self {
+            context: Arc::clone(context),
+            signals: request.signals,
+            blocks: request.blocks.into_iter().map(|ends| ends.memory).collect(),
+            device_grid,
+            relay_blocks,
+            pipeline,
+            set: vk::DescriptorSet::null(),
+            pool: vk::DescriptorPool::null(),
+            constants,
+            wait: request.wait,
+            heartbeat_interval: request.heartbeat_interval,
+            finished: AtomicBool::new(false),
+            finish: EventCount::new(),
+        };
+        kernel.bind()?;
+        for block in &kernel.blocks {
+            block.control().store_state(BlockState::Idle);
+        }
+        Ok(kernel)
+    }
+
+    fn bind(&mut self) -> Result<(), Error> {
+        let context = Arc::clone(&self.context);
+        let sizes = [vk::DescriptorPoolSize::default()
+            .ty(vk::DescriptorType::STORAGE_BUFFER)
+            .descriptor_count(BINDINGS)];
+        let info = vk::DescriptorPoolCreateInfo::default()
+            .max_sets(1)
+            .pool_sizes(&sizes);
+        // SAFETY: the device is live; the sizes live until the call returns.
+        self.pool = context.check("create a descriptor pool", unsafe {
+            context.raw.create_descriptor_pool(&info, None)
+        })?;
+        let layouts = [context.set_layout];
+        let info = vk::DescriptorSetAllocateInfo::default()
+            .descriptor_pool(self.pool)
+            .set_layouts(&layouts);
+        // SAFETY: pool and layout are this device's, and the pool has room for one such set.
+        let sets = context.check("allocate a descriptor set", unsafe {
+            context.raw.allocate_descriptor_sets(&info)
+        })?;
+        self.set = sets.first().copied().unwrap_or_default();
+        context.set_name(self.set, &self.signals.name);
+        let buffers = self.buffers().map(|buffer| {
+            [vk::DescriptorBufferInfo::default()
+                .buffer(buffer)
+                .range(vk::WHOLE_SIZE)]
+        });
+        let writes: Vec<_> = buffers
+            .iter()
+            .zip(0..)
+            .map(|(info, binding)| {
+                vk::WriteDescriptorSet::default()
+                    .dst_set(self.set)
+                    .dst_binding(binding)
+                    .descriptor_type(vk::DescriptorType::STORAGE_BUFFER)
+                    .buffer_info(info)
+            })
+            .collect();
+        // SAFETY: set and buffers are this device's and live as long as `self`; the set is not in use yet.
+        unsafe { context.raw.update_descriptor_sets(&writes, &[]) };
+        Ok(())
+    }
+
+    /// The buffers that the shader sees, in the order of their bindings. A kernel without state gets the replies' once
+    /// more, which its handler has no business to touch.
+    pub(super) fn buffers(&self) -> [vk::Buffer; BINDINGS as usize] {
+        let grid = &self.device_grid;
+        let replies = raw_buffer(&grid.device_to_host);
+        [
+            raw_buffer(&grid.host_to_device),
+            replies,
+            self.state_buffer().unwrap_or(replies),
+        ]
+    }
+
+    /// The state's buffer, if the kernel has state.
+    pub(super) fn state_buffer(&self) -> Option<vk::Buffer> {
+        self.device_grid.state.as_ref().map(raw_buffer)
+    }
+
+    /// Whether the state still has to be zeroed by the device.
+    pub(super) fn needs_fill(&self) -> bool {
+        self.device_grid
+            .state
+            .as_ref()
+            .is_some_and(|state| state.host_ptr().is_none())
+    }
+
+    pub(super) fn device_grid(&self) -> &Arc<GridMemory> {
+        &self.device_grid
+    }
+
+    pub(super) fn relay_blocks(&self) -> &[Arc<BlockMemory>] {
+        &self.relay_blocks
+    }
+
+    /// Slots of each ring.
+    pub(super) fn capacity(&self) -> u32 {
+        self.device_grid.layout.ring.capacity()
+    }
+
+    /// Replies that one run of the handler may write.
+    pub(super) fn replies(&self) -> u32 {
+        self.constants.replies
+    }
+
+    /// Workgroups of a slice.
+    pub(super) fn groups(&self) -> u32 {
+        self.blocks.len() as u32
+    }
+
+    /// The push constants of a slice of this epoch.
+    pub(super) fn constants(&self, epoch: u32) -> PushConstants {
+        PushConstants {
+            epoch,
+            ..self.constants
+        }
+    }
+
+    /// Whether the host wants it to poll.
+    pub(super) fn is_wanted(&self) -> bool {
+        !self.must_terminate()
+            && self
+                .blocks
+                .first()
+                .is_some_and(|block| block.control().is_active())
+            && !self.signals.gate.state().is_final()
+    }
+
+    /// Whether the host wants it to end.
+    pub(super) fn must_terminate(&self) -> bool {
+        self.blocks
+            .first()
+            .is_none_or(|block| block.control().must_terminate())
+    }
+
+    /// Whether a request lies in any of its rings behind what it says to have processed.
+    pub(super) fn has_request(&self) -> bool {
+        self.blocks
+            .iter()
+            .any(|block| block.has_request(block.control().processed()))
+    }
+
+    /// A number that changes when messages were handled or written.
+    pub(super) fn progress(&self) -> u32 {
+        self.blocks.iter().fold(0, |sum, block| {
+            let control = block.control();
+            sum.wrapping_add(control.processed())
+                .wrapping_add(control.produced())
+        })
+    }
+
+    /// A number that changes while its blocks run.
+    pub(super) fn heartbeats(&self) -> u32 {
+        self.blocks.iter().fold(0, |sum, block| {
+            sum.wrapping_add(block.control().heartbeat())
+        })
+    }
+
+    /// Notes that its blocks were seen to live.
+    pub(super) fn show_life(&self) {
+        self.signals
+            .alive_at_ns
+            .store(time::now_ns(), Ordering::Relaxed);
+    }
+
+    /// How a block faulted, if one did.
+    pub(super) fn fault(&self) -> Option<KernelFailure> {
+        self.blocks
+            .iter()
+            .find(|block| block.control().state() == Some(BlockState::Faulted))
+            .map(|block| failure(block.index, block.control().fault()))
+    }
+
+    /// Ends the kernel for good: it failed, and none of its blocks may go on.
+    pub(super) fn fail(&self, failure: KernelFailure) {
+        for block in &self.blocks {
+            block.control().set_terminate();
+        }
+        self.signals.fail(failure);
+    }
+
+    /// The failure of a kernel whose device is lost.
+    pub(super) fn lose(&self, reason: &str) {
+        self.fail(KernelFailure {
+            reason: FailureReason::DeviceLost,
+            message: reason.to_owned(),
+            block: None,
+            request: None,
+        });
+        self.set_finished();
+    }
+
+    /// Says for blocks that cannot do so any more that they ended.
+    pub(super) fn answer_end(&self) {
+        for block in &self.blocks {
+            let control = block.control();
+            if !matches!(
+                control.state(),
+                Some(BlockState::Ended | BlockState::Faulted)
+            ) {
+                control.store_state(BlockState::Ended);
+            }
+        }
+        self.set_finished();
+    }
+
+    fn set_finished(&self) {
+        self.finished.store(true, Ordering::Release);
+        self.finish.notify();
+        self.signals.wake_all();
+    }
+
+    pub(super) fn is_finished(&self) -> bool {
+        self.finished.load(Ordering::Acquire)
+    }
+
+    /// Waits until nothing of it runs any more.
+    pub(super) fn wait_finished(&self, deadline: Deadline) -> bool {
+        while !self.is_finished() {
+            let remaining = deadline.remaining();
+            if remaining.is_zero() {
+                return false;
+            }
+            let prepared = self.finish.prepare();
+            if !self.is_finished() {
+                prepared.wait(remaining);
+            }
+        }
+        true
+    }
+}
+
+impl Drop for SliceKernel {
+    fn drop(&mut self) {
+        if !self.context.is_abandoned() {
+            // SAFETY: the lane holds the kernel until its last slice is done, so that the set is not in use; destroyed
+            // once. Null is allowed.
+            unsafe {
+                self.context.raw.destroy_descriptor_pool(self.pool, None);
+            }
+        }
+    }
+}
+
+fn words(bytes: usize) -> u32 {
+    // Buffers are smaller than 2^32 bytes (`max_buffer_bytes`), so that no share exceeds it either.
+    (bytes / 4) as u32
+}
+
+/// The Vulkan buffer behind a piece of memory that this backend made.
+pub(super) fn raw_buffer(memory: &Arc<dyn DeviceMemory>) -> vk::Buffer {
+    memory
+        .as_any()
+        .downcast_ref::<Buffer>()
+        .map(Buffer::raw)
+        .unwrap_or_default()
+}
+
+fn failure(block: u32, fault: Option<BlockFault>) -> KernelFailure {
+    let (reason, message) = match fault {
+        Some(BlockFault::CorruptRing) => (
+            FailureReason::CorruptRing,
+            "request ring: a slot holds what no sender wrote",
+        ),
+        Some(BlockFault::LoopCut) => (
+            FailureReason::Fault,
+            "the driver cut the handler's loops short: it runs more iterations than it declared",
+        ),
+        Some(BlockFault::TooManyReplies) => (
+            FailureReason::Fault,
+            "the handler wrote more replies than it declared into a full ring",
+        ),
+        None => (FailureReason::Fault, "a fault of no known kind"),
+    };
+    KernelFailure {
+        reason,
+        message: message.into(),
+        block: Some(block),
+        request: None,
+    }
+}
+
+/// The block size that the device will run.
+fn block_size(context: &Context, asked: u64, software: bool) -> Result<u32, Error> {
+    let limit = context.physical.max_block_threads;
+    let size = if software {
+        asked
+            .max(1)
+            .checked_next_multiple_of(SMALLEST_BLOCK.into())
+            .unwrap_or(u64::MAX)
+    } else {
+        asked.max(SMALLEST_BLOCK.into())
+    };
+    match u32::try_from(size) {
+        Ok(size) if size <= limit => Ok(size),
+        _ => Err(Error::InvalidOption {
+            option: "block size",
+            reason: format!(
+                "{size} threads exceed the {limit} of device '{}'",
+                context.name()
+            ),
+        }),
+    }
+}
+
+fn check_blocks(context: &Context, blocks: u64) -> Result<(), Error> {
+    let limit = context.physical.max_blocks;
+    if blocks <= limit.into() {
+        return Ok(());
+    }
+    Err(Error::InvalidOption {
+        option: "grid",
+        reason: format!(
+            "{blocks} blocks exceed the {limit} of device '{}'",
+            context.name()
+        ),
+    })
+}
+
+/// Loop iterations that one run of the handler may take.
+fn message_cost(
+    code: &ShaderCode,
+    slot_words: u32,
+    block_size: u32,
+    software: bool,
+) -> Result<u32, Error> {
+    let limit = if software {
+        SOFTWARE_ITERATIONS
+    } else {
+        HARDWARE_ITERATIONS
+    };
+    let cost = code
+        .loop_iterations
+        .unwrap_or_else(|| {
+            slot_words
+                .div_ceil(block_size)
+                .saturating_mul(DEFAULT_PASSES)
+        })
+        .saturating_add(OWN_ITERATIONS);
+    if cost < limit {
+        return Ok(cost);
+    }
+    Err(Error::InvalidOption {
+        option: "loop iterations",
+        reason: format!(
+            "a message may take {cost}, a dispatch on this device ends after {limit}: declare fewer, or use larger blocks \
+             or smaller messages"
+        ),
+    })
+}

@@ -1,0 +1,87 @@
+//! A kernel's code for devices that run shaders.
+
+use std::borrow::Cow;
+use std::fmt;
+
+/// A kernel's code for Vulkan: a shader built with `shaders/ringkernel.glsl`, and what it needs.
+///
+/// ```
+/// use ringkernel::{KernelRegistration, ShaderCode};
+///
+/// // Built by: glslangValidator -V --target-env vulkan1.1 -Ishaders -o echo.spv echo.comp
+/// static SPIRV: &[u8] = include_bytes!("../../shaders/echo.spv");
+/// let registration = KernelRegistration::new("mine").shader(ShaderCode::spirv(SPIRV));
+/// # assert_eq!(registration.id(), "mine");
+/// ```
+#[derive(Clone)]
+pub struct ShaderCode {
+    pub(crate) source: ShaderSource,
+    pub(crate) loop_iterations: Option<u32>,
+    pub(crate) replies: u32,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub(crate) enum ShaderSource {
+    /// A module, as bytes.
+    Spirv(Cow<'static, [u8]>),
+    /// A handler, to be compiled behind the prelude.
+    #[cfg(feature = "glsl")]
+    Glsl(Cow<'static, str>),
+}
+
+impl fmt::Debug for ShaderCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut debug = f.debug_struct("ShaderCode");
+        match &self.source {
+            ShaderSource::Spirv(bytes) => debug.field("spirv_bytes", &bytes.len()),
+            #[cfg(feature = "glsl")]
+            ShaderSource::Glsl(text) => debug.field("glsl_bytes", &text.len()),
+        }
+        .field("loop_iterations", &self.loop_iterations)
+        .field("replies", &self.replies)
+        .finish()
+    }
+}
+
+impl ShaderCode {
+    /// A SPIR-V module that was built with `shaders/ringkernel.glsl`. It is checked at launch.
+    #[must_use]
+    pub fn spirv(module: impl Into<Cow<'static, [u8]>>) -> Self {
+        Self::from_source(ShaderSource::Spirv(module.into()))
+    }
+
+    /// The source of a handler, `RK_HANDLER { ... }`, which is compiled behind `shaders/ringkernel.glsl` at launch. An
+    /// error there is [`Error::Compile`](crate::Error::Compile) with the compiler's log, whose line numbers are those
+    /// of this source.
+    #[cfg(feature = "glsl")]
+    #[must_use]
+    pub fn glsl(handler: impl Into<Cow<'static, str>>) -> Self {
+        Self::from_source(ShaderSource::Glsl(handler.into()))
+    }
+
+    fn from_source(source: ShaderSource) -> Self {
+        Self {
+            source,
+            loop_iterations: None,
+            replies: 1,
+        }
+    }
+
+    /// Most iterations of loops, of all together, in one run of the handler by one invocation. Some drivers end a
+    /// dispatch's loops silently after 65 535 iterations in all: a slice ends before. A run that exceeds what is
+    /// declared and so meets that limit fails the kernel. Default: enough for five loops over the largest message,
+    /// shared by the block's threads (`RK_FOR`).
+    #[must_use]
+    pub fn loop_iterations(mut self, iterations: u32) -> Self {
+        self.loop_iterations = Some(iterations);
+        self
+    }
+
+    /// Most replies that one run of the handler writes; it is run when there is room for so many. Default 1. A handler
+    /// that needs more asks to be run again for the same request, by `rk_again()`.
+    #[must_use]
+    pub fn replies(mut self, replies: u32) -> Self {
+        self.replies = replies;
+        self
+    }
+}
