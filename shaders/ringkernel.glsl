@@ -12,6 +12,8 @@
 // in memory. One workgroup is one block of the grid. All invocations of a block run the handler together, so that every
 // function marked [all] must be called by all of them alike.
 
+#extension GL_KHR_shader_subgroup_ballot : require
+
 // Layouts. Sizes and offsets are in words of 4 bytes; a test compares each with the Rust structures of the same name.
 const uint RK_HEADER_WORDS = 4u;
 const uint RK_EXTENSION_WORDS = 8u;
@@ -86,21 +88,39 @@ layout(push_constant) uniform RkLaunch {
     uint two;                   // 2; a compiler must not know that.
 } rk_launch;
 
-// Copies what one invocation polled to all others: (sequence, flags, replies consumed, -), one half a poll.
-shared uvec4 rk_seen[2];
+// What one invocation read, for all others. Two halves in turn, so that one barrier a poll is enough.
+shared uint rk_seen[2];
+shared uvec4 rk_news;
 
-// Orders this invocation's memory accesses, and holds the block together.
-#define RK_SYNC { memoryBarrierBuffer(); memoryBarrierShared(); barrier(); }
+// Holds the block together, and shows each invocation what the others wrote to buffers. `barrier()` alone orders shared
+// memory, and costs a third of it.
+#define RK_SYNC { memoryBarrierBuffer(); barrier(); }
 
 const uint RK_RUN = 1u;
 const uint RK_TERMINATE = 2u;
 const uint RK_STALE = 4u;
 
+// Software drivers go through the lanes of a vector one by one for each access that is not masked off: what all
+// invocations need alike, one lane of each subgroup reads for the others.
+bool rk_reads;
+uint rk_read_h2d(uint at) {
+    uint value = 0u;
+    if (rk_reads) value = rk_h2d[at];
+    return subgroupBroadcast(value, 0u);
+}
+uint rk_read_d2h(uint at) {
+    uint value = 0u;
+    if (rk_reads) value = rk_d2h[at];
+    return subgroupBroadcast(value, 0u);
+}
+
 // Where this block's pieces start, in words.
 uint rk_requests, rk_reply_cursor, rk_host_line, rk_replies, rk_request_cursor, rk_device_line, rk_telemetry_line,
     rk_state_base;
-// Positions of the rings, and how many replies there is room for.
-uint rk_position, rk_out_position, rk_room;
+// Positions of the rings, and how many replies the present run may still write.
+uint rk_position, rk_out_position, rk_left;
+// The slots that these fall on.
+uint rk_in_slot, rk_out_slot;
 // The request in hand.
 uint rk_correlation, rk_length_flags, rk_kind_lane, rk_request, rk_bytes, rk_step_number;
 // The reply in the making: its payload, and the most bytes that fit.
@@ -109,7 +129,7 @@ uint rk_reply_payload, rk_reply_limit;
 bool rk_wants_again;
 uint rk_error_code, rk_fault_code;
 bool rk_has_error;
-// Counters of invocation 0.
+// Counters; all invocations count alike, the first one stores.
 uvec2 rk_received, rk_replied, rk_errors, rk_bytes_in, rk_bytes_out;
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -140,9 +160,19 @@ float rk_in_f32(uint i) { return uintBitsToFloat(rk_h2d[rk_request + i]); }
 uint rk_out_words() { return rk_reply_limit >> 2; }
 // Writes a word of the reply; beyond the slot's end, nothing.
 void rk_out(uint i, uint value) {
-    if (i < (rk_reply_limit >> 2) && rk_room != 0u) rk_d2h[rk_reply_payload + i] = value;
+    if (i < (rk_reply_limit >> 2) && rk_left != 0u) rk_d2h[rk_reply_payload + i] = value;
 }
 void rk_out_f32(uint i, float value) { rk_out(i, floatBitsToUint(value)); }
+// Copies `n` words of the request, from the first on, to the reply, shared by the threads of the block.
+void rk_out_copy(uint n) {
+    uint i = rk_thread(), end = min(n, rk_reply_limit >> 2);
+    if (i < end && rk_left != 0u) {
+        do {
+            rk_d2h[rk_reply_payload + i] = rk_h2d[rk_request + i];
+            i += rk_threads();
+        } while (i < end);
+    }
+}
 
 // Rounded after each operation, as on the CPU; a plain expression may be fused.
 float rk_mul_f32(float a, float b) {
@@ -179,7 +209,7 @@ uint rk_slot(uint position) { return (position & (rk_launch.capacity - 1u)) * rk
 void rk_aim_reply() {
     bool extended = (rk_length_flags & RK_EXTENDED_BIT) != 0u;
     uint skip = extended ? RK_HEADER_WORDS + RK_EXTENSION_WORDS : RK_HEADER_WORDS;
-    rk_reply_payload = rk_replies + rk_slot(rk_out_position) + skip;
+    rk_reply_payload = rk_out_slot + skip;
     rk_reply_limit = 4u * (rk_launch.slot_words - skip);
 }
 
@@ -187,38 +217,28 @@ void rk_aim_reply() {
 void rk_publish(uint kind, uint flags, uint bytes) {
     if (bytes > rk_reply_limit) {
         rk_error(RK_REPLY_TOO_LARGE);
-        return;
-    }
-    if (rk_room == 0u) {
+    } else if (rk_left == 0u) {
         rk_fault_code = RK_FAULT_TOO_MANY_REPLIES;
-        return;
-    }
-    uint slot = rk_replies + rk_slot(rk_out_position);
-    if ((rk_length_flags & RK_EXTENDED_BIT) != 0u && rk_thread() < RK_EXTENSION_WORDS) {
-        // A reply carries the request's extension back.
-        uint from = rk_requests + rk_slot(rk_position) + RK_HEADER_WORDS + rk_thread();
-        rk_d2h[slot + RK_HEADER_WORDS + rk_thread()] = rk_h2d[from];
-    }
-    RK_SYNC
-    rk_out_position++;
-    rk_room--;
-    if (rk_thread() == 0u) {
-        uint keep = rk_length_flags & (RK_PRIORITY_MASK | RK_EXTENDED_BIT);
-        rk_d2h[slot + RK_HEADER_CORRELATION] = rk_correlation;
-        rk_d2h[slot + RK_HEADER_LENGTH_FLAGS] = bytes | keep | flags;
-        rk_d2h[slot + RK_HEADER_KIND_LANE] = (rk_kind_lane & 0xffff0000u) | kind;
+    } else {
+        // A word an invocation, in one access.
+        uint word = bytes | flags | (rk_length_flags & (RK_PRIORITY_MASK | RK_EXTENDED_BIT));
+        if (rk_thread() == RK_HEADER_CORRELATION) word = rk_correlation;
+        if (rk_thread() == RK_HEADER_KIND_LANE) word = (rk_kind_lane & 0xffff0000u) | kind;
+        if (rk_thread() - 1u < RK_HEADER_WORDS - 1u) rk_d2h[rk_out_slot + rk_thread()] = word;
         // All of the reply is in memory before its sequence is.
-        memoryBarrierBuffer();
-        rk_d2h[slot + RK_HEADER_SEQUENCE] = rk_out_position;
-        rk_d2h[rk_device_line + RK_DEVICE_PRODUCED] = rk_out_position;
+        RK_SYNC
+        rk_out_position++;
+        rk_left--;
+        if (rk_thread() == 0u) rk_d2h[rk_out_slot] = rk_out_position;
+        rk_out_slot = rk_replies + rk_slot(rk_out_position);
         rk_add(rk_replied, 1u);
         rk_add(rk_bytes_out, bytes);
+        rk_aim_reply();
     }
-    rk_aim_reply();
 }
 
 // Sends the reply: `bytes` of what `rk_out` wrote, of this kind, or of the request's. One more than the kernel declared
-// for each run fails the kernel if the ring is full. [all]
+// for each run fails the kernel. [all]
 void rk_reply_as(uint kind, uint bytes) { rk_publish(kind, 0u, bytes); }
 void rk_reply(uint bytes) { rk_publish(rk_in_kind(), 0u, bytes); }
 // The same as raw bytes, whatever the request was. [all]
@@ -237,11 +257,14 @@ void rk_begin() {
     rk_device_line = rk_request_cursor + RK_CURSOR_WORDS;
     rk_telemetry_line = rk_device_line + RK_DEVICE_WORDS;
     rk_state_base = rk_block() * rk_launch.state_words;
-    rk_position = rk_d2h[rk_device_line + RK_DEVICE_PROCESSED];
-    rk_out_position = rk_d2h[rk_device_line + RK_DEVICE_PRODUCED];
-    rk_step_number = rk_d2h[rk_device_line + RK_DEVICE_STEP];
+    rk_reads = gl_SubgroupInvocationID == 0u;
+    rk_position = rk_read_d2h(rk_device_line + RK_DEVICE_PROCESSED);
+    rk_out_position = rk_read_d2h(rk_device_line + RK_DEVICE_PRODUCED);
+    rk_step_number = rk_read_d2h(rk_device_line + RK_DEVICE_STEP);
+    rk_in_slot = rk_requests + rk_slot(rk_position);
+    rk_out_slot = rk_replies + rk_slot(rk_out_position);
     rk_fault_code = RK_FAULT_NONE;
-    rk_room = 0u;
+    rk_left = 0u;
 }
 
 uvec2 rk_load_counter(uint word) {
@@ -285,150 +308,89 @@ uint rk_commands() {
     return rk_h2d[rk_host_line + RK_HOST_ACTIVE] != 0u ? RK_RUN : 0u;
 }
 
-// Takes up the request at the present position. False if no sound producer wrote it.
-bool rk_take() {
-    uint slot = rk_requests + rk_slot(rk_position);
-    rk_correlation = rk_h2d[slot + RK_HEADER_CORRELATION];
-    rk_length_flags = rk_h2d[slot + RK_HEADER_LENGTH_FLAGS];
-    rk_kind_lane = rk_h2d[slot + RK_HEADER_KIND_LANE];
+// Takes up the request at the present position.
+void rk_take() {
+    // A word a lane, in one access.
+    uint word = 0u;
+    if (gl_SubgroupInvocationID < RK_HEADER_WORDS) word = rk_h2d[rk_in_slot + gl_SubgroupInvocationID];
+    rk_correlation = subgroupBroadcast(word, RK_HEADER_CORRELATION);
+    rk_length_flags = subgroupBroadcast(word, RK_HEADER_LENGTH_FLAGS);
+    rk_kind_lane = subgroupBroadcast(word, RK_HEADER_KIND_LANE);
     rk_bytes = rk_length_flags & RK_LENGTH_MASK;
-    rk_aim_reply();
-    rk_request = slot + RK_HEADER_WORDS;
+    rk_request = rk_in_slot + RK_HEADER_WORDS;
     if ((rk_length_flags & RK_EXTENDED_BIT) != 0u) rk_request += RK_EXTENSION_WORDS;
-    return rk_bytes <= rk_reply_limit;
+    rk_aim_reply();
 }
 
-// Runs the handler on it, and answers for it if it fails.
-void rk_handle() {
-    rk_wants_again = false;
-    rk_has_error = false;
-    bool known = (rk_kind_lane & 0xffffu) <= rk_launch.kinds;
-    if (known) {
-        rk_handler();
-    } else {
-        rk_error(RK_BAD_REQUEST);
-    }
-    // A driver that cuts loops short does so without a word; this loop is then cut as well.
-    uint turns = 0u;
-    for (uint i = 0u; i < rk_launch.two; i++) turns++;
-    if (turns != 2u) rk_fault_code = RK_FAULT_LOOP_CUT;
-    if (rk_fault_code != RK_FAULT_NONE) return;
-    if (rk_has_error) {
-        rk_wants_again = false;
-        if (rk_thread() == 0u) {
-            rk_d2h[rk_device_line + RK_DEVICE_LAST_ERROR] = rk_error_code;
-            if (known) rk_add(rk_errors, 1u);
-            else rk_d2h[rk_device_line + RK_DEVICE_DROPPED] = rk_d2h[rk_device_line + RK_DEVICE_DROPPED] + 1u;
-            rk_out(0u, rk_error_code);
-        }
-        rk_publish(0u, RK_ERROR_BIT, 4u);
-        if (rk_fault_code != RK_FAULT_NONE) return;
-    }
+// Goes on to the next request, or to the next run for the same one.
+void rk_advance() {
     if (rk_wants_again) {
         rk_step_number++;
     } else {
         rk_step_number = 0u;
         rk_position++;
-        if (rk_thread() == 0u) {
-            rk_add(rk_received, 1u);
-            rk_add(rk_bytes_in, rk_bytes);
-        }
+        rk_in_slot = rk_requests + rk_slot(rk_position);
+        rk_add(rk_received, 1u);
+        rk_add(rk_bytes_in, rk_bytes);
     }
 }
 
-// Makes known how far the block has read. For invocation 0, when no invocation reads a request any more.
-void rk_release() {
+// A driver that cuts loops short does so without a word; this loop is then cut as well.
+void rk_check_cut() {
+    uint turns = 0u;
+    for (uint i = 0u; i < rk_launch.two; i++) turns++;
+    if (turns != 2u) rk_fault_code = RK_FAULT_LOOP_CUT;
+}
+
+// Makes known how far the block has got. For invocation 0.
+void rk_show_progress() {
     rk_d2h[rk_device_line + RK_DEVICE_PROCESSED] = rk_position;
+    rk_d2h[rk_device_line + RK_DEVICE_PRODUCED] = rk_out_position;
     rk_d2h[rk_device_line + RK_DEVICE_STEP] = rk_step_number;
 }
 
+// Why the loop over messages was left.
+const uint RK_LEFT_IDLE = 0u;      // No request.
+const uint RK_LEFT_BUSY = 1u;      // Its turn was over.
+const uint RK_LEFT_NO_ROOM = 2u;   // No room for the replies.
+const uint RK_LEFT_EXTENDED = 3u;  // The request's extension is not in the replies' slots yet.
+const uint RK_LEFT_ERROR = 4u;     // An error reply must be written.
+const uint RK_LEFT_FAULT = 5u;     // The block cannot go on.
+
+// Polls between two looks at the host's commands, and messages in between.
+const uint RK_POLLS = 64u;
+const uint RK_MESSAGES = 16u;
+// Looks between two signs of life.
+const uint RK_LOOKS_PER_BEAT = 8u;
+
+// Loop iterations to charge for one turn of the two outer loops, beside those that are counted: a software driver also
+// goes through each inner loop, and those of the handler, once when it leaves the loop around it.
+const uint RK_LOOK_COST = 24u;
+const uint RK_HOUSEKEEPING_COST = 16u;
+
+// Loops are nested by how often their bodies are needed: a software driver runs the memory accesses of every branch, taken
+// or not, so that whatever is rare must lie outside of what is frequent. A message pays for the two innermost loops only.
 void main() {
     rk_begin();
     bool leader = rk_thread() == 0u;
     uint budget = rk_h2d[rk_host_line + RK_HOST_SLICE_BUDGET];
     uint idle_budget = rk_h2d[rk_host_line + RK_HOST_IDLE_BUDGET];
     uint give_back = max(rk_launch.capacity >> 2, 1u);
-    uint given_back = rk_position, released = rk_position, beats = 0u, idle = 0u, spent = 0u, flags = 0u;
-    bool unstored = false, ended = false;
+    uint capacity = rk_launch.capacity;
+    // An error reply needs a slot as well.
+    uint needed = max(rk_launch.replies, 1u);
     if (leader) {
-        beats = rk_d2h[rk_device_line + RK_DEVICE_HEARTBEAT];
         uint state = rk_d2h[rk_device_line + RK_DEVICE_STATE];
-        flags = state == RK_STATE_FAULTED || state == RK_STATE_ENDED ? RK_STALE : rk_commands();
-        if (flags == RK_RUN) {
-            if (rk_launch.telemetry != 0u) rk_load_telemetry();
-            uint number = rk_d2h[rk_device_line + RK_DEVICE_SLICE_NUMBER];
-            rk_d2h[rk_device_line + RK_DEVICE_SLICE_NUMBER] = number + 1u;
-            rk_d2h[rk_device_line + RK_DEVICE_STATE] = RK_STATE_POLLING;
-        }
-        rk_seen[1] = uvec4(0u, flags, budget, idle_budget);
+        uint wanted = state == RK_STATE_FAULTED || state == RK_STATE_ENDED ? RK_STALE : rk_commands();
+        rk_news = uvec4(wanted, budget, idle_budget, 0u);
     }
     RK_SYNC
     // All invocations go by what one of them read.
-    flags = rk_seen[1].y;
-    budget = rk_seen[1].z;
-    idle_budget = rk_seen[1].w;
-    bool ran = flags == RK_RUN;
-    for (uint poll = 0u; ran && spent < budget; poll++) {
-        if (leader) {
-            uint sequence = rk_h2d[rk_requests + rk_slot(rk_position) + RK_HEADER_SEQUENCE];
-            rk_seen[poll & 1u] = uvec4(sequence, rk_commands(), rk_h2d[rk_reply_cursor], 0u);
-        }
-        RK_SYNC
-        uvec4 seen = rk_seen[poll & 1u];
-        flags = seen.y;
-        spent++;
-        // Nobody reads the last request any more.
-        if (leader && released != rk_position) {
-            released = rk_position;
-            rk_release();
-            rk_d2h[rk_device_line + RK_DEVICE_HEARTBEAT] = ++beats;
-            if (rk_position - given_back >= give_back) {
-                given_back = rk_position;
-                rk_d2h[rk_request_cursor] = rk_position;
-            }
-        }
-        if (flags != RK_RUN) {
-            ended = true;
-            break;
-        }
-        uint unread = rk_out_position - seen.z;
-        rk_room = unread <= rk_launch.capacity ? rk_launch.capacity - unread : 0u;
-        if (seen.x == rk_position + 1u && rk_room >= rk_launch.replies) {
-            idle = 0u;
-            unstored = true;
-            spent += rk_launch.message_cost;
-            if (rk_take()) rk_handle();
-            else rk_fault_code = RK_FAULT_CORRUPT_RING;
-            if (rk_fault_code != RK_FAULT_NONE) {
-                ended = true;
-                break;
-            }
-        } else {
-            if (seen.x != rk_position + 1u && seen.x != rk_position + 1u - rk_launch.capacity) {
-                rk_fault_code = RK_FAULT_CORRUPT_RING;
-                ended = true;
-                break;
-            }
-            idle++;
-            if (leader && (idle & 63u) == 1u) {
-                if (given_back != rk_position) {
-                    given_back = rk_position;
-                    rk_d2h[rk_request_cursor] = rk_position;
-                }
-                rk_d2h[rk_device_line + RK_DEVICE_HEARTBEAT] = ++beats;
-            }
-            if (leader && idle == 16u && unstored) {
-                unstored = false;
-                rk_store_telemetry();
-            }
-            if (idle >= idle_budget) {
-                ended = true;
-                break;
-            }
-        }
-    }
-    if (!ran) {
-        // Nothing was begun: only a command may have to be answered.
+    uint flags = rk_news.x;
+    budget = rk_news.y;
+    idle_budget = rk_news.z;
+    if (flags != RK_RUN) {
+        // Nothing is begun: only a command may have to be answered.
         if (leader && flags == RK_TERMINATE) {
             rk_d2h[rk_device_line + RK_DEVICE_HAS_TERMINATED] = 1u;
             rk_d2h[rk_device_line + RK_DEVICE_STATE] = RK_STATE_ENDED;
@@ -437,14 +399,151 @@ void main() {
         }
         return;
     }
-    // The loop was left although it had budget, and by none of its own exits: the driver cut it.
-    if (!ended && spent < budget) rk_fault_code = RK_FAULT_LOOP_CUT;
+    uint beats = 0u;
+    if (leader) {
+        beats = rk_d2h[rk_device_line + RK_DEVICE_HEARTBEAT];
+        if (rk_launch.telemetry != 0u) rk_load_telemetry();
+        uint number = rk_d2h[rk_device_line + RK_DEVICE_SLICE_NUMBER];
+        rk_d2h[rk_device_line + RK_DEVICE_SLICE_NUMBER] = number + 1u;
+        rk_d2h[rk_device_line + RK_DEVICE_STATE] = RK_STATE_POLLING;
+    }
+    uint polls = clamp(idle_budget, 1u, RK_POLLS);
+    uint given_back = rk_position, stored = rk_position, idle = 0u, spent = 4u, turn = 0u, looks = 0u;
+    uint left = RK_LEFT_BUSY, prepared = rk_position - 1u;
+    bool over = false;
     RK_SYNC
+
+    // 1. Housekeeping: cursor, counters, signs of life.
+    while (!over && (spent < budget || left == RK_LEFT_ERROR)) {
+        bool due = false;
+        spent += RK_HOUSEKEEPING_COST;
+        // 2. A look at the host's commands, and whatever a message does not need each time.
+        while (!due && !over && (spent < budget || left == RK_LEFT_ERROR)) {
+            spent += RK_LOOK_COST;
+            looks++;
+            if (leader) {
+                rk_show_progress();
+                rk_news = uvec4(rk_commands(), rk_h2d[rk_reply_cursor], 0u, 0u);
+            }
+            RK_SYNC
+            flags = rk_news.x;
+            uint unread = rk_out_position - rk_news.y;
+            uint room = unread <= capacity ? capacity - unread : 0u;
+            if (left == RK_LEFT_EXTENDED && room >= needed) {
+                // Every reply carries its request's extension.
+                uint from = rk_requests + rk_slot(rk_position) + RK_HEADER_WORDS;
+                uint words = RK_EXTENSION_WORDS * needed;
+                for (uint i = rk_thread(); i < words; i += rk_threads()) {
+                    uint word = i & (RK_EXTENSION_WORDS - 1u);
+                    uint slot = rk_replies + rk_slot(rk_out_position + i / RK_EXTENSION_WORDS);
+                    rk_d2h[slot + RK_HEADER_WORDS + word] = rk_h2d[from + word];
+                }
+                spent += (words + rk_threads() - 1u) / rk_threads() + 1u;
+                prepared = rk_position;
+            }
+            if (left == RK_LEFT_ERROR) {
+                // Its slot was reserved when the handler was run.
+                rk_left = 1u;
+                if (leader) {
+                    rk_out(0u, rk_error_code);
+                    rk_d2h[rk_device_line + RK_DEVICE_LAST_ERROR] = rk_error_code;
+                    uint at = rk_device_line + RK_DEVICE_DROPPED;
+                    if (!rk_has_error) rk_d2h[at] = rk_d2h[at] + 1u;
+                }
+                if (rk_has_error) rk_add(rk_errors, 1u);
+                rk_wants_again = false;
+                rk_publish(0u, RK_ERROR_BIT, 4u);
+                room--;
+                rk_advance();
+            }
+            bool run = flags == RK_RUN;
+            left = RK_LEFT_BUSY;
+            // 3. Messages.
+            uint message = 0u;
+            while (run && message < RK_MESSAGES && spent < budget) {
+                message++;
+                // 4. Polls.
+                uint sequence = 0u, expected = rk_position + 1u, poll = 0u;
+                do {
+                    if (leader) {
+                        rk_seen[turn & 1u] = rk_h2d[rk_in_slot + RK_HEADER_SEQUENCE];
+                    }
+                    barrier();
+                    if (rk_reads) sequence = rk_seen[turn & 1u];
+                    sequence = subgroupBroadcast(sequence, 0u);
+                    turn++;
+                    poll++;
+                } while (sequence != expected && poll < polls);
+                spent += poll + 1u;
+                if (sequence == expected) {
+                    // The sequence was read before anything else of the slot is.
+                    memoryBarrierBuffer();
+                    rk_take();
+                    idle = 0u;
+                    bool extended = (rk_length_flags & RK_EXTENDED_BIT) != 0u && prepared != rk_position;
+                    if (rk_bytes > rk_reply_limit) {
+                        rk_fault_code = RK_FAULT_CORRUPT_RING;
+                    } else if (room < needed) {
+                        left = RK_LEFT_NO_ROOM;
+                        idle += polls;
+                        run = false;
+                    } else if (extended) {
+                        left = RK_LEFT_EXTENDED;
+                        run = false;
+                    } else if ((rk_kind_lane & 0xffffu) > rk_launch.kinds) {
+                        left = RK_LEFT_ERROR;
+                        rk_has_error = false;
+                        rk_error_code = RK_BAD_REQUEST;
+                        run = false;
+                    } else {
+                        rk_wants_again = false;
+                        rk_has_error = false;
+                        rk_left = rk_launch.replies;
+                        rk_handler();
+                        spent += rk_launch.message_cost;
+                        rk_check_cut();
+                        room -= rk_launch.replies - rk_left;
+                        prepared = rk_position - 1u;
+                        if (rk_has_error) {
+                            // An error after all replies that were declared is one too many.
+                            if (rk_left == 0u && rk_launch.replies != 0u) rk_fault_code = RK_FAULT_TOO_MANY_REPLIES;
+                            left = RK_LEFT_ERROR;
+                            run = false;
+                        } else if (rk_fault_code == RK_FAULT_NONE) {
+                            rk_advance();
+                        }
+                    }
+                    if (rk_fault_code != RK_FAULT_NONE) {
+                        left = RK_LEFT_FAULT;
+                        run = false;
+                    }
+                } else {
+                    left = sequence == expected - capacity ? RK_LEFT_IDLE : RK_LEFT_FAULT;
+                    if (left == RK_LEFT_FAULT) rk_fault_code = RK_FAULT_CORRUPT_RING;
+                    idle += poll;
+                    run = false;
+                }
+            }
+            over = left != RK_LEFT_ERROR && (flags != RK_RUN || left == RK_LEFT_FAULT || idle >= idle_budget);
+            bool quiet = left == RK_LEFT_IDLE || left == RK_LEFT_NO_ROOM;
+            due = rk_position - given_back >= give_back || (quiet && stored != rk_position) ||
+                  looks >= RK_LOOKS_PER_BEAT;
+        }
+        looks = 0u;
+        stored = rk_position;
+        given_back = rk_position;
+        // Every invocation has passed a barrier since it last read a request that is given back here.
+        RK_SYNC
+        if (leader) {
+            rk_show_progress();
+            rk_d2h[rk_request_cursor] = rk_position;
+            rk_d2h[rk_device_line + RK_DEVICE_HEARTBEAT] = ++beats;
+            rk_store_telemetry();
+        }
+    }
+    // The loop was left although it had budget, and by none of its own exits: the driver cut it.
+    if (!over && spent < budget) rk_fault_code = RK_FAULT_LOOP_CUT;
     if (!leader) return;
-    if (rk_fault_code == RK_FAULT_NONE) rk_release();
-    rk_d2h[rk_request_cursor] = rk_d2h[rk_device_line + RK_DEVICE_PROCESSED];
-    if (unstored) rk_store_telemetry();
-    rk_d2h[rk_device_line + RK_DEVICE_HEARTBEAT] = ++beats;
     memoryBarrierBuffer();
     if (rk_fault_code != RK_FAULT_NONE) {
         rk_d2h[rk_device_line + RK_DEVICE_FAULT] = rk_fault_code;

@@ -361,7 +361,7 @@ mod tests {
         include_str!("../../../shaders/ringkernel.glsl")
             .lines()
             .filter_map(|line| line.strip_prefix("const uint ")?.split_once(" = "))
-            .map(|(name, value)| {
+            .map(|(name, value): (&str, &str)| {
                 let value = value.split(';').next().unwrap().trim_end_matches('u');
                 let value = match value.strip_prefix("0x") {
                     Some(hex) => u64::from_str_radix(hex, 16),
@@ -413,10 +413,20 @@ mod tests {
         }
         check("RK_BAD_REQUEST", HandlerError::BAD_REQUEST.into());
         check("RK_REPLY_TOO_LARGE", HandlerError::REPLY_TOO_LARGE.into());
-        // The loop's own: what the host wants of a slice.
-        for name in ["RK_RUN", "RK_TERMINATE", "RK_STALE"] {
-            assert!(prelude.remove(name).is_some());
+        // What is the loop's own, and what it says to itself.
+        for name in [
+            "RK_RUN",
+            "RK_TERMINATE",
+            "RK_STALE",
+            "RK_POLLS",
+            "RK_MESSAGES",
+            "RK_LOOKS_PER_BEAT",
+            "RK_LOOK_COST",
+            "RK_HOUSEKEEPING_COST",
+        ] {
+            assert!(prelude.remove(name).is_some(), "{name}");
         }
+        prelude.retain(|name, _| !name.starts_with("RK_LEFT_"));
         assert!(prelude.is_empty(), "not checked: {prelude:?}");
         // Alignment of what the shader takes for granted.
         assert_eq!(offset_of!(PushConstants, two), 40);

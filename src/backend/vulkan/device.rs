@@ -73,15 +73,10 @@ impl Backend for VulkanBackend {
         })?;
         let software = physical.info.kind == DeviceKind::SoftwareGpu;
         let cores = driver_cores(&self.reserved_cores, software);
-        let device = on_driver_cores(&cores, || {
-            VulkanDevice::open(
-                &self.instance,
-                physical,
-                &self.config,
-                cores.clone(),
-                self.termination_timeout,
-            )
-        })?;
+        let account = Arc::new(Account::new(physical.info.memory_limit));
+        let context = on_driver_cores(&cores, || Context::open(&self.instance, physical, account))?;
+        // The caller's thread exchanges messages with the probe: the driver's cores are busy.
+        let device = VulkanDevice::open(context, &self.config, cores, self.termination_timeout)?;
         Ok(Arc::new(device))
     }
 }
@@ -145,16 +140,13 @@ pub(super) struct VulkanDevice {
 
 impl VulkanDevice {
     fn open(
-        instance: &Arc<Instance>,
-        physical: &Physical,
+        context: Arc<Context>,
         config: &VulkanConfig,
         cores: Vec<usize>,
         termination_timeout: Duration,
     ) -> Result<Self, Error> {
-        let account = Arc::new(Account::new(physical.info.memory_limit));
-        let context = Context::open(instance, physical, account)?;
         let mut device = Self {
-            info: physical.info.clone(),
+            info: context.physical.info.clone(),
             mode: ExecutionMode::Resident,
             lanes: Mutex::new(Vec::new()),
             doorbell: Arc::new(EventCount::new()),

@@ -25,7 +25,7 @@ const SMALLEST_BLOCK: u32 = 16;
 const DEFAULT_PASSES: u32 = 5;
 
 /// The prelude's own loop iterations a message: the check for cut loops, and the ends of loops.
-const OWN_ITERATIONS: u32 = 4;
+const OWN_ITERATIONS: u32 = 6;
 
 /// Loop iterations of a whole dispatch on software drivers: lavapipe ends loops silently after 65 535 (Mesa,
 /// `LP_MAX_TGSI_LOOP_ITERATIONS`).
