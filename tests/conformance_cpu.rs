@@ -2,13 +2,15 @@
 
 mod conformance;
 
-use ringkernel::{BackendType, RingKernelRuntime, RuntimeBuilder};
+use ringkernel::{BackendType, RingKernelRuntime, RuntimeBuilder, RuntimeConfig};
 
 struct Cpu;
 
 impl conformance::Subject for Cpu {
-    fn builder() -> RuntimeBuilder {
-        RingKernelRuntime::builder().backend(BackendType::Cpu)
+    fn builder_with(config: RuntimeConfig) -> RuntimeBuilder {
+        RingKernelRuntime::builder()
+            .backend(BackendType::Cpu)
+            .config(config)
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use ringkernel::error::{CallError, RecvTimeoutError, Unavailable};
 use ringkernel::kernel::FailureReason;
-use ringkernel::{Error, KernelState, LaunchOptions, RuntimeConfig, WaitStrategy};
+use ringkernel::{Error, KernelState, LaunchOptions, RuntimeConfig, VulkanConfig, WaitStrategy};
 
 use super::kernels::{Opened, UNSTUCK};
 use super::{LONG, Subject, active, eventually, runtime, runtime_from};
@@ -88,7 +88,7 @@ pub fn a_handler_that_never_returns_is_reported_in_time<S: Subject>() {
         termination_timeout: timeout,
         ..RuntimeConfig::default()
     };
-    let runtime = runtime_from(S::builder().config(config));
+    let runtime = runtime_from(S::builder_with(config));
     let kernel = active(&runtime, "test.stuck", LaunchOptions::default());
     let other = active(&runtime, "echo", LaunchOptions::default());
     for _ in 0..3 {
@@ -138,11 +138,21 @@ pub fn a_handler_that_never_returns_is_reported_in_time<S: Subject>() {
 }
 
 pub fn memory_that_is_not_there_is_an_error<S: Subject>() {
+    // Room for one, but not for two.
+    let enough = {
+        let runtime = runtime::<S>();
+        let _kernel = active(&runtime, "echo", LaunchOptions::default());
+        runtime.memory_in_use(0).unwrap() * 3 / 2
+    };
     let config = RuntimeConfig {
-        cpu_memory_limit: Some(1 << 20),
+        cpu_memory_limit: Some(enough),
+        vulkan: VulkanConfig {
+            memory_limit: Some(enough),
+            ..VulkanConfig::default()
+        },
         ..RuntimeConfig::default()
     };
-    let runtime = runtime_from(S::builder().config(config));
+    let runtime = runtime_from(S::builder_with(config));
     let first = active(&runtime, "echo", LaunchOptions::default());
     let error = runtime
         .launch("echo", 1, 1, LaunchOptions::default())
@@ -177,7 +187,7 @@ pub fn a_failed_launch_leaves_nothing_behind<S: Subject>() {
         cpu_memory_limit: Some(1 << 20),
         ..RuntimeConfig::default()
     };
-    let runtime = runtime_from(S::builder().config(config));
+    let runtime = runtime_from(S::builder_with(config));
     // The first of four blocks fits, the second does not.
     assert!(matches!(
         runtime.launch("echo", 4, 1, LaunchOptions::default()),

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ringkernel::error::HandlerError;
-use ringkernel::{KernelRegistration, ring_message};
+use ringkernel::{KernelRegistration, ShaderCode, ring_message};
 use rkyv::{Archive, Deserialize, Serialize};
 
 #[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,21 +37,31 @@ pub static UNSTUCK: AtomicBool = AtomicBool::new(false);
 /// Code of the error that `add` answers an overflow with.
 pub const OVERFLOW: u32 = 7;
 
+/// A kernel's committed module for Vulkan.
+macro_rules! module {
+    ($name:literal) => {
+        ShaderCode::spirv(include_bytes!(concat!("../shaders/", $name, ".spv")).as_slice())
+    };
+}
+
 pub fn all() -> Vec<KernelRegistration> {
     vec![
-        KernelRegistration::new("test.add").typed_cpu_handler::<Add, Sum, _>(|add, _| {
-            let sum = add
-                .left
-                .to_native()
-                .checked_add(add.right.to_native())
-                .ok_or_else(|| HandlerError::new(OVERFLOW, "overflow"))?;
-            let value = i128::from(sum);
-            Ok(Sum {
-                value: if add.negate { -value } else { value },
-            })
-        }),
+        KernelRegistration::new("test.add")
+            .shader(module!("add"))
+            .typed_cpu_handler::<Add, Sum, _>(|add, _| {
+                let sum = add
+                    .left
+                    .to_native()
+                    .checked_add(add.right.to_native())
+                    .ok_or_else(|| HandlerError::new(OVERFLOW, "overflow"))?;
+                let value = i128::from(sum);
+                Ok(Sum {
+                    value: if add.negate { -value } else { value },
+                })
+            }),
         // Replies with its block, and how many messages the block has had.
         KernelRegistration::new("test.count")
+            .shader(module!("count"))
             .any_message()
             .state_size(8)
             .cpu_handler(|_, context| {
@@ -64,12 +74,14 @@ pub fn all() -> Vec<KernelRegistration> {
                 context.reply_bytes(&reply)
             }),
         // The first byte says how many replies are wanted; each carries its index.
-        KernelRegistration::new("test.repeat").cpu_handler(|request, context| {
-            for index in 0..request.payload().first().copied().unwrap_or(0) {
-                context.reply_bytes(&[index])?;
-            }
-            Ok(())
-        }),
+        KernelRegistration::new("test.repeat")
+            .shader(module!("repeat"))
+            .cpu_handler(|request, context| {
+                for index in 0..request.payload().first().copied().unwrap_or(0) {
+                    context.reply_bytes(&[index])?;
+                }
+                Ok(())
+            }),
         // Echoes once `GATE_OPEN` is set.
         KernelRegistration::new("test.gated")
             .any_message()
@@ -80,23 +92,29 @@ pub fn all() -> Vec<KernelRegistration> {
                 context.echo(request)
             }),
         // Never returns until `UNSTUCK` is set.
-        KernelRegistration::new("test.stuck").cpu_handler(|_, _| {
-            while !UNSTUCK.load(Ordering::Acquire) {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            Ok(())
-        }),
+        KernelRegistration::new("test.stuck")
+            .shader(module!("endless"))
+            .cpu_handler(|_, _| {
+                while !UNSTUCK.load(Ordering::Acquire) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Ok(())
+            }),
         // Panics on `panic`, echoes anything else.
-        KernelRegistration::new("test.panic").cpu_handler(|request, context| {
-            assert!(request.payload() != b"panic", "told to panic");
-            context.echo(request)
-        }),
+        KernelRegistration::new("test.panic")
+            .shader(module!("fault"))
+            .cpu_handler(|request, context| {
+                assert!(request.payload() != b"panic", "told to panic");
+                context.echo(request)
+            }),
         // Sleeps for the payload's milliseconds, then echoes.
-        KernelRegistration::new("test.sleep").cpu_handler(|request, context| {
-            let millis = request.payload().first().copied().unwrap_or(0);
-            std::thread::sleep(Duration::from_millis(millis.into()));
-            context.echo(request)
-        }),
+        KernelRegistration::new("test.sleep")
+            .shader(module!("sleep"))
+            .cpu_handler(|request, context| {
+                let millis = request.payload().first().copied().unwrap_or(0);
+                std::thread::sleep(Duration::from_millis(millis.into()));
+                context.echo(request)
+            }),
         // Says what it sees around itself.
         KernelRegistration::new("test.context")
             .any_message()
@@ -116,6 +134,7 @@ pub fn all() -> Vec<KernelRegistration> {
             }),
         // Writes an `Add` whose bool is neither true nor false.
         KernelRegistration::new("test.corrupt")
+            .shader(module!("corrupt"))
             .message::<Add>()
             .cpu_handler(|request, context| {
                 let mut add = *request.payload().first_chunk::<24>().unwrap();
@@ -125,6 +144,7 @@ pub fn all() -> Vec<KernelRegistration> {
             }),
         // Answers with more than any of its slots holds.
         KernelRegistration::new("test.too_large")
+            .shader(module!("too_large"))
             .cpu_handler(|_, context| context.reply_bytes(&[0; 1 << 16])),
     ]
 }

@@ -170,7 +170,7 @@ pub fn bad_configurations_are_refused<S: Subject>() {
         },
     ];
     for config in bad {
-        let error = S::builder().config(config).build().unwrap_err();
+        let error = S::builder_with(config).build().unwrap_err();
         assert!(matches!(error, Error::InvalidOption { .. }), "{error}");
     }
     let reserved = RuntimeConfig {
@@ -178,7 +178,7 @@ pub fn bad_configurations_are_refused<S: Subject>() {
         ..base()
     };
     assert!(matches!(
-        S::builder().config(reserved).build(),
+        S::builder_with(reserved).build(),
         Err(Error::CoreNotFound { .. })
     ));
     assert!(matches!(
@@ -317,6 +317,10 @@ pub fn a_kernel_blocked_on_a_full_reply_ring_can_be_deactivated_and_terminated<S
             kernel.recv_bytes_timeout(&mut reply, LONG).unwrap();
             assert_eq!(reply, [index]);
         }
+        // But for a quarter, which comes back as a whole.
+        eventually("a reply ring that is full again", || {
+            kernel.metrics().produced >= 50 + 16 - 4
+        });
         kernel.terminate().unwrap();
         assert_eq!(state(&kernel), KernelState::Terminated);
         // What was written before the end can still be read, and then the reason follows.
@@ -379,6 +383,47 @@ pub fn terminate_wakes_blocked_senders_and_receivers<S: Subject>() {
             );
             assert_eq!(
                 calling.join().unwrap(),
+                Err(CallError::Unavailable(unavailable))
+            );
+            assert!(begin.elapsed() < LONG / 2);
+        });
+    }
+}
+
+pub fn terminate_wakes_those_who_wait_for_room_and_for_replies<S: Subject>() {
+    let runtime = runtime::<S>();
+    for host_wait in [WaitStrategy::Spin, WaitStrategy::Park, WaitStrategy::Auto] {
+        let options = LaunchOptions {
+            host_wait: Some(host_wait),
+            ..small()
+        };
+        // One kernel whose rings are full, one that never answers.
+        let full = active(&runtime, "echo", options.clone());
+        eventually("two full rings", || {
+            while full.try_send_bytes(b"x").is_ok() {}
+            full.metrics().accepted == 32
+        });
+        let silent = active(&runtime, "sink", options);
+        thread::scope(|scope| {
+            let sender = scope
+                .spawn(|| full.send_bytes_with(b"y", &ringkernel::SendOptions::default(), LONG));
+            let receiver = scope.spawn(|| silent.recv_bytes_timeout(&mut [0; 8], LONG));
+            let caller = scope.spawn(|| silent.call_bytes(b"z", &mut [0; 8], LONG));
+            thread::sleep(Duration::from_millis(20));
+            let begin = Instant::now();
+            full.terminate().unwrap();
+            silent.terminate().unwrap();
+            let unavailable = Unavailable::Terminated;
+            assert_eq!(
+                sender.join().unwrap(),
+                Err(SendTimeoutError::Unavailable(unavailable))
+            );
+            assert_eq!(
+                receiver.join().unwrap(),
+                Err(RecvTimeoutError::Unavailable(unavailable))
+            );
+            assert_eq!(
+                caller.join().unwrap(),
                 Err(CallError::Unavailable(unavailable))
             );
             assert!(begin.elapsed() < LONG / 2);

@@ -11,12 +11,31 @@ pub mod sharing;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use ringkernel::{KernelHandle, LaunchOptions, RingKernelRuntime, RuntimeBuilder};
+use ringkernel::{KernelHandle, LaunchOptions, RingKernelRuntime, RuntimeBuilder, RuntimeConfig};
 
 /// A backend under test.
 pub trait Subject {
-    /// A builder for a runtime on this backend.
-    fn builder() -> RuntimeBuilder;
+    /// Most memory that a default `echo` takes.
+    const ECHO_BYTES: u64 = 1 << 20;
+
+    /// Messages of the longest ping-pong.
+    const PING_PONGS: u32 = 1_000_000;
+
+    /// A builder for a runtime on this backend, with whatever it needs added to this configuration.
+    fn builder_with(config: RuntimeConfig) -> RuntimeBuilder;
+
+    /// The same with the default configuration.
+    fn builder() -> RuntimeBuilder {
+        Self::builder_with(RuntimeConfig::default())
+    }
+
+    /// Why this machine cannot run the suite on it, if so.
+    fn missing() -> Option<String> {
+        None
+    }
+
+    /// Looks at what a test may have left behind.
+    fn inspect() {}
 }
 
 /// Long enough for anything on a machine with two shared cores; a test that waits so long has failed.
@@ -74,7 +93,12 @@ macro_rules! conformance {
             $(#[test]
             fn $test() {
                 let _one = $crate::conformance::one_at_a_time();
+                if let Some(reason) = <$subject as $crate::conformance::Subject>::missing() {
+                    println!("skipped: {reason}");
+                    return;
+                }
                 $crate::conformance::$module::$test::<$subject>();
+                <$subject as $crate::conformance::Subject>::inspect();
             })*
         })*
     };
@@ -100,6 +124,8 @@ macro_rules! conformance {
                 messages_are_read_and_written_in_place,
                 bad_correlations_are_refused,
                 state_is_kept_between_messages,
+                a_handler_knows_its_surroundings,
+                a_full_reply_ring_holds_requests_back,
                 an_error_in_a_batch_is_not_lost,
                 a_message_in_place_is_checked_for_its_type,
             }
@@ -128,6 +154,7 @@ macro_rules! conformance {
                 deactivation_keeps_state_and_queue,
                 a_kernel_blocked_on_a_full_reply_ring_can_be_deactivated_and_terminated,
                 terminate_wakes_blocked_senders_and_receivers,
+                terminate_wakes_those_who_wait_for_room_and_for_replies,
                 handles_endpoints_and_runtime_may_be_dropped_in_any_order,
                 drain_delivers_what_is_in_flight_and_its_report_adds_up,
                 what_is_queued_at_shutdown_is_returned,
@@ -140,7 +167,7 @@ macro_rules! conformance {
                 telemetry_equals_ground_truth,
                 metrics_show_signs_of_life,
                 configured_numbers_are_honoured,
-                a_default_echo_takes_less_than_a_mebibyte,
+                a_default_echo_takes_little_memory,
                 several_devices_are_told_apart,
             }
             faults::{

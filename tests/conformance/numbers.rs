@@ -116,7 +116,7 @@ pub fn metrics_show_signs_of_life<S: Subject>() {
         heartbeat_interval: Duration::from_millis(5),
         ..RuntimeConfig::default()
     };
-    let runtime = runtime_from(S::builder().config(config));
+    let runtime = runtime_from(S::builder_with(config));
     for wait in [WaitStrategy::Spin, WaitStrategy::Park] {
         let options = LaunchOptions {
             wait: Some(wait),
@@ -145,7 +145,7 @@ pub fn configured_numbers_are_honoured<S: Subject>() {
         default_message_size: 100,
         ..base()
     };
-    let runtime = runtime_from(S::builder().config(config));
+    let runtime = runtime_from(S::builder_with(config));
     let kernel = active(&runtime, "test.gated", LaunchOptions::default());
     {
         let (mut sender, _receiver) = kernel.split_bytes().unwrap();
@@ -158,7 +158,7 @@ pub fn configured_numbers_are_honoured<S: Subject>() {
         enable_telemetry: false,
         ..base()
     };
-    let quiet = runtime_from(S::builder().config(config));
+    let quiet = runtime_from(S::builder_with(config));
     let kernel = active(&quiet, "echo", small());
     kernel.call_bytes(b"x", &mut [0; 8], LONG).unwrap();
     let metrics = kernel.metrics();
@@ -169,7 +169,7 @@ pub fn configured_numbers_are_honoured<S: Subject>() {
         default_timeout: Duration::from_millis(30),
         ..base()
     };
-    let hasty = runtime_from(S::builder().config(config));
+    let hasty = runtime_from(S::builder_with(config));
     let kernel = active(&hasty, "test.gated", small());
     let begin = Instant::now();
     assert_eq!(
@@ -193,7 +193,7 @@ pub fn configured_numbers_are_honoured<S: Subject>() {
             kernel_wait: WaitStrategy::Spin,
             ..base()
         };
-        let runtime = runtime_from(S::builder().config(config));
+        let runtime = runtime_from(S::builder_with(config));
         let kernel = active(&runtime, "echo", small());
         let before = kernel.metrics().heartbeats;
         thread::sleep(Duration::from_millis(100));
@@ -214,7 +214,7 @@ pub fn configured_numbers_are_honoured<S: Subject>() {
         (RuntimeConfig::development(), false),
         (RuntimeConfig::high_performance(), true),
     ] {
-        let runtime = runtime_from(S::builder().config(preset));
+        let runtime = runtime_from(S::builder_with(preset));
         assert_eq!(active(&runtime, "echo", small()).metrics().spins, spins);
     }
     // Reserved cores.
@@ -230,22 +230,22 @@ pub fn configured_numbers_are_honoured<S: Subject>() {
                 kernel_wait: WaitStrategy::Spin,
                 ..base()
             };
-            let runtime = runtime_from(S::builder().config(config));
+            let runtime = runtime_from(S::builder_with(config));
             let kernel = active(&runtime, "echo", small());
             assert_eq!(kernel.metrics().cores, [expected], "{reserved} is reserved");
         }
     }
 }
 
-pub fn a_default_echo_takes_less_than_a_mebibyte<S: Subject>() {
+pub fn a_default_echo_takes_little_memory<S: Subject>() {
     let runtime = runtime::<S>();
     let kernel = active(&runtime, "echo", LaunchOptions::default());
     let (claimed, used) = (
         kernel.metrics().memory_bytes,
         runtime.memory_in_use(0).unwrap(),
     );
-    assert!(used < 1 << 20, "{used} bytes");
-    assert!(claimed < 1 << 20, "{claimed} bytes");
+    assert!(used < S::ECHO_BYTES, "{used} bytes");
+    assert!(claimed < S::ECHO_BYTES, "{claimed} bytes");
     // Two rings of 4096 lines, at least.
     assert!(used >= 2 * 4096 * 64 && claimed >= 2 * 4096 * 64);
 }

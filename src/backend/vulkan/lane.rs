@@ -473,8 +473,7 @@ impl Bridge {
                     .any(|running| Arc::ptr_eq(running, kernel))
             })
         };
-        let (ended, mut live) = (Vec::new(), Vec::new());
-        let mut ended = ended;
+        let (mut ended, mut live) = (Vec::new(), Vec::new());
         for member in std::mem::take(&mut self.members) {
             let kernel = &member.kernel;
             if let Some(failure) = kernel.fault()
@@ -485,7 +484,6 @@ impl Bridge {
             if in_flight(kernel) {
                 live.push(member);
             } else if kernel.must_terminate() {
-                kernel.answer_end();
                 ended.push(member);
             } else {
                 if !kernel.is_wanted() {
@@ -498,9 +496,18 @@ impl Bridge {
         }
         self.members = live;
         for member in ended {
-            self.handle.remove(&member.kernel);
-            self.forget(&member.kernel);
+            member.kernel.answer_end();
+            self.release(member.kernel);
         }
+    }
+
+    /// Lets go of a kernel that has no slices in flight, and says so.
+    fn release(&mut self, kernel: Arc<SliceKernel>) {
+        self.handle.remove(&kernel);
+        self.forget(&kernel);
+        let end = kernel.end();
+        drop(kernel);
+        end.set();
     }
 
     /// Drops the references of batches that are not in flight.
@@ -691,18 +698,14 @@ impl Bridge {
         if !round.is_empty() {
             self.exchange_round(&round)?;
         }
-        let mut ended = Vec::new();
-        self.members.retain(|member| {
-            let live = !member.kernel.must_terminate();
-            if !live {
-                ended.push(Arc::clone(&member.kernel));
-            }
-            live
-        });
-        for kernel in ended {
+        let (ended, live) = std::mem::take(&mut self.members)
+            .into_iter()
+            .partition(|member| member.kernel.must_terminate());
+        self.members = live;
+        for Member { kernel, relay, .. } in ended {
+            drop(relay);
             kernel.answer_end();
-            self.handle.remove(&kernel);
-            self.forget(&kernel);
+            self.release(kernel);
         }
         Ok(())
     }
@@ -794,9 +797,10 @@ impl Bridge {
         }
         self.in_flight.clear();
         for member in std::mem::take(&mut self.members) {
-            self.handle.remove(&member.kernel);
             member.kernel.lose(&reason);
-            self.forget(&member.kernel);
+            let Member { kernel, relay, .. } = member;
+            drop(relay);
+            self.release(kernel);
         }
     }
 

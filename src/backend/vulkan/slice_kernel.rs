@@ -50,9 +50,24 @@ pub(super) struct SliceKernel {
     constants: PushConstants,
     pub(super) wait: KernelWait,
     pub(super) heartbeat_interval: Duration,
-    /// Whether it will never run again.
+    end: Arc<KernelEnd>,
+}
+
+/// Whether a kernel will never run again. Apart from the kernel, so that its lane can let go of it before it says so.
+#[derive(Debug)]
+pub(super) struct KernelEnd {
     finished: AtomicBool,
-    finish: EventCount,
+    event: EventCount,
+    signals: Arc<KernelSignals>,
+}
+
+impl KernelEnd {
+    /// To be called when the lane holds nothing of the kernel any more.
+    pub(super) fn set(&self) {
+        self.finished.store(true, Ordering::Release);
+        self.event.notify();
+        self.signals.wake_all();
+    }
 }
 
 impl fmt::Debug for SliceKernel {
@@ -108,6 +123,11 @@ impl SliceKernel {
             two: 2,
         };
         let pipeline = context.pipeline(&kernel, &code.source, block_size)?;
+        let end = Arc::new(KernelEnd {
+            finished: AtomicBool::new(false),
+            event: EventCount::new(),
+            signals: Arc::clone(&request.signals),
+        });
         let mut kernel = Self {
             context: Arc::clone(context),
             signals: request.signals,
@@ -120,8 +140,7 @@ impl SliceKernel {
             constants,
             wait: request.wait,
             heartbeat_interval: request.heartbeat_interval,
-            finished: AtomicBool::new(false),
-            finish: EventCount::new(),
+            end,
         };
         kernel.bind()?;
         for block in &kernel.blocks {
@@ -300,7 +319,6 @@ impl SliceKernel {
             block: None,
             request: None,
         });
-        self.set_finished();
     }
 
     /// Says for blocks that cannot do so any more that they ended.
@@ -314,17 +332,15 @@ impl SliceKernel {
                 control.store_state(BlockState::Ended);
             }
         }
-        self.set_finished();
     }
 
-    fn set_finished(&self) {
-        self.finished.store(true, Ordering::Release);
-        self.finish.notify();
-        self.signals.wake_all();
+    /// What says that the kernel has ended.
+    pub(super) fn end(&self) -> Arc<KernelEnd> {
+        Arc::clone(&self.end)
     }
 
     pub(super) fn is_finished(&self) -> bool {
-        self.finished.load(Ordering::Acquire)
+        self.end.finished.load(Ordering::Acquire)
     }
 
     /// Waits until nothing of it runs any more.
@@ -334,7 +350,7 @@ impl SliceKernel {
             if remaining.is_zero() {
                 return false;
             }
-            let prepared = self.finish.prepare();
+            let prepared = self.end.event.prepare();
             if !self.is_finished() {
                 prepared.wait(remaining);
             }
