@@ -213,9 +213,20 @@ void rk_aim_reply() {
     rk_reply_limit = 4u * (rk_launch.slot_words - skip);
 }
 
+// A driver that cuts loops short does so without a word; this loop is then cut as well.
+void rk_check_cut() {
+    uint turns = 0u;
+    for (uint i = 0u; i < rk_launch.two; i++) turns++;
+    if (turns != 2u) rk_fault_code = RK_FAULT_LOOP_CUT;
+}
+
 // Publishes what `rk_out` wrote.
 void rk_publish(uint kind, uint flags, uint bytes) {
-    if (bytes > rk_reply_limit) {
+    rk_check_cut();
+    if (rk_fault_code != RK_FAULT_NONE) {
+        // What was written so far is not what the handler means.
+        rk_left = 0u;
+    } else if (bytes > rk_reply_limit) {
         rk_error(RK_REPLY_TOO_LARGE);
     } else if (rk_left == 0u) {
         rk_fault_code = RK_FAULT_TOO_MANY_REPLIES;
@@ -333,13 +344,6 @@ void rk_advance() {
         rk_add(rk_received, 1u);
         rk_add(rk_bytes_in, rk_bytes);
     }
-}
-
-// A driver that cuts loops short does so without a word; this loop is then cut as well.
-void rk_check_cut() {
-    uint turns = 0u;
-    for (uint i = 0u; i < rk_launch.two; i++) turns++;
-    if (turns != 2u) rk_fault_code = RK_FAULT_LOOP_CUT;
 }
 
 // Makes known how far the block has got. For invocation 0.

@@ -218,7 +218,7 @@ impl Member {
     }
 
     fn may_sleep(&self) -> bool {
-        matches!(self.kernel.wait, KernelWait::Park | KernelWait::Interval(_))
+        self.kernel.may_sleep()
     }
 
     /// Whether slices of it should be submitted now.
@@ -531,7 +531,7 @@ impl Bridge {
             } else {
                 (self.polls, u32::MAX)
             };
-            if kernel.wait != KernelWait::Spin && kernel.wait != KernelWait::SpinYield {
+            if kernel.may_sleep() {
                 idle = idle.min(PARKING_IDLE_POLLS);
             }
             for block in &kernel.blocks {
@@ -573,7 +573,12 @@ impl Bridge {
         if same {
             return Ok(());
         }
-        let steps = self.steps;
+        // Kernels that sleep when idle are looked at after each step.
+        let steps = if running.iter().all(|kernel| kernel.may_sleep()) {
+            1
+        } else {
+            self.steps
+        };
         let context = Arc::clone(&self.context);
         self.record(index, |commands| {
             for _ in 0..steps {

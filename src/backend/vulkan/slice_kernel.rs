@@ -248,6 +248,11 @@ impl SliceKernel {
         }
     }
 
+    /// Whether it gets no slices while it has nothing to do.
+    pub(super) fn may_sleep(&self) -> bool {
+        matches!(self.wait, KernelWait::Park | KernelWait::Interval(_))
+    }
+
     /// Whether the host wants it to poll.
     pub(super) fn is_wanted(&self) -> bool {
         !self.must_terminate()

@@ -1,0 +1,623 @@
+//! What only the Vulkan backend has: devices and their choice, shaders and their checks, faults, sharing, endings.
+
+#![cfg(feature = "vulkan")]
+
+// Some of the suite is for other backends.
+#[allow(dead_code)]
+mod conformance;
+#[path = "support/vulkan.rs"]
+mod vulkan;
+
+use std::sync::MutexGuard;
+use std::time::{Duration, Instant};
+
+use conformance::{LONG, active, eventually, one_at_a_time, runtime_from, small};
+use ringkernel::backend::{DeviceKind, ExecutionMode};
+use ringkernel::error::{RecvTimeoutError, Unavailable};
+use ringkernel::kernel::FailureReason;
+use ringkernel::{
+    BackendType, Error, KernelRegistration, KernelState, LaunchOptions, RingKernelRuntime,
+    RuntimeConfig, ShaderCode, VulkanConfig, VulkanMode, WaitStrategy,
+};
+
+/// Holds the tests apart, and looks for validation messages at the end of each.
+struct Turn {
+    _one: MutexGuard<'static, ()>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            vulkan::expect_no_validation_message();
+        }
+    }
+}
+
+/// `None`, and the reason printed, where there is no Vulkan.
+fn turn() -> Option<Turn> {
+    let one = one_at_a_time();
+    if let Some(reason) = vulkan::missing() {
+        println!("skipped: {reason}");
+        return None;
+    }
+    Some(Turn { _one: one })
+}
+
+const MODES: [VulkanMode; 3] = [
+    VulkanMode::Resident,
+    VulkanMode::Exchange,
+    VulkanMode::Staged,
+];
+
+fn runtime(mode: VulkanMode) -> RingKernelRuntime {
+    runtime_from(vulkan::builder(mode, RuntimeConfig::default()))
+}
+
+fn is_software(runtime: &RingKernelRuntime) -> bool {
+    runtime.devices()[runtime.default_device()].kind == DeviceKind::SoftwareGpu
+}
+
+#[test]
+fn a_missing_loader_is_an_error_with_its_reason() {
+    let config = RuntimeConfig {
+        vulkan: VulkanConfig {
+            loader: Some("/nonexistent/libvulkan.so".into()),
+            ..VulkanConfig::default()
+        },
+        ..RuntimeConfig::default()
+    };
+    let build = |backend| {
+        let builder = RingKernelRuntime::builder().config(config.clone());
+        match backend {
+            Some(backend) => builder.backend(backend).build(),
+            None => builder.build(),
+        }
+    };
+    match build(Some(BackendType::Vulkan)) {
+        Err(Error::BackendUnavailable { backend, reason }) => {
+            assert_eq!(backend, "vulkan");
+            assert!(reason.contains("no Vulkan loader"), "{reason}");
+            assert!(reason.contains("/nonexistent/libvulkan.so"), "{reason}");
+        }
+        other => panic!("{other:?}"),
+    }
+    // An automatic choice goes on to the next backend.
+    assert_eq!(build(None).unwrap().backend(), BackendType::Cpu);
+}
+
+#[test]
+fn devices_are_described() {
+    let Some(_turn) = turn() else { return };
+    let runtime = runtime(VulkanMode::Auto);
+    let devices = runtime.devices();
+    let info = &devices[runtime.default_device()];
+    assert_eq!(info.backend, BackendType::Vulkan);
+    assert!(!info.name.is_empty() && info.memory_limit > 0);
+    let vulkan = info.vulkan.as_ref().unwrap();
+    assert!(!vulkan.driver.is_empty());
+    assert!(vulkan.api_version >= (1, 1, 0));
+    assert!(vulkan.heaps.iter().any(|heap| heap.bytes > 0));
+    assert!(vulkan.queue_families.iter().any(|family| family.compute));
+    assert!(vulkan.max_block_threads >= 128 && vulkan.max_blocks >= 65_535);
+    assert!(vulkan.max_buffer_bytes >= 1 << 27);
+    println!("{info:#?}");
+    // What the probe saw, and where the memory lies.
+    assert_eq!(
+        vulkan.mode,
+        ExecutionMode::Resident,
+        "{}",
+        vulkan.mode_reason
+    );
+    assert!(
+        vulkan.mode_reason.contains("256 messages"),
+        "{}",
+        vulkan.mode_reason
+    );
+    let placement = |purpose| {
+        *vulkan
+            .placements
+            .iter()
+            .find(|placement| placement.purpose == purpose)
+            .unwrap()
+    };
+    assert!(placement("host-to-device").host_visible);
+    assert!(placement("device-to-host").host_cached);
+    assert!(placement("state").device_local);
+}
+
+#[test]
+fn modes_can_be_forced_and_say_so() {
+    let Some(_turn) = turn() else { return };
+    for (mode, expected) in MODES.into_iter().zip([
+        ExecutionMode::Resident,
+        ExecutionMode::Exchange,
+        ExecutionMode::Staged,
+    ]) {
+        let runtime = runtime(mode);
+        let info = &runtime.devices()[runtime.default_device()];
+        let vulkan = info.vulkan.as_ref().unwrap();
+        assert_eq!(
+            (vulkan.mode, vulkan.mode_reason.as_str()),
+            (expected, "forced")
+        );
+    }
+}
+
+#[test]
+fn devices_are_chosen_by_index_and_by_name() {
+    let Some(_turn) = turn() else { return };
+    let builder = || RingKernelRuntime::builder().backend(BackendType::Vulkan);
+    let by_index = builder().device(0).build().unwrap();
+    let name = by_index.devices()[0].name.clone();
+    let part = name[..name.len() / 2].to_uppercase();
+    let by_name = builder().device_name(part).build().unwrap();
+    assert_eq!(by_name.devices()[by_name.default_device()].name, name);
+    match builder().device_name("no such device").build() {
+        Err(Error::DeviceNotNamed {
+            name: asked,
+            available,
+            ..
+        }) => {
+            assert_eq!(asked, "no such device");
+            assert!(available.contains(&name), "{available:?}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(matches!(
+        builder().device(99).build(),
+        Err(Error::DeviceNotFound { index: 99, .. })
+    ));
+}
+
+#[test]
+fn software_is_used_only_when_asked_for() {
+    let Some(_turn) = turn() else { return };
+    if std::env::var_os("RINGKERNEL_VULKAN_DEVICE").is_some() {
+        println!("skipped: RINGKERNEL_VULKAN_DEVICE asks for a device");
+        return;
+    }
+    let kinds: Vec<DeviceKind> = runtime(VulkanMode::Exchange)
+        .devices()
+        .iter()
+        .map(|info| info.kind)
+        .collect();
+    let best = RingKernelRuntime::builder().build().unwrap();
+    let explicit = RingKernelRuntime::builder()
+        .backend(BackendType::Vulkan)
+        .build();
+    if kinds.iter().all(|kind| *kind == DeviceKind::SoftwareGpu) {
+        assert_eq!(best.backend(), BackendType::Cpu);
+        match explicit {
+            Err(Error::BackendUnavailable { reason, .. }) => {
+                assert!(reason.contains("must be asked for"), "{reason}");
+            }
+            other => panic!("{other:?}"),
+        }
+    } else {
+        assert_eq!(best.backend(), BackendType::Vulkan);
+        assert!(!is_software(&explicit.unwrap()));
+    }
+    // A kernel without code for it rules a GPU out.
+    let bare = KernelRegistration::new("test.cpu_only").cpu_handler(|_, _| Ok(()));
+    let cpu = RingKernelRuntime::builder().register(bare).build().unwrap();
+    assert_eq!(cpu.backend(), BackendType::Cpu);
+}
+
+#[test]
+fn code_that_is_none_is_refused_before_a_driver_sees_it() {
+    let Some(_turn) = turn() else { return };
+    let echo: &[u8] = include_bytes!("../shaders/echo.spv");
+    let mut newer = echo.to_vec();
+    let version = newer
+        .windows(4)
+        .rposition(|word| word == 50_u32.wrapping_add(4 << 16).to_le_bytes())
+        .unwrap();
+    newer[version + 12] = 9;
+    let runtime = vulkan::builder(VulkanMode::Exchange, RuntimeConfig::default())
+        .register(KernelRegistration::new("empty").shader(ShaderCode::spirv(Vec::new())))
+        .register(KernelRegistration::new("noise").shader(ShaderCode::spirv(vec![7; 400])))
+        .register(KernelRegistration::new("cut").shader(ShaderCode::spirv(echo[..1000].to_vec())))
+        .register(KernelRegistration::new("newer").shader(ShaderCode::spirv(newer)))
+        .register(KernelRegistration::new("none").cpu_handler(|_, _| Ok(())))
+        .build()
+        .unwrap();
+    for (id, expected) in [
+        ("empty", "header"),
+        ("noise", "begins with"),
+        ("cut", ""),
+        ("newer", "layout 9"),
+    ] {
+        match runtime.launch(id, 1, 1, small()) {
+            Err(Error::InvalidCode { kernel, reason }) => {
+                assert_eq!(kernel, id);
+                assert!(reason.contains(expected), "{id}: {reason}");
+            }
+            other => panic!("{id}: {other:?}"),
+        }
+    }
+    assert!(matches!(
+        runtime.launch("none", 1, 1, small()),
+        Err(Error::NoHandler {
+            backend: "vulkan",
+            ..
+        })
+    ));
+    assert_eq!(runtime.memory_in_use(runtime.default_device()).unwrap(), 0);
+}
+
+#[test]
+fn what_the_device_cannot_do_is_refused() {
+    let Some(_turn) = turn() else { return };
+    for mode in MODES {
+        let runtime = runtime(mode);
+        let refused =
+            |outcome: Result<ringkernel::KernelHandle, Error>, expected: &str| match outcome {
+                Err(Error::InvalidOption { option, .. }) => assert_eq!(option, expected),
+                other => panic!("{other:?}"),
+            };
+        let cores = LaunchOptions {
+            cores: vec![ringkernel::thread::affinity::online_cores()[0]],
+            ..small()
+        };
+        refused(runtime.launch("echo", 1, 1, cores), "cores");
+        refused(runtime.launch("echo", 1, 1025, small()), "block size");
+        if is_software(&runtime) {
+            // More loop iterations than a dispatch of this driver has.
+            let large = LaunchOptions {
+                message_size: Some(4 << 20),
+                queue_capacity: Some(2),
+                ..LaunchOptions::default()
+            };
+            refused(runtime.launch("echo", 1, 16, large), "loop iterations");
+        }
+        assert_eq!(runtime.memory_in_use(runtime.default_device()).unwrap(), 0);
+    }
+}
+
+#[test]
+fn any_block_size_gives_the_same_answers() {
+    let Some(_turn) = turn() else { return };
+    for mode in [VulkanMode::Resident, VulkanMode::Exchange] {
+        let runtime = runtime(mode);
+        for threads in [1, 8, 16, 17, 32, 100, 128] {
+            let options = LaunchOptions {
+                message_size: Some(1000),
+                ..small()
+            };
+            let kernel = runtime.launch("echo", 1, threads, options).unwrap();
+            kernel.activate().unwrap();
+            let mut reply = [0; 1000];
+            for length in (0..=1000).step_by(37) {
+                let message: Vec<u8> = (0..length).map(|byte| (byte * 7) as u8).collect();
+                let received = kernel.call_bytes(&message, &mut reply, LONG).unwrap();
+                assert_eq!(reply[..received], message, "{threads} threads");
+            }
+            kernel.terminate().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_handler_that_replies_too_often_fails_its_kernel_and_no_other() {
+    let Some(_turn) = turn() else { return };
+    for mode in MODES {
+        let runtime = runtime(mode);
+        let kernel = runtime.launch("test.panic", 2, 1, small()).unwrap();
+        kernel.activate().unwrap();
+        let other = active(&runtime, "echo", small());
+        assert_eq!(kernel.call_bytes(b"fine", &mut [0; 8], LONG), Ok(4));
+        kernel.send_bytes(b"panic").unwrap();
+        kernel.send_bytes(b"after").unwrap();
+        eventually("the failure", || {
+            kernel.status().state == KernelState::Failed
+        });
+        let failure = kernel.status().failure.unwrap();
+        assert_eq!(failure.reason, FailureReason::Fault);
+        assert!(failure.message.contains("more replies"), "{failure}");
+        // Waits end, with the reason.
+        let end = loop {
+            match kernel.recv_bytes_timeout(&mut [0; 8], LONG) {
+                Ok(_) => {}
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(end, RecvTimeoutError::Unavailable(Unavailable::Failed));
+        assert_eq!(other.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
+        kernel.terminate().unwrap();
+        assert_eq!(kernel.status().state, KernelState::Failed);
+        let report = runtime.complete_shutdown().unwrap();
+        assert_eq!(report.failed_kernels, [kernel.name()]);
+        assert!(report.requests.adds_up(), "{report}");
+        // The request that it failed on, and no other.
+        assert_eq!(report.requests.dead_lettered, 1, "{report}");
+    }
+}
+
+#[test]
+fn loops_that_the_driver_cuts_fail_the_kernel() {
+    let Some(_turn) = turn() else { return };
+    for mode in MODES {
+        let runtime = runtime(mode);
+        if !is_software(&runtime) {
+            println!("skipped: only software drivers cut loops; hardware would hang");
+            return;
+        }
+        let kernel = active(&runtime, "test.stuck", small());
+        assert_eq!(kernel.call_bytes(b"", &mut [0; 8], LONG), Ok(0));
+        kernel.send_bytes(b"for ever").unwrap();
+        eventually("the failure", || {
+            kernel.status().state == KernelState::Failed
+        });
+        let failure = kernel.status().failure.unwrap();
+        assert_eq!(failure.reason, FailureReason::Fault);
+        assert!(failure.message.contains("iterations"), "{failure}");
+        // No reply of a run that was cut short.
+        assert_eq!(
+            kernel.recv_bytes_timeout(&mut [0; 8], LONG),
+            Err(RecvTimeoutError::Unavailable(Unavailable::Failed))
+        );
+        kernel.terminate().unwrap();
+    }
+}
+
+#[test]
+fn telemetry_equals_ground_truth() {
+    let Some(_turn) = turn() else { return };
+    for mode in MODES {
+        let runtime = runtime(mode);
+        let options = LaunchOptions {
+            message_size: Some(100),
+            ..LaunchOptions::default()
+        };
+        let kernel = runtime.launch("echo", 2, 1, options).unwrap();
+        kernel.activate().unwrap();
+        let mut bytes = 0;
+        for length in 0..500_u64 {
+            let payload = vec![1; length as usize % 100];
+            bytes += payload.len() as u64;
+            kernel.send_bytes(&payload).unwrap();
+        }
+        for _ in 0..500 {
+            kernel.recv_bytes_timeout(&mut [0; 128], LONG).unwrap();
+        }
+        eventually("the written counters", || {
+            kernel.metrics().telemetry.unwrap().received == 500
+        });
+        let metrics = kernel.metrics();
+        let telemetry = metrics.telemetry.unwrap();
+        assert_eq!((metrics.accepted, metrics.processed), (500, 500));
+        assert_eq!((metrics.produced, metrics.received_replies), (500, 500));
+        assert_eq!((metrics.queue_depth, metrics.dropped), (0, 0));
+        assert_eq!((telemetry.replied, telemetry.errors), (500, 0));
+        assert_eq!((telemetry.bytes_in, telemetry.bytes_out), (bytes, bytes));
+        // Shaders have no clock.
+        assert_eq!(telemetry.handler_count, 0);
+        let silent = RuntimeConfig {
+            enable_telemetry: false,
+            ..RuntimeConfig::default()
+        };
+        let runtime = runtime_from(vulkan::builder(mode, silent));
+        let kernel = active(&runtime, "echo", small());
+        kernel.call_bytes(b"x", &mut [0; 8], LONG).unwrap();
+        assert_eq!(kernel.metrics().telemetry, None);
+    }
+}
+
+#[test]
+fn idle_kernels_show_signs_of_life() {
+    let Some(_turn) = turn() else { return };
+    for mode in MODES {
+        let config = RuntimeConfig {
+            heartbeat_interval: Duration::from_millis(5),
+            ..RuntimeConfig::default()
+        };
+        let runtime = runtime_from(vulkan::builder(mode, config));
+        for wait in [WaitStrategy::Spin, WaitStrategy::Park] {
+            let options = LaunchOptions {
+                wait: Some(wait),
+                ..small()
+            };
+            let kernel = active(&runtime, "echo", options);
+            let beats = kernel.metrics().heartbeats;
+            eventually("heartbeats", || kernel.metrics().heartbeats > beats + 10);
+            eventually("a recent sign of life", || {
+                kernel.metrics().heartbeat_age.is_some_and(|age| age < LONG)
+            });
+            kernel.terminate().unwrap();
+        }
+    }
+}
+
+#[test]
+fn kernels_take_turns_on_one_queue() {
+    let Some(_turn) = turn() else { return };
+    for mode in MODES {
+        let runtime = runtime(mode);
+        let kernels: Vec<_> = (0..6)
+            .map(|index| {
+                let options = LaunchOptions {
+                    wait: Some(WaitStrategy::Spin),
+                    ..small()
+                };
+                let kernel = runtime
+                    .launch(
+                        if index % 2 == 0 { "echo" } else { "test.count" },
+                        1,
+                        1,
+                        options,
+                    )
+                    .unwrap();
+                kernel.activate().unwrap();
+                kernel
+            })
+            .collect();
+        let mut reply = [0; 16];
+        for round in 0..50_u64 {
+            for (index, kernel) in kernels.iter().enumerate() {
+                let message = round.to_ne_bytes();
+                let length = kernel.call_bytes(&message, &mut reply, LONG).unwrap();
+                if index % 2 == 0 {
+                    assert_eq!(reply[..length], message);
+                } else {
+                    assert_eq!(reply[..8], (round + 1).to_ne_bytes());
+                }
+            }
+        }
+        // The others go on when some end, in the middle of traffic.
+        for kernel in &kernels[..3] {
+            kernel.terminate().unwrap();
+        }
+        for kernel in &kernels[3..] {
+            kernel.call_bytes(b"still", &mut reply, LONG).unwrap();
+        }
+    }
+}
+
+#[test]
+fn termination_takes_milliseconds() {
+    let Some(_turn) = turn() else { return };
+    let runtime = runtime(VulkanMode::Resident);
+    let mut fall = Vec::new();
+    let mut alone = Duration::ZERO;
+    for _ in 0..50 {
+        let kernel = active(&runtime, "echo", small());
+        kernel.call_bytes(b"x", &mut [0; 8], LONG).unwrap();
+        // For comparison within this run: what a slice takes that is not told to end.
+        if alone.is_zero() {
+            let begin = Instant::now();
+            let beats = kernel.metrics().heartbeats;
+            eventually("a sign of life", || {
+                kernel.metrics().heartbeats > beats + 100
+            });
+            alone = begin.elapsed();
+        }
+        let begin = Instant::now();
+        kernel.terminate().unwrap();
+        fall.push(begin.elapsed());
+    }
+    fall.sort_unstable();
+    println!("terminate: median {:?}, longest {:?}", fall[25], fall[49]);
+    // Two batches of sixteen slices are always queued: a hundred heartbeats are a fraction of one slice.
+    assert!(fall[25] < alone, "{:?} against {alone:?}", fall[25]);
+}
+
+#[test]
+fn a_sleeping_kernel_costs_nothing_and_wakes() {
+    let Some(_turn) = turn() else { return };
+    for mode in MODES {
+        let runtime = runtime(mode);
+        let options = LaunchOptions {
+            wait: Some(WaitStrategy::Park),
+            ..small()
+        };
+        let kernel = active(&runtime, "echo", options);
+        kernel.call_bytes(b"x", &mut [0; 8], LONG).unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        let beats = kernel.metrics().heartbeats;
+        std::thread::sleep(Duration::from_millis(50));
+        // At most the sign of life that is due once a second.
+        let asleep = kernel.metrics().heartbeats - beats;
+        let spinning = active(
+            &runtime,
+            "echo",
+            LaunchOptions {
+                wait: Some(WaitStrategy::Spin),
+                ..small()
+            },
+        );
+        let beats = spinning.metrics().heartbeats;
+        std::thread::sleep(Duration::from_millis(50));
+        let awake = spinning.metrics().heartbeats - beats;
+        if !matches!(mode, VulkanMode::Resident) {
+            assert!(awake > asleep, "{asleep} asleep, {awake} awake");
+        } else {
+            assert!(awake > 4 * asleep, "{asleep} asleep, {awake} awake");
+        }
+        for number in 0..20_u64 {
+            std::thread::sleep(Duration::from_millis(2));
+            let mut reply = [0; 8];
+            kernel
+                .call_bytes(&number.to_ne_bytes(), &mut reply, LONG)
+                .unwrap();
+            assert_eq!(u64::from_ne_bytes(reply), number);
+        }
+    }
+}
+
+#[test]
+fn the_environment_names_the_device() {
+    let Some(_turn) = turn() else { return };
+    // In a process of its own: the environment belongs to all threads.
+    let child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "the_named_device_is_opened",
+            "--ignored",
+            "--nocapture",
+        ])
+        .env("RINGKERNEL_VULKAN_DEVICE", "no such device")
+        .output()
+        .unwrap();
+    let output = String::from_utf8_lossy(&child.stdout);
+    assert!(
+        output.contains("no device named 'no such device'"),
+        "{output}"
+    );
+    let name = runtime(VulkanMode::Exchange).devices()[0].name.clone();
+    for named in ["0", &name] {
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "the_named_device_is_opened",
+                "--ignored",
+                "--nocapture",
+            ])
+            .env("RINGKERNEL_VULKAN_DEVICE", named)
+            .output()
+            .unwrap();
+        let output = String::from_utf8_lossy(&child.stdout);
+        assert!(output.contains(&format!("opened: {name}")), "{output}");
+    }
+}
+
+#[test]
+#[ignore = "run by `the_environment_names_the_device` in a process of its own"]
+fn the_named_device_is_opened() {
+    match RingKernelRuntime::builder()
+        .backend(BackendType::Vulkan)
+        .build()
+    {
+        Ok(runtime) => println!(
+            "opened: {}",
+            runtime.devices()[runtime.default_device()].name
+        ),
+        Err(error) => println!("{error}"),
+    }
+}
+
+#[cfg(feature = "glsl")]
+#[test]
+fn handlers_in_glsl_are_compiled_at_launch() {
+    let Some(_turn) = turn() else { return };
+    let double = "RK_HANDLER {\n    RK_FOR(i, rk_in_words()) rk_out(i, 2u * rk_in(i));\n    rk_reply(rk_in_bytes());\n}\n";
+    let wrong = "RK_HANDLER {\n    uint n = rk_in_words();\n    rk_reply(m);\n}\n";
+    let runtime = vulkan::builder(VulkanMode::Auto, RuntimeConfig::default())
+        .register(KernelRegistration::new("double").shader(ShaderCode::glsl(double)))
+        .register(KernelRegistration::new("wrong").shader(ShaderCode::glsl(wrong)))
+        .build()
+        .unwrap();
+    let kernel = active(&runtime, "double", small());
+    let mut reply = [0; 8];
+    kernel
+        .call_bytes(&[1, 0, 0, 0, 21, 0, 0, 0], &mut reply, LONG)
+        .unwrap();
+    assert_eq!(reply, [2, 0, 0, 0, 42, 0, 0, 0]);
+    match runtime.launch("wrong", 1, 1, small()) {
+        Err(Error::Compile { kernel, log }) => {
+            assert_eq!(kernel, "wrong");
+            // The third line of the handler, whatever stands before it.
+            assert!(log.contains(":3:") && log.contains("'m'"), "{log}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
