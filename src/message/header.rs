@@ -16,7 +16,7 @@ const ERROR_BIT: u32 = 1 << 26;
 const EXTENDED_BIT: u32 = 1 << 27;
 
 /// Masks of the second word: length, priority, error reply, extended.
-#[cfg(all(test, feature = "vulkan"))]
+#[cfg(all(test, not(loom), feature = "vulkan"))]
 pub(crate) const FLAG_MASKS: [u32; 4] = [LENGTH_MASK, PRIORITY_MASK, ERROR_BIT, EXTENDED_BIT];
 
 /// Urgency of a message, two bits of the header's flags. It travels with the message, and replies carry it back; a

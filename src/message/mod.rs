@@ -6,7 +6,7 @@ pub mod codec;
 mod header;
 mod ring_message;
 
-#[cfg(all(test, feature = "vulkan"))]
+#[cfg(all(test, not(loom), feature = "vulkan"))]
 pub(crate) use header::FLAG_MASKS;
 pub(crate) use header::Head;
 pub use header::{

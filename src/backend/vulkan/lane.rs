@@ -794,16 +794,18 @@ impl Bridge {
     /// Fails every kernel of a lost device, and lets go of them.
     fn lose_all(&mut self) {
         let reason = self.context.lost().unwrap_or("lost").to_owned();
-        // Nothing is waited for any more. What was submitted may still run only if the device was abandoned, and then
-        // nothing is ever destroyed.
+        let members = std::mem::take(&mut self.members);
+        for member in &members {
+            member.kernel.lose(&reason);
+        }
+        // What was submitted may still run; it ends by itself, unless the device was abandoned, and then nothing is ever
+        // destroyed.
         if !self.in_flight.is_empty() && !self.context.is_abandoned() {
             // SAFETY: the device is live as an object; idle or lost is all this waits for.
             let _ = unsafe { self.context.raw.device_wait_idle() };
         }
         self.in_flight.clear();
-        for member in std::mem::take(&mut self.members) {
-            member.kernel.lose(&reason);
-            let Member { kernel, relay, .. } = member;
+        for Member { kernel, relay, .. } in members {
             drop(relay);
             self.release(kernel);
         }
