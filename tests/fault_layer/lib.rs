@@ -1,0 +1,460 @@
+//! A Vulkan layer that makes calls fail on demand, between the loader and whatever driver there is. Loaded only by
+//! `tests/vulkan_faults.rs`, which says what is to fail by the two functions at the end.
+//!
+//! The loader's interface: "Architecture of the Vulkan Loader Interfaces", Loader and Layer Interface, version 2.
+
+#![allow(missing_docs)]
+
+use std::ffi::{CStr, c_char, c_void};
+use std::mem::transmute;
+use std::ptr;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use ash::vk;
+use ash::vk::Handle;
+
+/// Nothing fails.
+pub const NONE: u32 = 0;
+/// `vkQueueSubmit` says that the device is lost, and so does everything else of that device from then on.
+pub const LOSE_AT_SUBMIT: u32 = 1;
+/// The same from `vkWaitForFences` on.
+pub const LOSE_AT_WAIT: u32 = 2;
+/// Fences of the device never signal.
+pub const HANG: u32 = 3;
+/// `vkAllocateMemory` has none.
+pub const NO_MEMORY: u32 = 4;
+/// `vkEnumeratePhysicalDevices` finds none.
+pub const NO_DEVICES: u32 = 5;
+/// `vkEnumeratePhysicalDevices` fails.
+pub const NO_DRIVER: u32 = 6;
+/// `vkCreateDevice` fails.
+pub const NO_DEVICE: u32 = 7;
+/// `vkCreateComputePipelines` has no memory.
+pub const NO_PIPELINE: u32 = 8;
+
+static FAULT: AtomicU32 = AtomicU32::new(NONE);
+/// Matching calls that still succeed.
+static AFTER: AtomicI64 = AtomicI64::new(0);
+/// The device that was lost, or hangs.
+static VICTIM: AtomicU64 = AtomicU64::new(0);
+
+/// The next element of the chain, for one instance.
+#[derive(Clone, Copy)]
+struct NextOfInstance {
+    get: vk::PFN_vkGetInstanceProcAddr,
+    destroy: vk::PFN_vkDestroyInstance,
+    enumerate_physical_devices: vk::PFN_vkEnumeratePhysicalDevices,
+    create_device: vk::PFN_vkCreateDevice,
+}
+
+/// The next element of the chain, for one device.
+#[derive(Clone, Copy)]
+struct NextOfDevice {
+    device: vk::Device,
+    get: vk::PFN_vkGetDeviceProcAddr,
+    destroy: vk::PFN_vkDestroyDevice,
+    queue_submit: vk::PFN_vkQueueSubmit,
+    wait_for_fences: vk::PFN_vkWaitForFences,
+    allocate_memory: vk::PFN_vkAllocateMemory,
+    create_compute_pipelines: vk::PFN_vkCreateComputePipelines,
+}
+
+/// By the loader's dispatch table, which an instance shares with its physical devices and a device with its queues.
+/// Functions are asked for while their object is made: later the loader may answer with the head of the chain.
+static INSTANCES: Mutex<Vec<(usize, NextOfInstance)>> = Mutex::new(Vec::new());
+static DEVICES: Mutex<Vec<(usize, NextOfDevice)>> = Mutex::new(Vec::new());
+
+/// The dispatch table of an object.
+fn table<T: Handle>(object: T) -> usize {
+    // SAFETY: every dispatchable object begins with the pointer to its table.
+    unsafe { *(object.as_raw() as *const usize) }
+}
+
+fn next_of<Next: Copy, T: Handle>(known: &Mutex<Vec<(usize, Next)>>, object: T) -> Next {
+    let table = table(object);
+    let known = known.lock().unwrap();
+    let found = known.iter().find(|(of, _)| *of == table);
+    found.expect("made through this layer").1
+}
+
+fn remember<Next, T: Handle>(known: &Mutex<Vec<(usize, Next)>>, object: T, next: Next) {
+    known.lock().unwrap().push((table(object), next));
+}
+
+fn forget<Next, T: Handle>(known: &Mutex<Vec<(usize, Next)>>, object: T) {
+    let table = table(object);
+    known.lock().unwrap().retain(|(of, _)| *of != table);
+}
+
+#[repr(C)]
+pub struct NegotiateLayerInterface {
+    s_type: u32,
+    p_next: *mut c_void,
+    version: u32,
+    get_instance: Option<vk::PFN_vkGetInstanceProcAddr>,
+    get_device: Option<vk::PFN_vkGetDeviceProcAddr>,
+    get_physical_device: *const c_void,
+}
+
+#[repr(C)]
+struct InstanceLink {
+    next: *mut InstanceLink,
+    get_instance: vk::PFN_vkGetInstanceProcAddr,
+    get_physical_device: *const c_void,
+}
+
+#[repr(C)]
+struct DeviceLink {
+    next: *mut DeviceLink,
+    get_instance: vk::PFN_vkGetInstanceProcAddr,
+    get_device: vk::PFN_vkGetDeviceProcAddr,
+}
+
+/// `VkLayerInstanceCreateInfo` and `VkLayerDeviceCreateInfo`, whose union holds a link where `function` is 0.
+#[repr(C)]
+struct LayerCreateInfo<Link> {
+    s_type: vk::StructureType,
+    p_next: *const c_void,
+    function: u32,
+    link: *mut Link,
+}
+
+/// Takes the next link out of a creation chain, and advances the chain for it.
+unsafe fn take_link<Link>(
+    mut chain: *const c_void,
+    s_type: vk::StructureType,
+    next: impl Fn(*mut Link) -> *mut Link,
+) -> *mut Link {
+    while !chain.is_null() {
+        let info = chain.cast_mut().cast::<LayerCreateInfo<Link>>();
+        // SAFETY: every structure of a chain begins with its type and the next pointer; the loader's own kind has the
+        // other two fields as well.
+        unsafe {
+            if (*info).s_type == s_type && (*info).function == 0 {
+                let link = (*info).link;
+                (*info).link = next(link);
+                return link;
+            }
+            chain = (*info).p_next;
+        }
+    }
+    ptr::null_mut()
+}
+
+/// Whether the fault strikes now.
+fn strikes(fault: u32) -> bool {
+    FAULT.load(Ordering::SeqCst) == fault && AFTER.fetch_sub(1, Ordering::SeqCst) <= 0
+}
+
+/// The first device that comes falls; the others stand.
+fn fall(device: vk::Device) {
+    let _ = VICTIM.compare_exchange(0, device.as_raw(), Ordering::SeqCst, Ordering::SeqCst);
+}
+
+fn is_victim(device: vk::Device) -> bool {
+    VICTIM.load(Ordering::SeqCst) == device.as_raw()
+}
+
+fn is_lost(device: vk::Device) -> bool {
+    is_victim(device) && FAULT.load(Ordering::SeqCst) != HANG
+}
+
+/// The next function of this name, as its own type.
+macro_rules! named {
+    ($get:expr, $object:expr, $name:literal, $pfn:ty) => {
+        // SAFETY: the object is live or null, and the function of this name has this type.
+        unsafe { transmute::<vk::PFN_vkVoidFunction, Option<$pfn>>($get($object, $name.as_ptr())) }
+            .expect("the driver has this function")
+    };
+}
+
+unsafe extern "system" fn create_instance(
+    info: *const vk::InstanceCreateInfo<'_>,
+    allocator: *const vk::AllocationCallbacks<'_>,
+    instance: *mut vk::Instance,
+) -> vk::Result {
+    // SAFETY: the loader passes a valid chain, which it lets layers change.
+    let link = unsafe {
+        take_link::<InstanceLink>(
+            (*info).p_next,
+            vk::StructureType::LOADER_INSTANCE_CREATE_INFO,
+            |link| (*link).next,
+        )
+    };
+    if link.is_null() {
+        return vk::Result::ERROR_INITIALIZATION_FAILED;
+    }
+    // SAFETY: the loader's link is valid during this call.
+    let get = unsafe { (*link).get_instance };
+    let null = vk::Instance::null();
+    let create = named!(get, null, c"vkCreateInstance", vk::PFN_vkCreateInstance);
+    // SAFETY: the arguments are the caller's own.
+    let result = unsafe { create(info, allocator, instance) };
+    if result == vk::Result::SUCCESS {
+        // SAFETY: written by the call above.
+        let instance = unsafe { *instance };
+        let next = NextOfInstance {
+            get,
+            destroy: named!(
+                get,
+                instance,
+                c"vkDestroyInstance",
+                vk::PFN_vkDestroyInstance
+            ),
+            enumerate_physical_devices: named!(
+                get,
+                instance,
+                c"vkEnumeratePhysicalDevices",
+                vk::PFN_vkEnumeratePhysicalDevices
+            ),
+            create_device: named!(get, instance, c"vkCreateDevice", vk::PFN_vkCreateDevice),
+        };
+        remember(&INSTANCES, instance, next);
+    }
+    result
+}
+
+unsafe extern "system" fn destroy_instance(
+    instance: vk::Instance,
+    allocator: *const vk::AllocationCallbacks<'_>,
+) {
+    if instance == vk::Instance::null() {
+        return;
+    }
+    let next = next_of(&INSTANCES, instance);
+    forget(&INSTANCES, instance);
+    // SAFETY: the arguments are the caller's own.
+    unsafe { (next.destroy)(instance, allocator) }
+}
+
+unsafe extern "system" fn create_device(
+    physical: vk::PhysicalDevice,
+    info: *const vk::DeviceCreateInfo<'_>,
+    allocator: *const vk::AllocationCallbacks<'_>,
+    device: *mut vk::Device,
+) -> vk::Result {
+    if strikes(NO_DEVICE) {
+        return vk::Result::ERROR_INITIALIZATION_FAILED;
+    }
+    // SAFETY: the loader passes a valid chain, which it lets layers change.
+    let link = unsafe {
+        take_link::<DeviceLink>(
+            (*info).p_next,
+            vk::StructureType::LOADER_DEVICE_CREATE_INFO,
+            |link| (*link).next,
+        )
+    };
+    if link.is_null() {
+        return vk::Result::ERROR_INITIALIZATION_FAILED;
+    }
+    // SAFETY: the loader's link is valid during this call.
+    let get = unsafe { (*link).get_device };
+    let create = next_of(&INSTANCES, physical).create_device;
+    // SAFETY: the arguments are the caller's own.
+    let result = unsafe { create(physical, info, allocator, device) };
+    if result == vk::Result::SUCCESS {
+        // SAFETY: written by the call above.
+        let device = unsafe { *device };
+        let next = NextOfDevice {
+            device,
+            get,
+            destroy: named!(get, device, c"vkDestroyDevice", vk::PFN_vkDestroyDevice),
+            queue_submit: named!(get, device, c"vkQueueSubmit", vk::PFN_vkQueueSubmit),
+            wait_for_fences: named!(get, device, c"vkWaitForFences", vk::PFN_vkWaitForFences),
+            allocate_memory: named!(get, device, c"vkAllocateMemory", vk::PFN_vkAllocateMemory),
+            create_compute_pipelines: named!(
+                get,
+                device,
+                c"vkCreateComputePipelines",
+                vk::PFN_vkCreateComputePipelines
+            ),
+        };
+        remember(&DEVICES, device, next);
+    }
+    result
+}
+
+unsafe extern "system" fn destroy_device(
+    device: vk::Device,
+    allocator: *const vk::AllocationCallbacks<'_>,
+) {
+    if device == vk::Device::null() {
+        return;
+    }
+    let next = next_of(&DEVICES, device);
+    forget(&DEVICES, device);
+    // SAFETY: the arguments are the caller's own.
+    unsafe { (next.destroy)(device, allocator) }
+}
+
+unsafe extern "system" fn enumerate_physical_devices(
+    instance: vk::Instance,
+    count: *mut u32,
+    devices: *mut vk::PhysicalDevice,
+) -> vk::Result {
+    if strikes(NO_DRIVER) {
+        return vk::Result::ERROR_INITIALIZATION_FAILED;
+    }
+    if strikes(NO_DEVICES) {
+        // SAFETY: the caller passes a valid count.
+        unsafe { *count = 0 };
+        return vk::Result::SUCCESS;
+    }
+    let next = next_of(&INSTANCES, instance);
+    // SAFETY: the arguments are the caller's own.
+    unsafe { (next.enumerate_physical_devices)(instance, count, devices) }
+}
+
+unsafe extern "system" fn queue_submit(
+    queue: vk::Queue,
+    count: u32,
+    submits: *const vk::SubmitInfo<'_>,
+    fence: vk::Fence,
+) -> vk::Result {
+    let next = next_of(&DEVICES, queue);
+    if strikes(LOSE_AT_SUBMIT) {
+        fall(next.device);
+    }
+    if is_lost(next.device) {
+        return vk::Result::ERROR_DEVICE_LOST;
+    }
+    // SAFETY: the arguments are the caller's own.
+    unsafe { (next.queue_submit)(queue, count, submits, fence) }
+}
+
+unsafe extern "system" fn wait_for_fences(
+    device: vk::Device,
+    count: u32,
+    fences: *const vk::Fence,
+    all: vk::Bool32,
+    timeout: u64,
+) -> vk::Result {
+    if strikes(LOSE_AT_WAIT) || strikes(HANG) {
+        fall(device);
+    }
+    if is_lost(device) {
+        return vk::Result::ERROR_DEVICE_LOST;
+    }
+    if is_victim(device) {
+        std::thread::sleep(Duration::from_nanos(timeout.min(10_000_000)));
+        return vk::Result::TIMEOUT;
+    }
+    let next = next_of(&DEVICES, device);
+    // SAFETY: the arguments are the caller's own.
+    unsafe { (next.wait_for_fences)(device, count, fences, all, timeout) }
+}
+
+unsafe extern "system" fn allocate_memory(
+    device: vk::Device,
+    info: *const vk::MemoryAllocateInfo<'_>,
+    allocator: *const vk::AllocationCallbacks<'_>,
+    memory: *mut vk::DeviceMemory,
+) -> vk::Result {
+    if strikes(NO_MEMORY) {
+        return vk::Result::ERROR_OUT_OF_DEVICE_MEMORY;
+    }
+    let next = next_of(&DEVICES, device);
+    // SAFETY: the arguments are the caller's own.
+    unsafe { (next.allocate_memory)(device, info, allocator, memory) }
+}
+
+unsafe extern "system" fn create_compute_pipelines(
+    device: vk::Device,
+    cache: vk::PipelineCache,
+    count: u32,
+    infos: *const vk::ComputePipelineCreateInfo<'_>,
+    allocator: *const vk::AllocationCallbacks<'_>,
+    pipelines: *mut vk::Pipeline,
+) -> vk::Result {
+    if strikes(NO_PIPELINE) {
+        // SAFETY: the caller has room for `count` handles.
+        unsafe { pipelines.write_bytes(0, count as usize) };
+        return vk::Result::ERROR_OUT_OF_HOST_MEMORY;
+    }
+    let next = next_of(&DEVICES, device);
+    // SAFETY: the arguments are the caller's own.
+    unsafe { (next.create_compute_pipelines)(device, cache, count, infos, allocator, pipelines) }
+}
+
+/// This layer's own function of a name, if it has one.
+fn own(name: &CStr) -> vk::PFN_vkVoidFunction {
+    macro_rules! of {
+        ($function:ident, $pfn:ty) => {
+            // SAFETY: function pointers differ in nothing but their type, and callers cast this one back.
+            unsafe { transmute::<$pfn, vk::PFN_vkVoidFunction>($function) }
+        };
+    }
+    match name.to_bytes() {
+        b"vkGetInstanceProcAddr" => of!(get_instance_proc_addr, vk::PFN_vkGetInstanceProcAddr),
+        b"vkGetDeviceProcAddr" => of!(get_device_proc_addr, vk::PFN_vkGetDeviceProcAddr),
+        b"vkCreateInstance" => of!(create_instance, vk::PFN_vkCreateInstance),
+        b"vkCreateDevice" => of!(create_device, vk::PFN_vkCreateDevice),
+        b"vkEnumeratePhysicalDevices" => {
+            of!(
+                enumerate_physical_devices,
+                vk::PFN_vkEnumeratePhysicalDevices
+            )
+        }
+        b"vkDestroyInstance" => of!(destroy_instance, vk::PFN_vkDestroyInstance),
+        b"vkDestroyDevice" => of!(destroy_device, vk::PFN_vkDestroyDevice),
+        b"vkQueueSubmit" => of!(queue_submit, vk::PFN_vkQueueSubmit),
+        b"vkWaitForFences" => of!(wait_for_fences, vk::PFN_vkWaitForFences),
+        b"vkAllocateMemory" => of!(allocate_memory, vk::PFN_vkAllocateMemory),
+        b"vkCreateComputePipelines" => {
+            of!(create_compute_pipelines, vk::PFN_vkCreateComputePipelines)
+        }
+        _ => None,
+    }
+}
+
+unsafe extern "system" fn get_instance_proc_addr(
+    instance: vk::Instance,
+    name: *const c_char,
+) -> vk::PFN_vkVoidFunction {
+    // SAFETY: callers pass a NUL-terminated name.
+    let name = unsafe { CStr::from_ptr(name) };
+    if instance == vk::Instance::null() {
+        return own(name);
+    }
+    // SAFETY: the instance is the caller's.
+    own(name).or_else(|| unsafe { (next_of(&INSTANCES, instance).get)(instance, name.as_ptr()) })
+}
+
+unsafe extern "system" fn get_device_proc_addr(
+    device: vk::Device,
+    name: *const c_char,
+) -> vk::PFN_vkVoidFunction {
+    // SAFETY: callers pass a NUL-terminated name.
+    let name = unsafe { CStr::from_ptr(name) };
+    // SAFETY: the device is the caller's.
+    own(name).or_else(|| unsafe { (next_of(&DEVICES, device).get)(device, name.as_ptr()) })
+}
+
+/// What the loader calls first.
+///
+/// # Safety
+/// `interface` must be the loader's structure.
+#[unsafe(no_mangle)]
+pub unsafe extern "system" fn vkNegotiateLoaderLayerInterfaceVersion(
+    interface: *mut NegotiateLayerInterface,
+) -> vk::Result {
+    // SAFETY: the loader passes its structure.
+    unsafe {
+        (*interface).version = (*interface).version.min(2);
+        (*interface).get_instance = Some(get_instance_proc_addr);
+        (*interface).get_device = Some(get_device_proc_addr);
+        (*interface).get_physical_device = ptr::null();
+    }
+    vk::Result::SUCCESS
+}
+
+/// Makes calls fail from now on, after `after` that still succeed.
+#[unsafe(no_mangle)]
+pub extern "C" fn rk_fault_arm(fault: u32, after: u32) {
+    FAULT.store(NONE, Ordering::SeqCst);
+    AFTER.store(after.into(), Ordering::SeqCst);
+    VICTIM.store(0, Ordering::SeqCst);
+    FAULT.store(fault, Ordering::SeqCst);
+}

@@ -1,0 +1,299 @@
+//! What happens when a driver fails: the faults are made by a layer of our own (`tests/fault_layer`). Each test runs in a
+//! process of its own, because a layer is chosen by the environment, and because some leave a device behind.
+
+#![cfg(all(feature = "vulkan", unix))]
+
+#[path = "support/vulkan.rs"]
+mod vulkan;
+
+use std::env::consts::{DLL_PREFIX, DLL_SUFFIX};
+use std::ffi::CString;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use ringkernel::error::{CallError, RecvTimeoutError, SendTimeoutError, Unavailable};
+use ringkernel::kernel::FailureReason;
+use ringkernel::{
+    BackendType, Error, KernelHandle, KernelState, LaunchOptions, RingKernelRuntime, RuntimeConfig,
+    VulkanConfig, VulkanMode, WaitStrategy,
+};
+
+const LONG: Duration = Duration::from_secs(30);
+
+/// Set in the child processes.
+const LAYER: &str = "RINGKERNEL_TEST_FAULT_LAYER";
+
+/// The faults of `tests/fault_layer/lib.rs`.
+#[derive(Clone, Copy)]
+enum Fault {
+    None = 0,
+    LoseAtSubmit = 1,
+    LoseAtWait = 2,
+    Hang = 3,
+    NoMemory = 4,
+    NoDevices = 5,
+    NoDriver = 6,
+    NoDevice = 7,
+    NoPipeline = 8,
+}
+
+/// Where cargo puts the layer, which is built as an example.
+fn layer() -> Option<PathBuf> {
+    let test = std::env::current_exe().unwrap();
+    let file = format!("{DLL_PREFIX}fault_layer{DLL_SUFFIX}");
+    let layer = test.parent()?.parent()?.join("examples").join(file);
+    layer.exists().then_some(layer)
+}
+
+/// True in the child process, where the test shall go on. In the parent, runs the child and reports what it says.
+fn in_child(name: &str) -> bool {
+    if std::env::var_os(LAYER).is_some() {
+        return true;
+    }
+    if let Some(reason) = vulkan::missing() {
+        println!("skipped: {reason}");
+        return false;
+    }
+    let Some(layer) = layer() else {
+        assert!(
+            std::env::var_os("RINGKERNEL_REQUIRE_VULKAN").is_none(),
+            "the layer is not built: cargo build --example fault_layer"
+        );
+        println!("skipped: the layer is not built (cargo build --example fault_layer)");
+        return false;
+    };
+    let folder = std::env::temp_dir().join(format!("rk-fault-{}-{name}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let manifest = format!(
+        r#"{{ "file_format_version": "1.2.0", "layer": {{ "name": "VK_LAYER_RINGKERNEL_fault", "type": "GLOBAL",
+            "library_path": "{}", "api_version": "1.3.0", "implementation_version": "1",
+            "description": "makes calls fail" }} }}"#,
+        layer.display()
+    );
+    std::fs::write(folder.join("fault.json"), manifest).unwrap();
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .env("VK_LAYER_PATH", &folder)
+        .env("VK_INSTANCE_LAYERS", "VK_LAYER_RINGKERNEL_fault")
+        .env(LAYER, &layer)
+        // Mesa's own layer crashes where enumeration finds no device or fails (22.3).
+        .env("NODEVICE_SELECT", "1")
+        .output()
+        .unwrap();
+    let _ = std::fs::remove_dir_all(&folder);
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(output.status.success(), "{}: {text}", output.status);
+    assert!(text.contains("1 passed"), "{text}");
+    false
+}
+
+/// Tells the layer, which the loader has loaded into this process, what is to fail.
+fn arm(fault: Fault, after: u32) {
+    let path = CString::new(std::env::var(LAYER).unwrap()).unwrap();
+    // SAFETY: the library is the layer, whose initialisers do nothing; its function has this signature.
+    unsafe {
+        let library = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
+        assert!(!library.is_null());
+        let function = libc::dlsym(library, c"rk_fault_arm".as_ptr());
+        assert!(!function.is_null());
+        let arm: extern "C" fn(u32, u32) = std::mem::transmute(function);
+        arm(fault as u32, after);
+    }
+}
+
+fn build(mode: VulkanMode) -> Result<RingKernelRuntime, Error> {
+    RingKernelRuntime::builder()
+        .backend(BackendType::Vulkan)
+        .device(0)
+        .config(RuntimeConfig {
+            termination_timeout: Duration::from_secs(2),
+            vulkan: VulkanConfig {
+                mode,
+                ..VulkanConfig::default()
+            },
+            ..RuntimeConfig::default()
+        })
+        .build()
+}
+
+fn active(runtime: &RingKernelRuntime, id: &str) -> KernelHandle {
+    let options = LaunchOptions {
+        queue_capacity: Some(16),
+        wait: Some(WaitStrategy::Spin),
+        ..LaunchOptions::default()
+    };
+    let kernel = runtime.launch(id, 1, 1, options).unwrap();
+    kernel.activate().unwrap();
+    kernel
+}
+
+/// Every blocked call ends with `DeviceLost`, long before its timeout; other devices go on; everything can be dropped.
+fn expect_loss(mode: VulkanMode, fault: Fault) {
+    let other = build(mode).unwrap();
+    let unharmed = active(&other, "echo");
+    let runtime = build(mode).unwrap();
+    let kernel = active(&runtime, "echo");
+    let silent = active(&runtime, "sink");
+    assert_eq!(kernel.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
+    let lost = Unavailable::DeviceLost;
+    std::thread::scope(|scope| {
+        let receiver = scope.spawn(|| kernel.recv_bytes_timeout(&mut [0; 8], LONG));
+        let caller = scope.spawn(|| silent.call_bytes(b"z", &mut [0; 8], LONG));
+        std::thread::sleep(Duration::from_millis(50));
+        // In exchange mode the device is only used when there is something to carry.
+        arm(fault, 0);
+        let begin = Instant::now();
+        loop {
+            match silent.send_bytes(b"x") {
+                Ok(()) | Err(SendTimeoutError::Timeout) if begin.elapsed() < LONG => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                end => {
+                    assert_eq!(end, Err(SendTimeoutError::Unavailable(lost)));
+                    break;
+                }
+            }
+        }
+        assert_eq!(
+            receiver.join().unwrap(),
+            Err(RecvTimeoutError::Unavailable(lost))
+        );
+        assert_eq!(caller.join().unwrap(), Err(CallError::Unavailable(lost)));
+        assert!(begin.elapsed() < LONG / 2, "{:?}", begin.elapsed());
+    });
+    let failure = kernel.status().failure.unwrap();
+    assert_eq!(kernel.status().state, KernelState::Failed);
+    assert_eq!(failure.reason, FailureReason::DeviceLost);
+    println!("{failure}");
+    // Nothing is launched on it any more, and the reason is still known.
+    match runtime.launch("echo", 1, 1, LaunchOptions::default()) {
+        Err(Error::DeviceLost { reason, .. }) => assert!(failure.message.contains(&reason)),
+        outcome => panic!("{outcome:?}"),
+    }
+    assert_eq!(unharmed.call_bytes(b"alive", &mut [0; 8], LONG), Ok(5));
+    kernel.terminate().unwrap();
+    let report = runtime.complete_shutdown().unwrap();
+    assert_eq!(report.failed_kernels.len(), 2);
+    assert!(report.requests.adds_up(), "{report}");
+    drop((kernel, silent, runtime));
+    assert_eq!(unharmed.call_bytes(b"still", &mut [0; 8], LONG), Ok(5));
+    arm(Fault::None, 0);
+    // A new device is as good as any.
+    let again = build(mode).unwrap();
+    let kernel = active(&again, "echo");
+    assert_eq!(kernel.call_bytes(b"again", &mut [0; 8], LONG), Ok(5));
+}
+
+#[test]
+fn a_device_lost_at_a_submission_ends_every_wait() {
+    if in_child("a_device_lost_at_a_submission_ends_every_wait") {
+        expect_loss(VulkanMode::Resident, Fault::LoseAtSubmit);
+    }
+}
+
+#[test]
+fn a_device_lost_while_it_is_waited_for_ends_every_wait() {
+    if in_child("a_device_lost_while_it_is_waited_for_ends_every_wait") {
+        expect_loss(VulkanMode::Resident, Fault::LoseAtWait);
+    }
+}
+
+#[test]
+fn a_device_lost_in_exchange_mode_ends_every_wait() {
+    if in_child("a_device_lost_in_exchange_mode_ends_every_wait") {
+        expect_loss(VulkanMode::Exchange, Fault::LoseAtSubmit);
+    }
+}
+
+#[test]
+fn a_device_lost_in_staged_mode_ends_every_wait() {
+    if in_child("a_device_lost_in_staged_mode_ends_every_wait") {
+        expect_loss(VulkanMode::Staged, Fault::LoseAtWait);
+    }
+}
+
+#[test]
+fn slices_that_never_end_lose_their_device() {
+    if in_child("slices_that_never_end_lose_their_device") {
+        expect_loss(VulkanMode::Resident, Fault::Hang);
+    }
+}
+
+#[test]
+fn memory_that_the_driver_lacks_is_an_error_of_that_launch_alone() {
+    if !in_child("memory_that_the_driver_lacks_is_an_error_of_that_launch_alone") {
+        return;
+    }
+    for mode in [
+        VulkanMode::Resident,
+        VulkanMode::Exchange,
+        VulkanMode::Staged,
+    ] {
+        let runtime = build(mode).unwrap();
+        let kernel = active(&runtime, "echo");
+        let used = runtime.memory_in_use(0).unwrap();
+        // Each of the allocations of a launch in turn.
+        let mut failures = 0;
+        for after in 0.. {
+            arm(Fault::NoMemory, after);
+            match runtime.launch("sink", 1, 1, LaunchOptions::default()) {
+                Err(Error::OutOfMemory { .. }) => failures += 1,
+                Ok(_) => break,
+                Err(error) => panic!("{error}"),
+            }
+            assert_eq!(runtime.memory_in_use(0).unwrap(), used, "left behind");
+        }
+        assert!(failures >= 3, "{failures} allocations");
+        arm(Fault::None, 0);
+        assert_eq!(kernel.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
+    }
+}
+
+#[test]
+fn a_pipeline_that_is_not_made_is_an_error_of_that_launch_alone() {
+    if !in_child("a_pipeline_that_is_not_made_is_an_error_of_that_launch_alone") {
+        return;
+    }
+    let runtime = build(VulkanMode::Resident).unwrap();
+    let kernel = active(&runtime, "echo");
+    arm(Fault::NoPipeline, 0);
+    assert!(matches!(
+        runtime.launch("sink", 1, 1, LaunchOptions::default()),
+        Err(Error::OutOfMemory { .. })
+    ));
+    arm(Fault::None, 0);
+    active(&runtime, "sink").send_bytes(b"x").unwrap();
+    assert_eq!(kernel.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
+}
+
+#[test]
+fn drivers_that_vanish_are_an_error_with_its_reason() {
+    if !in_child("drivers_that_vanish_are_an_error_with_its_reason") {
+        return;
+    }
+    // The layer is loaded with the first instance.
+    drop(build(VulkanMode::Exchange).unwrap());
+    for (fault, expected) in [
+        (Fault::NoDevices, "no driver has a device"),
+        (Fault::NoDriver, "list no devices"),
+        (Fault::NoDevice, "cannot be opened"),
+    ] {
+        arm(fault, 0);
+        match build(VulkanMode::Exchange) {
+            Err(Error::BackendUnavailable { reason, .. }) => {
+                assert!(reason.contains(expected), "{reason}");
+            }
+            other => panic!("{other:?}"),
+        }
+        arm(fault, 0);
+        let best = RingKernelRuntime::builder().build().unwrap();
+        assert_eq!(best.backend(), BackendType::Cpu);
+    }
+    arm(Fault::None, 0);
+    build(VulkanMode::Exchange).unwrap();
+}
