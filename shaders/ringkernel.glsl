@@ -12,7 +12,7 @@
 // in memory. One workgroup is one block of the grid. All invocations of a block run the handler together, so that every
 // function marked [all] must be called by all of them alike.
 
-#extension GL_KHR_shader_subgroup_ballot : require
+#extension GL_KHR_shader_subgroup_shuffle : require
 
 // Layouts. Sizes and offsets are in words of 4 bytes; a test compares each with the Rust structures of the same name.
 const uint RK_HEADER_WORDS = 4u;
@@ -70,8 +70,18 @@ layout(constant_id = 31) const uint RK_LAYOUT_VERSION = 1u;
 
 layout(local_size_x_id = 0) in;
 
-layout(std430, set = 0, binding = 0) coherent volatile readonly buffer RkHostToDevice { uint rk_h2d[]; };
+// Set by the host where the whole block is one SIMD group of a software driver, and so one thread of the host's CPU. Barriers
+// mean nothing there, not even to that driver's compiler, which then reads a slot once and for all; but it keeps loads and
+// stores on their side of an atomic operation. Only for memory that is the host's own: over a bus there are loads and
+// stores alone.
+layout(constant_id = 1) const bool RK_LOCKSTEP = false;
+
+// The first is only read, but for atomic reads.
+layout(std430, set = 0, binding = 0) coherent volatile buffer RkHostToDevice { uint rk_h2d[]; };
 layout(std430, set = 0, binding = 1) coherent volatile buffer RkDeviceToHost { uint rk_d2h[]; };
+// The same memory four words at a time: one access for 16 bytes.
+layout(std430, set = 0, binding = 0) coherent volatile buffer RkHostToDevice4 { uvec4 rk_h2d4[]; };
+layout(std430, set = 0, binding = 1) coherent volatile buffer RkDeviceToHost4 { uvec4 rk_d2h4[]; };
 layout(std430, set = 0, binding = 2) coherent buffer RkState { uint rk_state_words[]; };
 
 layout(push_constant) uniform RkLaunch {
@@ -93,25 +103,26 @@ shared uint rk_seen[2];
 shared uvec4 rk_news;
 
 // Holds the block together, and shows each invocation what the others wrote to buffers. `barrier()` alone orders shared
-// memory, and costs a third of it.
-#define RK_SYNC { memoryBarrierBuffer(); barrier(); }
+// memory, and costs a third of it. In lockstep neither is needed.
+#define RK_SYNC { if (!RK_LOCKSTEP) { memoryBarrierBuffer(); barrier(); } }
 
 const uint RK_RUN = 1u;
 const uint RK_TERMINATE = 2u;
 const uint RK_STALE = 4u;
 
 // Software drivers go through the lanes of a vector one by one for each access that is not masked off: what all
-// invocations need alike, one lane of each subgroup reads for the others.
+// invocations need alike, one lane of each subgroup reads for the others. A shuffle with a constant index is one instruction
+// of a CPU; a broadcast is a loop over the lanes (Mesa 22.3).
 bool rk_reads;
 uint rk_read_h2d(uint at) {
     uint value = 0u;
     if (rk_reads) value = rk_h2d[at];
-    return subgroupBroadcast(value, 0u);
+    return subgroupShuffle(value, 0u);
 }
 uint rk_read_d2h(uint at) {
     uint value = 0u;
     if (rk_reads) value = rk_d2h[at];
-    return subgroupBroadcast(value, 0u);
+    return subgroupShuffle(value, 0u);
 }
 
 // Where this block's pieces start, in words.
@@ -163,12 +174,13 @@ void rk_out(uint i, uint value) {
     if (i < (rk_reply_limit >> 2) && rk_left != 0u) rk_d2h[rk_reply_payload + i] = value;
 }
 void rk_out_f32(uint i, float value) { rk_out(i, floatBitsToUint(value)); }
-// Copies `n` words of the request, from the first on, to the reply, shared by the threads of the block.
+// Copies `n` words of the request, from the first on, to the reply, shared by the threads of the block. What it leaves in
+// the up to three words behind them, to the next multiple of four, is not defined.
 void rk_out_copy(uint n) {
-    uint i = rk_thread(), end = min(n, rk_reply_limit >> 2);
+    uint i = rk_thread(), end = (min(n, rk_reply_limit >> 2) + 3u) >> 2;
     if (i < end && rk_left != 0u) {
         do {
-            rk_d2h[rk_reply_payload + i] = rk_h2d[rk_request + i];
+            rk_d2h4[(rk_reply_payload >> 2) + i] = rk_h2d4[(rk_request >> 2) + i];
             i += rk_threads();
         } while (i < end);
     }
@@ -240,7 +252,13 @@ void rk_publish(uint kind, uint flags, uint bytes) {
         RK_SYNC
         rk_out_position++;
         rk_left--;
-        if (rk_thread() == 0u) rk_d2h[rk_out_slot] = rk_out_position;
+        if (rk_thread() == 0u) {
+            if (RK_LOCKSTEP) {
+                atomicExchange(rk_d2h[rk_out_slot], rk_out_position);
+            } else {
+                rk_d2h[rk_out_slot] = rk_out_position;
+            }
+        }
         rk_out_slot = rk_replies + rk_slot(rk_out_position);
         rk_add(rk_replied, 1u);
         rk_add(rk_bytes_out, bytes);
@@ -324,9 +342,9 @@ void rk_take() {
     // A word a lane, in one access.
     uint word = 0u;
     if (gl_SubgroupInvocationID < RK_HEADER_WORDS) word = rk_h2d[rk_in_slot + gl_SubgroupInvocationID];
-    rk_correlation = subgroupBroadcast(word, RK_HEADER_CORRELATION);
-    rk_length_flags = subgroupBroadcast(word, RK_HEADER_LENGTH_FLAGS);
-    rk_kind_lane = subgroupBroadcast(word, RK_HEADER_KIND_LANE);
+    rk_correlation = subgroupShuffle(word, RK_HEADER_CORRELATION);
+    rk_length_flags = subgroupShuffle(word, RK_HEADER_LENGTH_FLAGS);
+    rk_kind_lane = subgroupShuffle(word, RK_HEADER_KIND_LANE);
     rk_bytes = rk_length_flags & RK_LENGTH_MASK;
     rk_request = rk_in_slot + RK_HEADER_WORDS;
     if ((rk_length_flags & RK_EXTENDED_BIT) != 0u) rk_request += RK_EXTENSION_WORDS;
@@ -469,12 +487,14 @@ void main() {
                 // 4. Polls.
                 uint sequence = 0u, expected = rk_position + 1u, poll = 0u;
                 do {
-                    if (leader) {
-                        rk_seen[turn & 1u] = rk_h2d[rk_in_slot + RK_HEADER_SEQUENCE];
+                    if (RK_LOCKSTEP) {
+                        if (leader) sequence = atomicOr(rk_h2d[rk_in_slot + RK_HEADER_SEQUENCE], 0u);
+                    } else {
+                        if (leader) rk_seen[turn & 1u] = rk_h2d[rk_in_slot + RK_HEADER_SEQUENCE];
+                        barrier();
+                        if (rk_reads) sequence = rk_seen[turn & 1u];
                     }
-                    barrier();
-                    if (rk_reads) sequence = rk_seen[turn & 1u];
-                    sequence = subgroupBroadcast(sequence, 0u);
+                    sequence = subgroupShuffle(sequence, 0u);
                     turn++;
                     poll++;
                 } while (sequence != expected && poll < polls);

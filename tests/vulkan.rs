@@ -109,7 +109,7 @@ fn devices_are_described() {
         vulkan.mode_reason
     );
     assert!(
-        vulkan.mode_reason.contains("256 messages"),
+        vulkan.mode_reason.contains("512 messages"),
         "{}",
         vulkan.mode_reason
     );

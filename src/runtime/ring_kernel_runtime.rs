@@ -15,7 +15,7 @@ use super::launch;
 use super::lifecycle::{DrainReport, LifecycleState, ShutdownReport};
 use super::metrics::KernelStatus;
 use crate::backend::cpu::CpuBackend;
-use crate::backend::{Backend, BackendType, Device, DeviceInfo, DeviceKind, ExecutionMode};
+use crate::backend::{Backend, BackendType, Device, DeviceInfo, ExecutionMode};
 use crate::error::Error;
 use crate::kernel::{Dim3, KernelRegistration, KernelState, LaunchOptions, registered_kernels};
 use crate::thread::affinity;
@@ -401,15 +401,25 @@ impl Devices {
         if portable {
             let vulkan = Self::new(BackendType::Vulkan, config).and_then(|devices| {
                 let index = devices.choose(BackendType::Vulkan, choice)?;
-                Ok((devices, index))
+                // A software device that is named is asked for; an index may as well be meant for the CPU.
+                let named = match choice {
+                    DeviceChoice::Best => std::env::var_os(DEVICE_VARIABLE).is_some(),
+                    DeviceChoice::Name(_) => true,
+                    DeviceChoice::Index(_) => false,
+                };
+                let hardware = devices
+                    .described
+                    .get(index)
+                    .is_some_and(|info| info.kind.is_hardware());
+                let good =
+                    named || (hardware && is_resident(&*devices.get(BackendType::Vulkan, index)?));
+                Ok((devices, index, good))
             });
             match vulkan {
-                Ok((devices, index))
-                    if devices.described[index].kind != DeviceKind::SoftwareGpu =>
-                {
-                    return Ok((BackendType::Vulkan, devices, index));
+                Ok((devices, index, true)) => return Ok((BackendType::Vulkan, devices, index)),
+                Ok(_) => {
+                    log::debug!("no Vulkan device keeps kernels resident without taking cores")
                 }
-                Ok(_) => {}
                 Err(error) => log::debug!("not chosen: {error}"),
             }
         }
@@ -481,12 +491,7 @@ impl Devices {
             }
             match self.get(backend, index) {
                 Ok(device) => {
-                    let resident = device
-                        .info()
-                        .vulkan
-                        .as_ref()
-                        .is_some_and(|vulkan| vulkan.mode == ExecutionMode::Resident);
-                    if resident {
+                    if is_resident(&*device) {
                         return Ok(index);
                     }
                     fallback = fallback.or(Some(index));
@@ -503,6 +508,12 @@ impl Devices {
             },
         })
     }
+}
+
+/// Whether a running dispatch of the device sees messages.
+fn is_resident(device: &dyn Device) -> bool {
+    let vulkan = device.info().vulkan.as_ref();
+    vulkan.is_some_and(|vulkan| vulkan.mode == ExecutionMode::Resident)
 }
 
 fn add(

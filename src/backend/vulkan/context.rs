@@ -19,8 +19,35 @@ use crate::kernel::ShaderSource;
 /// Bindings of the prelude: host-to-device memory, device-to-host memory, state.
 pub(super) const BINDINGS: u32 = 3;
 
-/// The specialization constant that sets the block size.
-const BLOCK_SIZE_CONSTANT: u32 = 0;
+/// What a shader is specialized for: its specialization constants 0 and 1, word for word.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Specialization {
+    /// Invocations of a workgroup.
+    pub(super) block_size: u32,
+    /// Whether they are one SIMD group of a software driver (`RK_LOCKSTEP` of the prelude): 0 or 1.
+    pub(super) lockstep: u32,
+}
+
+impl Specialization {
+    const ENTRIES: [vk::SpecializationMapEntry; 2] = [
+        vk::SpecializationMapEntry {
+            constant_id: 0,
+            offset: 0,
+            size: 4,
+        },
+        vk::SpecializationMapEntry {
+            constant_id: 1,
+            offset: 4,
+            size: 4,
+        },
+    ];
+
+    fn bytes(self) -> [u8; 8] {
+        let words = u64::from(self.block_size) | u64::from(self.lockstep) << 32;
+        words.to_le_bytes()
+    }
+}
 
 /// What the prelude's push constants are, word for word.
 #[repr(C)]
@@ -77,8 +104,7 @@ pub(super) struct Context {
     pub(super) names: Option<ext::debug_utils::Device>,
     pub(super) set_layout: vk::DescriptorSetLayout,
     pub(super) pipeline_layout: vk::PipelineLayout,
-    /// By code and block size.
-    pipelines: Mutex<HashMap<(ShaderSource, u32), vk::Pipeline>>,
+    pipelines: Mutex<HashMap<(ShaderSource, Specialization), vk::Pipeline>>,
     /// Why the device is lost, once it is.
     lost: OnceLock<String>,
     /// Whether work is left on it that never ended.
@@ -102,6 +128,12 @@ impl Context {
         physical: &Physical,
         account: Arc<Account>,
     ) -> Result<Arc<Self>, Error> {
+        if let Some(lacks) = &physical.lacks {
+            return Err(unavailable(format!(
+                "'{}' cannot be used: {lacks}",
+                physical.info.name
+            )));
+        }
         let priorities = vec![1.0; physical.queues as usize];
         let queues = [vk::DeviceQueueCreateInfo::default()
             .queue_family_index(physical.family)
@@ -255,14 +287,14 @@ impl Context {
         }
     }
 
-    /// The pipeline of a shader for this block size, made once.
+    /// The pipeline of a shader for this specialization, made once.
     pub(super) fn pipeline(
         &self,
         kernel: &str,
         source: &ShaderSource,
-        block_size: u32,
+        specialization: Specialization,
     ) -> Result<vk::Pipeline, Error> {
-        let key = (source.clone(), block_size);
+        let key = (source.clone(), specialization);
         let mut pipelines = self.pipelines.lock();
         if let Some(pipeline) = pipelines.get(&key) {
             return Ok(*pipeline);
@@ -282,18 +314,15 @@ impl Context {
         let module = self.check("create a shader module", unsafe {
             self.raw.create_shader_module(&info, None)
         })?;
-        let entries = [vk::SpecializationMapEntry::default()
-            .constant_id(BLOCK_SIZE_CONSTANT)
-            .size(4)];
-        let data = block_size.to_ne_bytes();
-        let specialization = vk::SpecializationInfo::default()
-            .map_entries(&entries)
+        let data = specialization.bytes();
+        let info = vk::SpecializationInfo::default()
+            .map_entries(&Specialization::ENTRIES)
             .data(&data);
         let stage = vk::PipelineShaderStageCreateInfo::default()
             .stage(vk::ShaderStageFlags::COMPUTE)
             .module(module)
             .name(c"main")
-            .specialization_info(&specialization);
+            .specialization_info(&info);
         let info = [vk::ComputePipelineCreateInfo::default()
             .stage(stage)
             .layout(self.pipeline_layout)];
@@ -323,7 +352,10 @@ impl Context {
             }
         };
         let pipeline = made.first().copied().unwrap_or_default();
-        self.set_name(pipeline, &format!("{kernel} x{block_size}"));
+        self.set_name(
+            pipeline,
+            &format!("{kernel} x{}", specialization.block_size),
+        );
         pipelines.insert(key, pipeline);
         Ok(pipeline)
     }

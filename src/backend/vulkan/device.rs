@@ -14,8 +14,8 @@ use super::physical::{self, Physical};
 use super::slice_kernel::SliceKernel;
 use super::{probe, unavailable};
 use crate::backend::{
-    Account, Backend, Device, DeviceInfo, DeviceKind, DeviceMemory, Dispatch, DispatchRequest,
-    ExecutionMode, GridMemory, Placement, VulkanConfig, VulkanMode,
+    Account, Backend, Device, DeviceInfo, DeviceMemory, Dispatch, DispatchRequest, ExecutionMode,
+    GridMemory, Placement, VulkanConfig, VulkanMode,
 };
 use crate::error::Error;
 use crate::thread::affinity;
@@ -71,8 +71,7 @@ impl Backend for VulkanBackend {
             index,
             available: self.devices.len(),
         })?;
-        let software = physical.info.kind == DeviceKind::SoftwareGpu;
-        let cores = driver_cores(&self.reserved_cores, software);
+        let cores = driver_cores(&self.reserved_cores, physical.software);
         let account = Arc::new(Account::new(physical.info.memory_limit));
         let context = on_driver_cores(&cores, || Context::open(&self.instance, physical, account))?;
         // The caller's thread exchanges messages with the probe: the driver's cores are busy.

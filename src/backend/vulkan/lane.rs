@@ -299,7 +299,7 @@ impl Bridge {
         fence_limit: Duration,
     ) -> Result<Self, Error> {
         let context = Arc::clone(&handle.context);
-        let software = !context.physical.info.kind.is_hardware();
+        let software = context.physical.software;
         let family = context.physical.family;
         // SAFETY: the device was created with this many queues of this family.
         let queue = unsafe { context.raw.get_device_queue(family, queue_index) };

@@ -11,7 +11,7 @@ use crate::backend::VulkanConfig;
 use crate::error::Error;
 
 /// Lowest version with everything the shaders and the backend use.
-const API_VERSION: u32 = vk::API_VERSION_1_1;
+pub(super) const API_VERSION: u32 = vk::API_VERSION_1_1;
 
 const VALIDATION_LAYER: &CStr = c"VK_LAYER_KHRONOS_validation";
 

@@ -2,7 +2,7 @@
 
 use ash::{ext, vk};
 
-use super::loader::Instance;
+use super::loader::{API_VERSION, Instance};
 use super::unavailable;
 use crate::backend::{
     BackendType, DeviceInfo, DeviceKind, ExecutionMode, MemoryHeap, QueueFamily, VulkanConfig,
@@ -24,6 +24,13 @@ pub(super) struct Physical {
     pub(super) max_block_threads: u32,
     pub(super) max_blocks: u32,
     pub(super) max_buffer_bytes: u64,
+    /// Invocations of a subgroup.
+    pub(super) subgroup_size: u32,
+    /// Whether shaders run on this machine's CPU, whatever kind the driver claims: loops are cut short, and a subgroup is one
+    /// thread.
+    pub(super) software: bool,
+    /// What the shaders need and the device lacks, if anything.
+    pub(super) lacks: Option<String>,
     /// Whether the driver demands that the subset of Vulkan it lacks is acknowledged.
     pub(super) portability_subset: bool,
 }
@@ -65,6 +72,7 @@ fn describe(
     };
     let mut driver = vk::PhysicalDeviceDriverProperties::default();
     let mut pci = vk::PhysicalDevicePCIBusInfoPropertiesEXT::default();
+    let mut subgroups = vk::PhysicalDeviceSubgroupProperties::default();
     let mut properties = vk::PhysicalDeviceProperties2::default();
     let has_driver = has(ash::khr::driver_properties::NAME);
     let has_pci = has(ext::pci_bus_info::NAME);
@@ -74,7 +82,13 @@ fn describe(
     if has_pci {
         properties = properties.push_next(&mut pci);
     }
-    // SAFETY: the handle came from this instance; the chain holds only structures whose extensions the device has.
+    // SAFETY: the handle came from this instance.
+    let version = unsafe { raw.get_physical_device_properties(handle) }.api_version;
+    if version >= API_VERSION {
+        properties = properties.push_next(&mut subgroups);
+    }
+    // SAFETY: the handle came from this instance; the chain holds only structures that the device's version or extensions
+    // have.
     unsafe { raw.get_physical_device_properties2(handle, &mut properties) };
     let core = properties.properties;
     // SAFETY: the handle came from this instance.
@@ -97,6 +111,11 @@ fn describe(
         vk::PhysicalDeviceType::CPU => DeviceKind::SoftwareGpu,
         _ => DeviceKind::Other,
     };
+    let software = kind == DeviceKind::SoftwareGpu
+        || matches!(
+            driver.driver_id,
+            vk::DriverId::MESA_LLVMPIPE | vk::DriverId::GOOGLE_SWIFTSHADER
+        );
     let heaps: Vec<MemoryHeap> = memory
         .memory_heaps_as_slice()
         .iter()
@@ -143,6 +162,9 @@ fn describe(
         max_block_threads,
         max_blocks: limits.max_compute_work_group_count[0],
         max_buffer_bytes,
+        subgroup_size: subgroups.subgroup_size,
+        software,
+        lacks: lacks(core.api_version, &subgroups),
         portability_subset: has(ash::khr::portability_subset::NAME),
         info: DeviceInfo {
             backend: BackendType::Vulkan,
@@ -180,6 +202,24 @@ fn describe(
             }),
         },
     })
+}
+
+/// What the shaders need and a device lacks, if anything.
+fn lacks(version: u32, subgroups: &vk::PhysicalDeviceSubgroupProperties<'_>) -> Option<String> {
+    let operations = vk::SubgroupFeatureFlags::BASIC | vk::SubgroupFeatureFlags::SHUFFLE;
+    if version < API_VERSION {
+        return Some("it is older than Vulkan 1.1".into());
+    }
+    if !subgroups
+        .supported_stages
+        .contains(vk::ShaderStageFlags::COMPUTE)
+        || !subgroups.supported_operations.contains(operations)
+    {
+        return Some("its compute shaders have no subgroup shuffle".into());
+    }
+    // A request's header is read by four invocations at once.
+    (subgroups.subgroup_size < 4)
+        .then(|| format!("its subgroups have {}, not 4", subgroups.subgroup_size))
 }
 
 /// The NUMA node of a PCI device; `None` where the system does not tell, or has only one.

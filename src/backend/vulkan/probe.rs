@@ -36,8 +36,28 @@ const REPLY_TIMEOUT: Duration = Duration::from_millis(500);
 /// Longer than any slice budget.
 const START_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Block sizes that are tried: what most kernels have, and more than one SIMD group. Software drivers run the two differently.
+const BLOCK_SIZES: [u32; 2] = [32, 1];
+
 /// Tries the device. What was seen, or why messages do not reach a running dispatch.
 pub(super) fn run(device: &VulkanDevice) -> Result<Result<String, String>, Error> {
+    let begin = Instant::now();
+    let mut mid_slice = 0;
+    for block_size in BLOCK_SIZES {
+        match run_block(device, block_size)? {
+            Ok(seen) => mid_slice += seen,
+            Err(reason) => return Ok(Err(reason)),
+        }
+    }
+    Ok(Ok(format!(
+        "the probe saw {} messages echoed, {mid_slice} of them by a running dispatch, in {:.1?}",
+        MESSAGES * BLOCK_SIZES.len() as u32,
+        begin.elapsed()
+    )))
+}
+
+/// How many messages came back from a running dispatch.
+fn run_block(device: &VulkanDevice, block_size: u32) -> Result<Result<u32, String>, Error> {
     let ring = RingLayout::new(CAPACITY, PAYLOAD, false).map_err(|error| Error::InvalidOption {
         option: "probe",
         reason: error.to_string(),
@@ -62,7 +82,7 @@ pub(super) fn run(device: &VulkanDevice) -> Result<Result<String, String>, Error
         )),
         types: Arc::new(TypeTable::new(&[], true)),
         grid: Dim3::x(1),
-        block_size: Dim3::x(32),
+        block_size: Dim3::x(block_size),
         blocks: vec![device_ends],
         wait: KernelWait::Spin,
         cores: Vec::new(),
@@ -72,21 +92,15 @@ pub(super) fn run(device: &VulkanDevice) -> Result<Result<String, String>, Error
     })?;
     memory.control().set_active(true);
     dispatch.command();
-    let begin = Instant::now();
     let outcome = if wait_for_start(|| memory.control().state() == Some(BlockState::Polling)) {
         exchange(producer, consumer, || memory.control().slice_number())
     } else {
         Err("no slice began within two seconds".into())
     };
-    let took = begin.elapsed();
     dispatch.request_stop();
     dispatch.join(Deadline::after(START_TIMEOUT));
     device.check_lost()?;
-    Ok(outcome.map(|mid_slice| {
-        format!(
-            "the probe saw {MESSAGES} messages echoed, {mid_slice} of them by a running dispatch, in {took:.1?}"
-        )
-    }))
+    Ok(outcome)
 }
 
 fn wait_for_start(mut has_begun: impl FnMut() -> bool) -> bool {

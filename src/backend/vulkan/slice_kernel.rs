@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ash::vk;
 
-use super::context::{BINDINGS, Context, PushConstants};
+use super::context::{BINDINGS, Context, PushConstants, Specialization};
 use super::memory::Buffer;
 use crate::backend::{BlockMemory, DeviceMemory, DispatchRequest, GridMemory, Handler};
 use crate::error::Error;
@@ -17,9 +17,10 @@ use crate::thread::KernelWait;
 use crate::thread::event_count::EventCount;
 use crate::time::{self, Deadline};
 
-/// Software drivers run a shader in groups of 8 invocations. A block of one such group has barriers that order nothing,
-/// and one that is no multiple has invocations that exist in part: measured on lavapipe of Mesa 22.3.
-const SMALLEST_BLOCK: u32 = 16;
+/// Software drivers run a shader in SIMD groups, 8 invocations each as a rule. A block that is no multiple of them has
+/// invocations that exist in part, and whose loops do not end (measured on lavapipe of Mesa 22.3). A block of one group is
+/// run in lockstep; larger ones are multiples of this, which suffices for a GPU's header accesses as well.
+const BLOCK_UNIT: u32 = 16;
 
 /// Passes over the largest message that a handler's loops are charged with by default.
 const DEFAULT_PASSES: u32 = 5;
@@ -87,7 +88,7 @@ impl SliceKernel {
         device_grid: Arc<GridMemory>,
         relay_blocks: Vec<Arc<BlockMemory>>,
     ) -> Result<Self, Error> {
-        let software = !context.physical.info.kind.is_hardware();
+        let software = context.physical.software;
         let kernel = request.signals.name.clone();
         let Handler::Shader(code) = &request.handler else {
             return Err(Error::NoHandler {
@@ -96,7 +97,8 @@ impl SliceKernel {
             });
         };
         let layout = device_grid.layout;
-        let block_size = block_size(context, request.block_size.count(), software)?;
+        let specialization = specialization(context, request.block_size.count())?;
+        let block_size = specialization.block_size;
         check_blocks(context, request.grid.count())?;
         let slot_words = (layout.ring.stride() / 4) as u32;
         if code.replies > layout.ring.capacity() {
@@ -122,7 +124,7 @@ impl SliceKernel {
             telemetry: request.telemetry.into(),
             two: 2,
         };
-        let pipeline = context.pipeline(&kernel, &code.source, block_size)?;
+        let pipeline = context.pipeline(&kernel, &code.source, specialization)?;
         let end = Arc::new(KernelEnd {
             finished: AtomicBool::new(false),
             event: EventCount::new(),
@@ -414,23 +416,30 @@ fn failure(block: u32, fault: Option<BlockFault>) -> KernelFailure {
     }
 }
 
-/// The block size that the device will run.
-fn block_size(context: &Context, asked: u64, software: bool) -> Result<u32, Error> {
-    let limit = context.physical.max_block_threads;
-    let size = if software {
+/// The block size that the device will run, and how.
+fn specialization(context: &Context, asked: u64) -> Result<Specialization, Error> {
+    let physical = &context.physical;
+    let group: u64 = physical.subgroup_size.into();
+    let lockstep = physical.software && asked <= group;
+    let size = if lockstep {
+        group
+    } else if physical.software {
         asked
-            .max(1)
-            .checked_next_multiple_of(SMALLEST_BLOCK.into())
+            .checked_next_multiple_of(group.max(BLOCK_UNIT.into()))
             .unwrap_or(u64::MAX)
     } else {
-        asked.max(SMALLEST_BLOCK.into())
+        asked.max(BLOCK_UNIT.into())
     };
     match u32::try_from(size) {
-        Ok(size) if size <= limit => Ok(size),
+        Ok(block_size) if block_size <= physical.max_block_threads => Ok(Specialization {
+            block_size,
+            lockstep: lockstep.into(),
+        }),
         _ => Err(Error::InvalidOption {
             option: "block size",
             reason: format!(
-                "{size} threads exceed the {limit} of device '{}'",
+                "{size} threads exceed the {} of device '{}'",
+                physical.max_block_threads,
                 context.name()
             ),
         }),
