@@ -76,6 +76,7 @@ macro_rules! mode {
                 }
                 life::{
                     an_unknown_kernel_is_refused_with_a_list,
+                    bad_launch_options_are_refused,
                     bad_configurations_are_refused,
                     transitions_are_enforced,
                     each_state_refuses_sends_with_an_error_of_its_own,

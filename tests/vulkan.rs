@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 
 use conformance::{LONG, active, eventually, one_at_a_time, runtime_from, small};
 use ringkernel::backend::{DeviceKind, ExecutionMode};
-use ringkernel::error::{RecvTimeoutError, Unavailable};
+use ringkernel::error::{
+    CallError, RecvTimeoutError, SendTimeoutError, TryRecvError, TrySendError, Unavailable,
+};
 use ringkernel::kernel::FailureReason;
 use ringkernel::{
     BackendType, Error, KernelRegistration, KernelState, LaunchOptions, RingKernelRuntime,
@@ -499,6 +501,272 @@ fn termination_takes_milliseconds() {
     println!("terminate: median {:?}, longest {:?}", fall[25], fall[49]);
     // Two batches of sixteen slices are always queued: a hundred heartbeats are a fraction of one slice.
     assert!(fall[25] < alone, "{:?} against {alone:?}", fall[25]);
+}
+
+#[test]
+fn a_million_messages_cross_slices_unchanged_and_in_order() {
+    const MESSAGES: u32 = 1_000_000;
+    let Some(_turn) = turn() else { return };
+    let runtime = runtime(VulkanMode::Resident);
+    // A block of one SIMD group and one of several, which software drivers run differently.
+    for threads in [1, 32] {
+        let options = LaunchOptions {
+            message_size: Some(200),
+            queue_capacity: Some(64),
+            wait: Some(WaitStrategy::Spin),
+            ..LaunchOptions::default()
+        };
+        let kernel = runtime.launch("echo", 1, threads, options).unwrap();
+        kernel.activate().unwrap();
+        let slices = || kernel.metrics().slices;
+        let (before, begin) = (slices(), Instant::now());
+        let mut total = 0;
+        {
+            let (mut sender, mut receiver) = kernel.split_bytes().unwrap();
+            let (mut sent, mut received) = (0_u32, 0_u32);
+            let (mut message, mut reply) = ([0; 200], [0; 200]);
+            // Sizes and bytes that tell each message, and how many are on their way, between one and two rings full.
+            let size = |number: u32| (number.wrapping_mul(2_654_435_761) >> 16) as usize % 201;
+            let fill = |number: u32, bytes: &mut [u8]| {
+                for (index, byte) in bytes.iter_mut().enumerate() {
+                    *byte = (number.wrapping_mul(31) >> (index % 4 * 8)) as u8 ^ index as u8;
+                }
+            };
+            while received < MESSAGES || kernel.metrics().slices - before < 100 {
+                let depth = 1 + (received >> 10) % 128;
+                while sent.wrapping_sub(received) < depth {
+                    let bytes = &mut message[..size(sent)];
+                    fill(sent, bytes);
+                    if sender.try_send_bytes(bytes).is_err() {
+                        break;
+                    }
+                    sent += 1;
+                }
+                let bytes = &mut message[..size(received)];
+                fill(received, bytes);
+                let length = receiver.recv_bytes_timeout(&mut reply, LONG).unwrap();
+                assert_eq!(reply[..length], *bytes, "message {received}");
+                received += 1;
+            }
+            while received < sent {
+                receiver.recv_bytes_timeout(&mut reply, LONG).unwrap();
+                received += 1;
+            }
+            assert!(receiver.try_recv_bytes(&mut reply).is_err(), "one too many");
+            total += u64::from(received);
+        }
+        println!(
+            "{threads} threads: {total} messages, {} slices, {:.1?}",
+            slices() - before,
+            begin.elapsed()
+        );
+        let metrics = kernel.metrics();
+        assert_eq!((metrics.accepted, metrics.processed), (total, total));
+        assert_eq!((metrics.produced, metrics.received_replies), (total, total));
+        kernel.terminate().unwrap();
+    }
+    let report = runtime.complete_shutdown().unwrap();
+    assert!(
+        report.requests.adds_up() && report.replies.adds_up(),
+        "{report}"
+    );
+}
+
+#[test]
+fn a_full_ring_gives_the_message_back_and_frees_its_slots() {
+    let Some(_turn) = turn() else { return };
+    for mode in MODES {
+        let runtime = runtime(mode);
+        let options = LaunchOptions {
+            queue_capacity: Some(8),
+            ..LaunchOptions::default()
+        };
+        let kernel = active(&runtime, "test.sleep", options);
+        let (mut sender, mut receiver) = kernel.split_bytes().unwrap();
+        // The first one keeps the kernel busy for a while.
+        sender.try_send_bytes(&[255]).unwrap();
+        let mut sent = 1_u8;
+        while sender.try_send_bytes(&[0, sent]).is_ok() {
+            sent += 1;
+        }
+        assert_eq!(sent, 8, "one in the handler still holds its slot");
+        assert_eq!(sender.try_send_bytes(&[0]), Err(TrySendError::Full));
+        let (begin, timeout) = (Instant::now(), Duration::from_millis(20));
+        assert_eq!(
+            sender.send_bytes_timeout(&[0], timeout),
+            Err(SendTimeoutError::Timeout)
+        );
+        assert!(begin.elapsed() >= timeout.mul_f64(0.999));
+        let mut reply = [0; 2];
+        assert_eq!(receiver.recv_bytes_timeout(&mut reply, LONG), Ok(1));
+        for expected in 1..sent {
+            assert_eq!(receiver.recv_bytes_timeout(&mut reply, LONG), Ok(2));
+            assert_eq!(reply, [0, expected]);
+        }
+        eventually("all free slots", || {
+            sender.batch(100).is_ok_and(|batch| batch.room() == 8)
+        });
+    }
+}
+
+#[test]
+fn late_replies_become_dead_letters_and_calls_are_limited() {
+    let Some(_turn) = turn() else { return };
+    for mode in MODES {
+        let runtime = runtime(mode);
+        let options = LaunchOptions {
+            max_pending_calls: 2,
+            ..small()
+        };
+        let kernel = active(&runtime, "test.sleep", options);
+        let mut reply = [0; 8];
+        for _ in 0..2 {
+            assert_eq!(
+                kernel.call_bytes(&[50], &mut reply, Duration::from_micros(100)),
+                Err(CallError::Timeout)
+            );
+        }
+        assert_eq!(kernel.call_bytes(b"\0mine", &mut reply, LONG), Ok(5));
+        assert_eq!(reply[..5], *b"\0mine");
+        assert_eq!(kernel.metrics().dead_letters.late_replies, 2);
+        assert_eq!(kernel.try_recv_bytes(&mut reply), Err(TryRecvError::Empty));
+        let accepted = kernel.metrics().accepted;
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| kernel.call_bytes(&[255], &mut [0; 8], LONG).unwrap());
+            }
+            eventually("two pending calls", || {
+                kernel.metrics().accepted == accepted + 2
+            });
+            assert_eq!(
+                kernel.call_bytes(b"three", &mut [0; 8], LONG),
+                Err(CallError::TooManyCalls)
+            );
+        });
+        drop(kernel.split_bytes().unwrap());
+    }
+}
+
+#[test]
+fn configured_numbers_are_honoured() {
+    let Some(_turn) = turn() else { return };
+    for mode in MODES {
+        let config = RuntimeConfig {
+            default_queue_capacity: 8,
+            default_message_size: 100,
+            default_timeout: Duration::from_millis(30),
+            ..RuntimeConfig::default()
+        };
+        let runtime = runtime_from(vulkan::builder(mode, config));
+        let kernel = active(&runtime, "test.sleep", LaunchOptions::default());
+        {
+            let (mut sender, _receiver) = kernel.split_bytes().unwrap();
+            assert_eq!(sender.reserve().unwrap().body_mut().len(), 112);
+            assert_eq!(sender.batch(100).unwrap().room(), 8);
+        }
+        let begin = Instant::now();
+        assert_eq!(
+            kernel.recv::<conformance::kernels::Sum>(),
+            Err(RecvTimeoutError::Timeout)
+        );
+        while kernel.try_send_bytes(&[255]).is_ok() {}
+        assert_eq!(kernel.send_bytes(b"x"), Err(SendTimeoutError::Timeout));
+        assert!(begin.elapsed() >= Duration::from_millis(59));
+        assert!(
+            begin.elapsed() < Duration::from_secs(4),
+            "the default is 5 s"
+        );
+        drop(runtime);
+        // How often the bridge looks at a kernel.
+        let beats_in_100_ms = |interval| {
+            let config = RuntimeConfig {
+                bridge_poll_interval: interval,
+                kernel_wait: WaitStrategy::Spin,
+                ..RuntimeConfig::default()
+            };
+            let runtime = runtime_from(vulkan::builder(mode, config));
+            let kernel = active(&runtime, "echo", small());
+            kernel.call_bytes(b"x", &mut [0; 8], LONG).unwrap();
+            let before = kernel.metrics().heartbeats;
+            std::thread::sleep(Duration::from_millis(100));
+            kernel.metrics().heartbeats - before
+        };
+        let (spinning, polling) = (
+            beats_in_100_ms(Duration::ZERO),
+            beats_in_100_ms(Duration::from_millis(20)),
+        );
+        assert!(spinning > 4 * polling, "{spinning}, {polling}");
+        // How much memory kernels may take.
+        let config = RuntimeConfig {
+            vulkan: VulkanConfig {
+                memory_limit: Some(100_000),
+                ..VulkanConfig::default()
+            },
+            ..RuntimeConfig::default()
+        };
+        let runtime = runtime_from(vulkan::builder(mode, config));
+        assert!(matches!(
+            runtime.launch("echo", 1, 1, LaunchOptions::default()),
+            Err(Error::OutOfMemory { .. })
+        ));
+        active(&runtime, "echo", small());
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn driver_and_bridge_threads_stay_off_the_reserved_cores() {
+    use std::collections::BTreeMap;
+    let Some(_turn) = turn() else { return };
+    let cores = ringkernel::thread::affinity::usable_cores();
+    let [first, .., last] = cores[..] else {
+        println!("skipped: one core only");
+        return;
+    };
+    // Thread names and the cores that each may use, by thread id.
+    let threads = || -> BTreeMap<String, (String, String)> {
+        let read = |path: std::path::PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+        std::fs::read_dir("/proc/self/task")
+            .unwrap()
+            .map(|entry| {
+                let path = entry.unwrap().path();
+                let status = read(path.join("status"));
+                let allowed = status
+                    .lines()
+                    .find_map(|line| line.strip_prefix("Cpus_allowed_list:"))
+                    .unwrap_or_default();
+                let name = read(path.join("comm"));
+                let id = path.file_name().unwrap().to_string_lossy().into_owned();
+                (id, (name.trim().to_owned(), allowed.trim().to_owned()))
+            })
+            .collect()
+    };
+    for reserved in [first, last] {
+        let before = threads();
+        let config = RuntimeConfig {
+            reserved_cores: vec![reserved],
+            ..RuntimeConfig::default()
+        };
+        let runtime = runtime_from(vulkan::builder(VulkanMode::Resident, config));
+        let kernel = active(&runtime, "echo", small());
+        kernel.call_bytes(b"x", &mut [0; 8], LONG).unwrap();
+        let mut after = threads();
+        // Mesa lets the thread that writes its shader cache run anywhere, whoever starts it; it works during launches.
+        after.retain(|id, (name, _)| !before.contains_key(id) && !name.contains(":disk$"));
+        println!("core {reserved} reserved: {after:?}");
+        assert!(
+            after
+                .values()
+                .any(|(name, _)| name.starts_with("rk-bridge"))
+        );
+        for (name, allowed) in after.values() {
+            let may_use = allowed.split(',').any(|range| {
+                let (low, high) = range.split_once('-').unwrap_or((range, range));
+                (low.parse().unwrap()..=high.parse().unwrap()).contains(&reserved)
+            });
+            assert!(!may_use, "{name} may use {allowed}, {reserved} is reserved");
+        }
+    }
 }
 
 #[test]

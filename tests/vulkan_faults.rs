@@ -7,11 +7,12 @@
 mod vulkan;
 
 use std::env::consts::{DLL_PREFIX, DLL_SUFFIX};
-use std::ffi::CString;
+use std::ffi::{CStr, CString, c_void};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use ringkernel::backend::{DeviceKind, ExecutionMode, VulkanDeviceInfo};
 use ringkernel::error::{CallError, RecvTimeoutError, SendTimeoutError, Unavailable};
 use ringkernel::kernel::FailureReason;
 use ringkernel::{
@@ -92,19 +93,37 @@ fn in_child(name: &str) -> bool {
     false
 }
 
-/// Tells the layer, which the loader has loaded into this process, what is to fail.
-fn arm(fault: Fault, after: u32) {
+/// A function of the layer, which the loader has loaded into this process or will.
+fn function(name: &CStr) -> *mut c_void {
     let path = CString::new(std::env::var(LAYER).unwrap()).unwrap();
-    // SAFETY: the library is the layer, whose initialisers do nothing; its function has this signature.
+    // SAFETY: the library is the layer, whose initialisers do nothing.
     unsafe {
         let library = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
         assert!(!library.is_null());
-        let function = libc::dlsym(library, c"rk_fault_arm".as_ptr());
+        let function = libc::dlsym(library, name.as_ptr());
         assert!(!function.is_null());
-        let arm: extern "C" fn(u32, u32) = std::mem::transmute(function);
-        arm(fault as u32, after);
+        function
     }
 }
+
+/// Tells the layer what is to fail.
+fn arm(fault: Fault, after: u32) {
+    // SAFETY: this is its signature.
+    let arm: extern "C" fn(u32, u32) = unsafe { std::mem::transmute(function(c"rk_fault_arm")) };
+    arm(fault as u32, after);
+}
+
+/// Tells the layer what devices are to claim.
+fn claim(claims: u32) {
+    // SAFETY: this is its signature.
+    let claim: extern "C" fn(u32) = unsafe { std::mem::transmute(function(c"rk_fault_claim")) };
+    claim(claims);
+}
+
+/// The claims of `tests/fault_layer/lib.rs`.
+const DISCRETE: u32 = 1;
+const UNCACHED: u32 = 2;
+const BATCHED: u32 = 4;
 
 fn build(mode: VulkanMode) -> Result<RingKernelRuntime, Error> {
     RingKernelRuntime::builder()
@@ -296,4 +315,95 @@ fn drivers_that_vanish_are_an_error_with_its_reason() {
     }
     arm(Fault::None, 0);
     build(VulkanMode::Exchange).unwrap();
+}
+
+/// Verified round trips.
+fn exchange(kernel: &KernelHandle, messages: u32) {
+    let mut reply = [0; 48];
+    for number in 0..messages {
+        let mut message = [0; 48];
+        for (index, bytes) in message.chunks_exact_mut(4).enumerate() {
+            bytes.copy_from_slice(
+                &number
+                    .wrapping_mul(31)
+                    .wrapping_add(index as u32)
+                    .to_ne_bytes(),
+            );
+        }
+        assert_eq!(kernel.call_bytes(&message, &mut reply, LONG), Ok(48));
+        assert_eq!(reply, message, "message {number}");
+    }
+}
+
+fn vulkan_info(runtime: &RingKernelRuntime) -> VulkanDeviceInfo {
+    let devices = runtime.devices();
+    devices[runtime.default_device()].vulkan.clone().unwrap()
+}
+
+#[test]
+fn a_device_whose_dispatches_see_nothing_new_runs_in_exchange_mode() {
+    if !in_child("a_device_whose_dispatches_see_nothing_new_runs_in_exchange_mode") {
+        return;
+    }
+    claim(BATCHED);
+    let runtime = build(VulkanMode::Auto).unwrap();
+    let info = vulkan_info(&runtime);
+    assert_eq!(info.mode, ExecutionMode::Exchange, "{}", info.mode_reason);
+    assert!(
+        info.mode_reason.contains("the probe failed"),
+        "{}",
+        info.mode_reason
+    );
+    println!("{}", info.mode_reason);
+    exchange(&active(&runtime, "echo"), 2000);
+    drop(runtime);
+    // So it does when its rings are elsewhere.
+    let staged = build(VulkanMode::Staged).unwrap();
+    exchange(&active(&staged, "echo"), 2000);
+}
+
+#[test]
+fn memory_that_is_not_cached_is_not_polled() {
+    if !in_child("memory_that_is_not_cached_is_not_polled") {
+        return;
+    }
+    claim(UNCACHED);
+    let runtime = build(VulkanMode::Auto).unwrap();
+    let info = vulkan_info(&runtime);
+    assert!(
+        info.placements
+            .iter()
+            .all(|placement| !placement.host_cached)
+    );
+    assert_eq!(info.mode, ExecutionMode::Exchange);
+    assert!(
+        info.mode_reason.contains("not cached"),
+        "{}",
+        info.mode_reason
+    );
+    exchange(&active(&runtime, "echo"), 2000);
+    // Write-combined memory has its fences: nothing is lost where it is used all the same.
+    let resident = build(VulkanMode::Resident).unwrap();
+    exchange(&active(&resident, "echo"), 200_000);
+}
+
+#[test]
+fn the_best_hardware_is_chosen_if_it_passes_the_probe() {
+    if !in_child("the_best_hardware_is_chosen_if_it_passes_the_probe") {
+        return;
+    }
+    claim(DISCRETE);
+    let best = RingKernelRuntime::builder().build().unwrap();
+    assert_eq!(best.backend(), BackendType::Vulkan);
+    let device = &best.devices()[best.default_device()];
+    assert_eq!(device.kind, DeviceKind::DiscreteGpu);
+    assert_eq!(vulkan_info(&best).mode, ExecutionMode::Resident);
+    exchange(&active(&best, "echo"), 2000);
+    // No probe, no choice; but whoever asks for Vulkan gets it.
+    claim(DISCRETE | BATCHED);
+    let best = RingKernelRuntime::builder().build().unwrap();
+    assert_eq!(best.backend(), BackendType::Cpu);
+    let asked = RingKernelRuntime::builder().backend(BackendType::Vulkan);
+    let asked = asked.build().unwrap();
+    assert_eq!(vulkan_info(&asked).mode, ExecutionMode::Exchange);
 }

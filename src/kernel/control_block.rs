@@ -286,6 +286,11 @@ impl ControlBlock<'_> {
         self.device.processed.load(Ordering::Acquire)
     }
 
+    /// Runs of the handler so far for the request in hand, modulo 2^32.
+    pub(crate) fn step(&self) -> u32 {
+        self.device.step.load(Ordering::Relaxed)
+    }
+
     /// Position up to which replies have been written, modulo 2^32.
     pub(crate) fn produced(&self) -> u32 {
         // ORDERING: progress. Pairs with `store_produced`.

@@ -326,6 +326,9 @@ impl KernelInstance {
             heartbeats: controls()
                 .map(|control| u64::from(control.heartbeat()))
                 .sum(),
+            slices: controls()
+                .map(|control| u64::from(control.slice_number()))
+                .sum(),
             heartbeat_age: telemetry
                 .map(|telemetry| {
                     let seen = self.signals.alive_at_ns.load(Ordering::Relaxed);

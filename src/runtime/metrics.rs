@@ -43,6 +43,10 @@ pub struct KernelMetrics {
     pub last_error: u32,
     /// Signs of life of all blocks' loops, modulo 2^32 each.
     pub heartbeats: u64,
+    /// Slices that the blocks have begun, modulo 2^32 each: dispatches of a loop that a device runs piece by piece (Vulkan).
+    /// While heartbeats stand still, a number that grows means "between slices", one that does not means "stuck". Always 0 on
+    /// the CPU.
+    pub slices: u64,
     /// Time since the oldest sign of life among the blocks; `None` without telemetry or before the first.
     pub heartbeat_age: Option<Duration>,
     /// The loop's own counters, summed over the grid; `None` if `RuntimeConfig::enable_telemetry` is off.

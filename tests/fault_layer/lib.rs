@@ -1,5 +1,5 @@
 //! A Vulkan layer that makes calls fail on demand, between the loader and whatever driver there is. Loaded only by
-//! `tests/vulkan_faults.rs`, which says what is to fail by the two functions at the end.
+//! `tests/vulkan_faults.rs`, which says what is to fail by the two functions at the end: faults strike once in a while, claims hold for whatever is opened while they are made.
 //!
 //! The loader's interface: "Architecture of the Vulkan Loader Interfaces", Loader and Layer Interface, version 2.
 
@@ -34,11 +34,77 @@ pub const NO_DEVICE: u32 = 7;
 /// `vkCreateComputePipelines` has no memory.
 pub const NO_PIPELINE: u32 = 8;
 
+/// Devices say that they are discrete GPUs.
+pub const CLAIM_DISCRETE: u32 = 1;
+/// No memory is cached by the host.
+pub const CLAIM_UNCACHED: u32 = 2;
+/// Host and device see each other's writes only at submissions and fences, which is all that the specification promises.
+pub const CLAIM_BATCHED: u32 = 4;
+
 static FAULT: AtomicU32 = AtomicU32::new(NONE);
 /// Matching calls that still succeed.
 static AFTER: AtomicI64 = AtomicI64::new(0);
 /// The device that was lost, or hangs.
 static VICTIM: AtomicU64 = AtomicU64::new(0);
+
+/// What devices claim to be, or are made to be.
+static CLAIMS: AtomicU32 = AtomicU32::new(0);
+
+fn claims(claim: u32) -> bool {
+    CLAIMS.load(Ordering::SeqCst) & claim != 0
+}
+
+/// Mapped memory of a device that works by batches: what the host sees, what the device sees, and what both saw last.
+struct Mapping {
+    device: vk::Device,
+    memory: vk::DeviceMemory,
+    host: Vec<Line>,
+    real: usize,
+    base: Vec<u32>,
+}
+
+/// Aligned as a driver's mapping is.
+#[repr(C, align(128))]
+#[derive(Clone, Copy)]
+struct Line([u32; 32]);
+
+/// Bytes of each piece of memory, the latest last: a driver may use a handle again.
+static SIZES: Mutex<Vec<(vk::DeviceMemory, u64)>> = Mutex::new(Vec::new());
+static MAPPINGS: Mutex<Vec<Mapping>> = Mutex::new(Vec::new());
+
+impl Mapping {
+    /// Shows each side what the other wrote since last time: whole words, each of which has one writer.
+    fn exchange(&mut self, to_device: bool) {
+        let host = self.host.as_mut_ptr().cast::<u32>();
+        for (index, base) in self.base.iter_mut().enumerate() {
+            // SAFETY: both sides have as many words as `base`; the other sides write whole words as well.
+            unsafe {
+                let host = AtomicU32::from_ptr(host.add(index));
+                let real = AtomicU32::from_ptr((self.real as *mut u32).add(index));
+                let (from, to) = if to_device {
+                    (host, real)
+                } else {
+                    (real, host)
+                };
+                let value = from.load(Ordering::Acquire);
+                if value != *base {
+                    *base = value;
+                    to.store(value, Ordering::Release);
+                }
+            }
+        }
+    }
+}
+
+fn exchange(device: vk::Device, to_device: bool) {
+    if claims(CLAIM_BATCHED) {
+        for mapping in MAPPINGS.lock().unwrap().iter_mut() {
+            if mapping.device == device {
+                mapping.exchange(to_device);
+            }
+        }
+    }
+}
 
 /// The next element of the chain, for one instance.
 #[derive(Clone, Copy)]
@@ -47,6 +113,9 @@ struct NextOfInstance {
     destroy: vk::PFN_vkDestroyInstance,
     enumerate_physical_devices: vk::PFN_vkEnumeratePhysicalDevices,
     create_device: vk::PFN_vkCreateDevice,
+    properties: vk::PFN_vkGetPhysicalDeviceProperties2,
+    memory_properties: vk::PFN_vkGetPhysicalDeviceMemoryProperties,
+    memory_properties2: vk::PFN_vkGetPhysicalDeviceMemoryProperties2,
 }
 
 /// The next element of the chain, for one device.
@@ -58,6 +127,8 @@ struct NextOfDevice {
     queue_submit: vk::PFN_vkQueueSubmit,
     wait_for_fences: vk::PFN_vkWaitForFences,
     allocate_memory: vk::PFN_vkAllocateMemory,
+    free_memory: vk::PFN_vkFreeMemory,
+    map_memory: vk::PFN_vkMapMemory,
     create_compute_pipelines: vk::PFN_vkCreateComputePipelines,
 }
 
@@ -210,6 +281,24 @@ unsafe extern "system" fn create_instance(
                 vk::PFN_vkEnumeratePhysicalDevices
             ),
             create_device: named!(get, instance, c"vkCreateDevice", vk::PFN_vkCreateDevice),
+            properties: named!(
+                get,
+                instance,
+                c"vkGetPhysicalDeviceProperties2",
+                vk::PFN_vkGetPhysicalDeviceProperties2
+            ),
+            memory_properties: named!(
+                get,
+                instance,
+                c"vkGetPhysicalDeviceMemoryProperties",
+                vk::PFN_vkGetPhysicalDeviceMemoryProperties
+            ),
+            memory_properties2: named!(
+                get,
+                instance,
+                c"vkGetPhysicalDeviceMemoryProperties2",
+                vk::PFN_vkGetPhysicalDeviceMemoryProperties2
+            ),
         };
         remember(&INSTANCES, instance, next);
     }
@@ -264,6 +353,8 @@ unsafe extern "system" fn create_device(
             queue_submit: named!(get, device, c"vkQueueSubmit", vk::PFN_vkQueueSubmit),
             wait_for_fences: named!(get, device, c"vkWaitForFences", vk::PFN_vkWaitForFences),
             allocate_memory: named!(get, device, c"vkAllocateMemory", vk::PFN_vkAllocateMemory),
+            free_memory: named!(get, device, c"vkFreeMemory", vk::PFN_vkFreeMemory),
+            map_memory: named!(get, device, c"vkMapMemory", vk::PFN_vkMapMemory),
             create_compute_pipelines: named!(
                 get,
                 device,
@@ -320,6 +411,7 @@ unsafe extern "system" fn queue_submit(
     if is_lost(next.device) {
         return vk::Result::ERROR_DEVICE_LOST;
     }
+    exchange(next.device, true);
     // SAFETY: the arguments are the caller's own.
     unsafe { (next.queue_submit)(queue, count, submits, fence) }
 }
@@ -343,7 +435,11 @@ unsafe extern "system" fn wait_for_fences(
     }
     let next = next_of(&DEVICES, device);
     // SAFETY: the arguments are the caller's own.
-    unsafe { (next.wait_for_fences)(device, count, fences, all, timeout) }
+    let result = unsafe { (next.wait_for_fences)(device, count, fences, all, timeout) };
+    if result == vk::Result::SUCCESS {
+        exchange(device, false);
+    }
+    result
 }
 
 unsafe extern "system" fn allocate_memory(
@@ -357,7 +453,118 @@ unsafe extern "system" fn allocate_memory(
     }
     let next = next_of(&DEVICES, device);
     // SAFETY: the arguments are the caller's own.
-    unsafe { (next.allocate_memory)(device, info, allocator, memory) }
+    let result = unsafe { (next.allocate_memory)(device, info, allocator, memory) };
+    if result == vk::Result::SUCCESS && claims(CLAIM_BATCHED) {
+        // SAFETY: the driver has read and written both.
+        SIZES
+            .lock()
+            .unwrap()
+            .push(unsafe { (*memory, (*info).allocation_size) });
+    }
+    result
+}
+
+unsafe extern "system" fn free_memory(
+    device: vk::Device,
+    memory: vk::DeviceMemory,
+    allocator: *const vk::AllocationCallbacks<'_>,
+) {
+    let mut mappings = MAPPINGS.lock().unwrap();
+    mappings.retain(|mapping| (mapping.device, mapping.memory) != (device, memory));
+    let next = next_of(&DEVICES, device);
+    // SAFETY: the arguments are the caller's own.
+    unsafe { (next.free_memory)(device, memory, allocator) }
+}
+
+unsafe extern "system" fn map_memory(
+    device: vk::Device,
+    memory: vk::DeviceMemory,
+    offset: vk::DeviceSize,
+    size: vk::DeviceSize,
+    flags: vk::MemoryMapFlags,
+    data: *mut *mut c_void,
+) -> vk::Result {
+    let next = next_of(&DEVICES, device);
+    // SAFETY: the arguments are the caller's own.
+    let result = unsafe { (next.map_memory)(device, memory, offset, size, flags, data) };
+    if result == vk::Result::SUCCESS && claims(CLAIM_BATCHED) {
+        let allocated = SIZES
+            .lock()
+            .unwrap()
+            .iter()
+            .rfind(|(of, _)| *of == memory)
+            .map(|(_, size)| *size);
+        let bytes = if size == vk::WHOLE_SIZE {
+            allocated.expect("allocated here") - offset
+        } else {
+            size
+        };
+        let words = usize::try_from(bytes / 4).unwrap();
+        // SAFETY: the call above has stored where the memory is mapped, for these bytes, and nobody writes it yet.
+        let base = unsafe { std::slice::from_raw_parts((*data).cast::<u32>(), words) }.to_vec();
+        let mut host = vec![Line([0; 32]); words.div_ceil(32)];
+        // SAFETY: there are as many words or a few more.
+        unsafe {
+            host.as_mut_ptr()
+                .cast::<u32>()
+                .copy_from(base.as_ptr(), words)
+        };
+        // SAFETY: as above. The lines stay where they are until the memory is freed.
+        let real = unsafe { std::mem::replace(&mut *data, host.as_mut_ptr().cast()) } as usize;
+        MAPPINGS.lock().unwrap().push(Mapping {
+            device,
+            memory,
+            host,
+            real,
+            base,
+        });
+    }
+    result
+}
+
+unsafe extern "system" fn properties(
+    physical: vk::PhysicalDevice,
+    properties: *mut vk::PhysicalDeviceProperties2<'_>,
+) {
+    let next = next_of(&INSTANCES, physical);
+    // SAFETY: the arguments are the caller's own.
+    unsafe { (next.properties)(physical, properties) };
+    if claims(CLAIM_DISCRETE) {
+        // SAFETY: the caller's structure, which was just filled.
+        unsafe { (*properties).properties.device_type = vk::PhysicalDeviceType::DISCRETE_GPU };
+    }
+}
+
+fn uncache(properties: &mut vk::PhysicalDeviceMemoryProperties) {
+    if claims(CLAIM_UNCACHED) {
+        for memory in &mut properties.memory_types {
+            memory.property_flags &= !vk::MemoryPropertyFlags::HOST_CACHED;
+        }
+    }
+}
+
+unsafe extern "system" fn memory_properties(
+    physical: vk::PhysicalDevice,
+    properties: *mut vk::PhysicalDeviceMemoryProperties,
+) {
+    let next = next_of(&INSTANCES, physical);
+    // SAFETY: the arguments are the caller's own.
+    unsafe {
+        (next.memory_properties)(physical, properties);
+        uncache(&mut *properties);
+    }
+}
+
+unsafe extern "system" fn memory_properties2(
+    physical: vk::PhysicalDevice,
+    properties: *mut vk::PhysicalDeviceMemoryProperties2<'_>,
+) {
+    let next = next_of(&INSTANCES, physical);
+    // SAFETY: the arguments are the caller's own.
+    unsafe {
+        (next.memory_properties2)(physical, properties);
+        uncache(&mut (*properties).memory_properties);
+    }
 }
 
 unsafe extern "system" fn create_compute_pipelines(
@@ -401,6 +608,23 @@ fn own(name: &CStr) -> vk::PFN_vkVoidFunction {
         b"vkDestroyDevice" => of!(destroy_device, vk::PFN_vkDestroyDevice),
         b"vkQueueSubmit" => of!(queue_submit, vk::PFN_vkQueueSubmit),
         b"vkWaitForFences" => of!(wait_for_fences, vk::PFN_vkWaitForFences),
+        b"vkFreeMemory" => of!(free_memory, vk::PFN_vkFreeMemory),
+        b"vkMapMemory" => of!(map_memory, vk::PFN_vkMapMemory),
+        b"vkGetPhysicalDeviceProperties2" => {
+            of!(properties, vk::PFN_vkGetPhysicalDeviceProperties2)
+        }
+        b"vkGetPhysicalDeviceMemoryProperties" => {
+            of!(
+                memory_properties,
+                vk::PFN_vkGetPhysicalDeviceMemoryProperties
+            )
+        }
+        b"vkGetPhysicalDeviceMemoryProperties2" => {
+            of!(
+                memory_properties2,
+                vk::PFN_vkGetPhysicalDeviceMemoryProperties2
+            )
+        }
         b"vkAllocateMemory" => of!(allocate_memory, vk::PFN_vkAllocateMemory),
         b"vkCreateComputePipelines" => {
             of!(create_compute_pipelines, vk::PFN_vkCreateComputePipelines)
@@ -457,4 +681,10 @@ pub extern "C" fn rk_fault_arm(fault: u32, after: u32) {
     AFTER.store(after.into(), Ordering::SeqCst);
     VICTIM.store(0, Ordering::SeqCst);
     FAULT.store(fault, Ordering::SeqCst);
+}
+
+/// Says what devices are to be from now on: any of the claims.
+#[unsafe(no_mangle)]
+pub extern "C" fn rk_fault_claim(claims: u32) {
+    CLAIMS.store(claims, Ordering::SeqCst);
 }

@@ -24,6 +24,9 @@ use crate::thread::event_count::EventCount;
 /// How often the probe is made before its answer counts: a loaded machine can make one attempt fail.
 const PROBES: u32 = 3;
 
+/// How memory for replies is called in a device's description.
+const DEVICE_TO_HOST: &str = "device-to-host";
+
 /// The Vulkan backend.
 #[derive(Debug)]
 pub(crate) struct VulkanBackend {
@@ -157,6 +160,10 @@ impl VulkanDevice {
             VulkanMode::Resident => (ExecutionMode::Resident, "forced".to_owned()),
             VulkanMode::Exchange => (ExecutionMode::Exchange, "forced".to_owned()),
             VulkanMode::Staged => (ExecutionMode::Staged, "forced".to_owned()),
+            VulkanMode::Auto if !device.replies_are_cached()? => (
+                ExecutionMode::Exchange,
+                "the host's caches hold no memory of the device: it is not cached, and too slow to poll".to_owned(),
+            ),
             VulkanMode::Auto => device.probe()?,
         };
         device.mode = mode;
@@ -174,6 +181,14 @@ impl VulkanDevice {
             vulkan.placements = placements;
         }
         Ok(device)
+    }
+
+    /// Whether the host can poll replies where the device writes them.
+    fn replies_are_cached(&self) -> Result<bool, Error> {
+        let placements = self.placements()?;
+        Ok(placements
+            .iter()
+            .any(|placement| placement.purpose == DEVICE_TO_HOST && placement.host_cached))
     }
 
     fn probe(&self) -> Result<(ExecutionMode, String), Error> {
@@ -195,7 +210,7 @@ impl VulkanDevice {
     fn placements(&self) -> Result<Vec<crate::backend::MemoryPlacement>, Error> {
         [
             (Placement::HostToDevice, "host-to-device"),
-            (Placement::DeviceToHost, "device-to-host"),
+            (Placement::DeviceToHost, DEVICE_TO_HOST),
             (Placement::DeviceState, "state"),
         ]
         .into_iter()

@@ -46,8 +46,9 @@ struct BlockRelay {
     /// Requests up to here were carried in, before the last round and now.
     carried: u32,
     moved: u32,
-    /// Requests up to here are processed.
+    /// Requests up to here are processed, and the handler was run so often for the next one.
     processed: u32,
+    step: u32,
     /// Replies up to here were published to the host's ring; up to there they were copied out.
     published: u32,
     copied: u32,
@@ -74,6 +75,7 @@ impl Relay {
                     carried: 0,
                     moved: 0,
                     processed: 0,
+                    step: 0,
                     published: 0,
                     copied: 0,
                     read: 0,
@@ -173,8 +175,9 @@ impl Relay {
                 replied = true;
             }
             relay.copied = produced;
-            progressed |= processed != relay.processed;
+            progressed |= processed != relay.processed || device.step() != relay.step;
             relay.processed = processed;
+            relay.step = device.step();
             let control = host.control();
             control.mirror(device);
             control.beat();

@@ -279,12 +279,13 @@ impl SliceKernel {
             .any(|block| block.has_request(block.control().processed()))
     }
 
-    /// A number that changes when messages were handled or written.
+    /// A number that changes when messages were handled or written, or a handler was run once more for the same one.
     pub(super) fn progress(&self) -> u32 {
         self.blocks.iter().fold(0, |sum, block| {
             let control = block.control();
             sum.wrapping_add(control.processed())
                 .wrapping_add(control.produced())
+                .wrapping_add(control.step())
         })
     }
 
