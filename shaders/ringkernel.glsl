@@ -379,9 +379,11 @@ const uint RK_LEFT_EXTENDED = 3u;  // The request's extension is not in the repl
 const uint RK_LEFT_ERROR = 4u;     // An error reply must be written.
 const uint RK_LEFT_FAULT = 5u;     // The block cannot go on.
 
-// Polls between two looks at the host's commands, and messages in between.
+// Polls between two looks at the host's commands, and messages in between: fewer than one in a hundred waits for a look.
+// Handlers that loop for long make looks more frequent.
 const uint RK_POLLS = 64u;
-const uint RK_MESSAGES = 16u;
+const uint RK_MESSAGES = 128u;
+const uint RK_ITERATIONS = 8192u;
 // Looks between two signs of life.
 const uint RK_LOOKS_PER_BEAT = 8u;
 
@@ -481,8 +483,10 @@ void main() {
             bool run = flags == RK_RUN;
             left = RK_LEFT_BUSY;
             // 3. Messages.
-            uint message = 0u;
-            while (run && message < RK_MESSAGES && spent < budget) {
+            uint message = 0u, until = min(spent + RK_ITERATIONS, budget);
+            // Slots are given back by quarters of the ring.
+            uint messages = min(RK_MESSAGES, give_back - (rk_position - given_back));
+            while (run && message < messages && spent < until) {
                 message++;
                 // 4. Polls.
                 uint sequence = 0u, expected = rk_position + 1u, poll = 0u;

@@ -1,27 +1,36 @@
 //! Round trips and one-way streams: ours, those of other queues, and the floor of the same machine, in one run.
 //!
-//! `cargo bench --bench round_trip -- [--backend cpu] [--quick] [--payload 48] [--json FILE]`
+//! `cargo bench --bench round_trip -- [--backend cpu|vulkan] [--device INDEX|NAME] [--mode auto|resident|exchange|staged]
+//! [--quick] [--payload 48] [--json FILE]`
 //!
 //! Every path sends, has the message echoed by another pinned thread, receives it, and compares every byte. The paths
 //! take turns in short rounds, so that whatever else happens on the machine happens to all of them.
 
+mod device;
 #[path = "../support/machine.rs"]
 mod machine;
 mod paths;
+mod row;
 mod shared;
 mod streams;
+#[cfg(feature = "vulkan")]
+mod submit;
 
 use std::fs;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use lexopt::prelude::*;
-use ringkernel::BackendType;
+use ringkernel::{BackendType, VulkanMode};
 use serde_json::{Value, json};
 
 /// What a run measures, and where.
 struct Config {
     backend: BackendType,
+    /// Of a backend with several devices: index, or part of the name.
+    device: Option<String>,
+    mode: VulkanMode,
     quick: bool,
     json: Option<String>,
     rounds: usize,
@@ -49,6 +58,7 @@ type Failure = Box<dyn std::error::Error>;
 
 fn parse() -> Result<Config, Failure> {
     let (mut backend, mut quick, mut json) = (BackendType::Cpu, false, None);
+    let (mut device, mut mode) = (None, VulkanMode::Auto);
     let (mut rounds, mut messages, mut payload) = (None, None, None);
     let mut arguments = lexopt::Parser::from_env();
     while let Some(argument) = arguments.next()? {
@@ -56,6 +66,8 @@ fn parse() -> Result<Config, Failure> {
             // Cargo passes this to every benchmark.
             Long("bench") => {}
             Long("backend") => backend = arguments.value()?.string()?.parse()?,
+            Long("device") => device = Some(arguments.value()?.string()?),
+            Long("mode") => mode = arguments.value()?.string()?.parse()?,
             Long("quick") => quick = true,
             Long("json") => json = Some(arguments.value()?.string()?),
             Long("rounds") => rounds = Some(arguments.value()?.parse()?),
@@ -70,6 +82,8 @@ fn parse() -> Result<Config, Failure> {
     };
     Ok(Config {
         backend,
+        device,
+        mode,
         quick,
         json,
         rounds: rounds.unwrap_or(if quick { 15 } else { 60 }),
@@ -96,6 +110,7 @@ fn run() -> Result<(), Failure> {
         shared::CAPACITY,
     );
     ringkernel::thread::affinity::pin_current_thread(config.caller_core)?;
+    let described = describe_device(&config)?;
 
     let mut round_trips = Vec::new();
     let wanted = |payload| config.payload.is_none_or(|only| only == payload);
@@ -109,7 +124,14 @@ fn run() -> Result<(), Failure> {
         round_trips.extend(measure::<1024>(&config)?);
     }
     let mut streams = Vec::new();
-    if config.payload.is_none() {
+    let (mut gaps, mut sharing, mut life) = (Vec::new(), Vec::new(), Value::Null);
+    if config.payload.is_none() && config.backend != BackendType::Cpu {
+        gaps = device::gaps(&config)?;
+        sharing = device::sharing(&config)?;
+        life = device::life(&config)?;
+    }
+    // Streams are sums, which the CPU's own handler makes.
+    if config.payload.is_none() && config.backend == BackendType::Cpu {
         streams.extend(streams::measure::<32>(&config)?);
         streams.extend(streams::measure::<1024>(&config)?);
     }
@@ -128,7 +150,11 @@ fn run() -> Result<(), Failure> {
                 "telemetry": false,
                 "queue_capacity": shared::CAPACITY,
             },
+            "device": described,
             "round_trips": round_trips,
+            "gaps": gaps,
+            "sharing": sharing,
+            "life": life,
             "streams": streams,
         });
         fs::write(path, format!("{report:#}\n"))?;
@@ -148,38 +174,51 @@ where
         .collect::<Result<_, Failure>>()?;
     for _ in 0..config.rounds {
         for (path, histogram) in &mut measured {
-            path.round(config, histogram)?;
+            path.round(config, config.messages, Duration::ZERO, histogram)?;
         }
     }
-    println!(
-        "\n{N}-byte payload, round trip in ns\n{:<28}{:>9}{:>9}{:>9}{:>9}{:>11}{:>9}",
-        "path", "p50", "p90", "p99", "p99.9", "max", "x floor"
-    );
+    println!("\n{N}-byte payload, round trip in ns");
+    row::head();
     let floor = measured[0].1.value_at_quantile(0.5);
     let mut rows = Vec::new();
     for (path, histogram) in &measured {
-        let at = |quantile| histogram.value_at_quantile(quantile);
-        println!(
-            "{:<28}{:>9}{:>9}{:>9}{:>9}{:>11}{:>9.2}",
-            path.name,
-            at(0.5),
-            at(0.9),
-            at(0.99),
-            at(0.999),
-            histogram.max(),
-            at(0.5) as f64 / floor as f64
-        );
-        rows.push(json!({
-            "path": path.name,
-            "backend": path.backend,
-            "payload_bytes": N,
-            "messages": histogram.len(),
-            "p50_ns": at(0.5),
-            "p90_ns": at(0.9),
-            "p99_ns": at(0.99),
-            "p99_9_ns": at(0.999),
-            "max_ns": histogram.max(),
-        }));
+        let mut row = row::print(path.name, path.backend, histogram, floor);
+        row["payload_bytes"] = json!(N);
+        rows.push(row);
     }
     Ok(rows)
+}
+
+/// Says what the device is, and how messages reach its kernels.
+fn describe_device(config: &Config) -> Result<Value, Failure> {
+    let runtime = shared::runtime(config, shared::Target::of(config), false)?;
+    let device = runtime.devices().swap_remove(runtime.default_device());
+    let Some(vulkan) = device.vulkan else {
+        return Ok(json!({ "name": device.name }));
+    };
+    println!("device: '{}', driver {}", device.name, vulkan.driver);
+    println!("{} mode: {}", vulkan.mode.name(), vulkan.mode_reason);
+    for placement in &vulkan.placements {
+        println!(
+            "memory for {}: device-local {}, host-visible {}, host-cached {}",
+            placement.purpose,
+            placement.device_local,
+            placement.host_visible,
+            placement.host_cached
+        );
+    }
+    Ok(json!({
+        "name": device.name,
+        "driver": vulkan.driver,
+        "api_version": format!("{}.{}.{}", vulkan.api_version.0, vulkan.api_version.1, vulkan.api_version.2),
+        "pci_address": vulkan.pci_address,
+        "mode": vulkan.mode.name(),
+        "mode_reason": vulkan.mode_reason,
+        "placements": vulkan.placements.iter().map(|placement| json!({
+            "purpose": placement.purpose,
+            "device_local": placement.device_local,
+            "host_visible": placement.host_visible,
+            "host_cached": placement.host_cached,
+        })).collect::<Vec<_>>(),
+    }))
 }

@@ -5,15 +5,18 @@ use std::hint::spin_loop;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use ringkernel::{
-    Dim3, KernelHandle, LaunchOptions, RingKernelRuntime, WaitStrategy,
+    Dim3, KernelHandle, LaunchOptions, RingKernelRuntime, VulkanMode, WaitStrategy,
     thread::affinity::pin_current_thread, time::now_ns,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
-use crate::shared::{CAPACITY, TIMEOUT, pinned, ring, runtime};
+use crate::shared::{CAPACITY, TIMEOUT, Target, pinned, ring, runtime};
+#[cfg(feature = "vulkan")]
+use crate::submit::Submitter;
 use crate::{Config, Failure};
 
 /// Kernels that are launched, and idle, beside the one that is measured.
@@ -39,6 +42,8 @@ ringkernel::ring_message!(Typed<1024>, "bench.Typed1024.v1");
 pub struct Path<const N: usize> {
     pub name: &'static str,
     pub backend: &'static str,
+    /// Takes tens of microseconds a message.
+    slow: bool,
     echo: Box<dyn Echo<N>>,
 }
 
@@ -51,6 +56,8 @@ trait Echo<const N: usize> {
 pub struct Meter<'a, const N: usize> {
     histogram: &'a mut Histogram<u64>,
     messages: usize,
+    /// Between one reply and the next message.
+    gap: Duration,
 }
 
 impl<const N: usize> Meter<'_, N> {
@@ -72,24 +79,50 @@ impl<const N: usize> Meter<'_, N> {
             if message >= self.messages / 10 {
                 self.histogram.record((end - begin).max(1))?;
             }
+            if !self.gap.is_zero() {
+                let until = end + self.gap.as_nanos() as u64;
+                while now_ns() < until {
+                    spin_loop();
+                }
+            }
         }
         Ok(())
     }
 }
 
 impl<const N: usize> Path<N> {
+    /// Some messages, a gap apart. Slow paths get a twentieth of them if there is no gap.
     pub fn round(
         &mut self,
         config: &Config,
+        messages: usize,
+        gap: Duration,
         histogram: &mut Histogram<u64>,
     ) -> Result<(), Failure> {
         let mut meter = Meter {
             histogram,
-            messages: config.messages,
+            messages: match self.slow && gap.is_zero() {
+                true => (messages / 20).max(1),
+                false => messages,
+            },
+            gap,
         };
         self.echo
             .round(config, &mut meter)
             .map_err(|error| format!("{}: {error}", self.name).into())
+    }
+}
+
+fn path<const N: usize>(
+    name: &'static str,
+    target: Target,
+    echo: impl Echo<N> + 'static,
+) -> Path<N> {
+    Path {
+        name,
+        backend: target.backend().name(),
+        slow: false,
+        echo: Box::new(echo),
     }
 }
 
@@ -98,37 +131,93 @@ pub fn all<const N: usize>(config: &Config) -> Result<Vec<Path<N>>, Failure>
 where
     Typed<N>: ringkernel::RingMessage,
 {
-    let path = |name, backend, echo| Path {
-        name,
-        backend,
-        echo,
-    };
-    let ours = config.backend.name();
-    let kernel = |idle| Kernel::new::<N>(config, idle, false);
-    Ok(vec![
-        path("floor", "cpu", Box::new(Floor)),
-        path("endpoints", ours, Box::new(Endpoints(kernel(0)?))),
+    let ours = Target::of(config);
+    let kernel = |target, idle, telemetry| Kernel::new::<N>(config, target, idle, telemetry);
+    let mut paths = vec![path("floor", Target::Cpu, Floor)];
+    if ours != Target::Cpu {
+        let endpoints = Endpoints(kernel(Target::Cpu, 0, false)?);
+        paths.push(path("endpoints", Target::Cpu, endpoints));
+    }
+    paths.extend([
+        path("endpoints", ours, Endpoints(kernel(ours, 0, false)?)),
         path(
             "endpoints_typed",
             ours,
-            Box::new(EndpointsTyped(kernel(0)?)),
+            EndpointsTyped(kernel(ours, 0, false)?),
         ),
-        path("handle_call", ours, Box::new(HandleCall(kernel(0)?))),
+        path("handle_call", ours, HandleCall(kernel(ours, 0, false)?)),
         path(
             "endpoints_telemetry",
             ours,
-            Box::new(Endpoints(Kernel::new::<N>(config, 0, true)?)),
+            Endpoints(kernel(ours, 0, true)?),
         ),
         path(
             "endpoints_64_idle_kernels",
             ours,
-            Box::new(Endpoints(kernel(IDLE_KERNELS)?)),
+            Endpoints(kernel(ours, IDLE_KERNELS, false)?),
         ),
-        path("ring", "cpu", Box::new(Ring)),
-        path("rtrb", "cpu", Box::new(Rtrb)),
-        path("crossbeam", "cpu", Box::new(Crossbeam)),
-        path("std_mpsc", "cpu", Box::new(StdMpsc)),
-    ])
+    ]);
+    match ours {
+        Target::Cpu => paths.extend([
+            path("ring", ours, Ring),
+            path("rtrb", ours, Rtrb),
+            path("crossbeam", ours, Crossbeam),
+            path("std_mpsc", ours, StdMpsc),
+        ]),
+        Target::Vulkan(_) => paths.extend(submissions::<N>(config)?),
+    }
+    Ok(paths)
+}
+
+/// The paths whose latency depends on how long nothing was sent before.
+pub fn with_gaps(config: &Config) -> Result<Vec<Path<48>>, Failure> {
+    let ours = Target::of(config);
+    let kernel = |target| Kernel::new::<48>(config, target, 0, false);
+    let mut paths = vec![
+        path("floor", Target::Cpu, Floor),
+        path("endpoints", Target::Cpu, Endpoints(kernel(Target::Cpu)?)),
+    ];
+    if ours != Target::Cpu {
+        paths.push(path("endpoints", ours, Endpoints(kernel(ours)?)));
+        let asleep = Kernel::asleep::<48>(config, ours)?;
+        paths.push(path("endpoints_park", ours, Endpoints(asleep)));
+        paths.extend(submissions::<48>(config)?);
+    }
+    Ok(paths)
+}
+
+/// A submission a message, by hand and by our exchange mode.
+#[cfg(feature = "vulkan")]
+fn submissions<const N: usize>(config: &Config) -> Result<Vec<Path<N>>, Failure> {
+    let target = Target::Vulkan(VulkanMode::Exchange);
+    let kernel = Kernel::new::<N>(config, target, 0, false)?;
+    let name = kernel.device_name();
+    let submitter = |polls| Submitter::open(&name, N, config.kernel_core, polls);
+    let mut paths = vec![
+        path("endpoints_exchange", target, Endpoints(kernel)),
+        path("submit_and_wait", target, Submit(submitter(false)?)),
+        path("submit_and_poll", target, Submit(submitter(true)?)),
+    ];
+    for path in &mut paths {
+        path.slow = true;
+    }
+    Ok(paths)
+}
+
+#[cfg(not(feature = "vulkan"))]
+fn submissions<const N: usize>(_: &Config) -> Result<Vec<Path<N>>, Failure> {
+    Err("this build lacks the feature `vulkan`".into())
+}
+
+/// A submission a message, from the caller's own thread.
+#[cfg(feature = "vulkan")]
+struct Submit(Submitter);
+
+#[cfg(feature = "vulkan")]
+impl<const N: usize> Echo<N> for Submit {
+    fn round(&mut self, _: &Config, meter: &mut Meter<'_, N>) -> Result<(), Failure> {
+        meter.run(|payload, reply| self.0.exchange(payload, reply))
+    }
 }
 
 /// Runs `echo` on a thread of the kernel core while `caller` runs here. A caller that fails ends the other side too.
@@ -233,14 +322,19 @@ struct Kernel {
     handle: KernelHandle,
     /// Launched, and asleep until they are activated, which never happens.
     _idle: Vec<KernelHandle>,
-    _runtime: RingKernelRuntime,
+    runtime: RingKernelRuntime,
 }
 
 impl Kernel {
-    fn new<const N: usize>(config: &Config, idle: usize, telemetry: bool) -> Result<Self, Failure> {
-        let runtime = runtime(config, telemetry)?;
+    fn new<const N: usize>(
+        config: &Config,
+        target: Target,
+        idle: usize,
+        telemetry: bool,
+    ) -> Result<Self, Failure> {
+        let runtime = runtime(config, target, telemetry)?;
         let one = Dim3::x(1);
-        let handle = runtime.launch("echo", one, one, pinned::<N>(config))?;
+        let handle = runtime.launch("echo", one, one, pinned::<N>(config, target))?;
         let idle = (0..idle)
             .map(|_| {
                 let small = LaunchOptions {
@@ -254,8 +348,29 @@ impl Kernel {
         Ok(Self {
             handle,
             _idle: idle,
-            _runtime: runtime,
+            runtime,
         })
+    }
+
+    /// One that sleeps when it has nothing to do.
+    fn asleep<const N: usize>(config: &Config, target: Target) -> Result<Self, Failure> {
+        let runtime = runtime(config, target, false)?;
+        let options = LaunchOptions {
+            wait: Some(WaitStrategy::Park),
+            ..pinned::<N>(config, target)
+        };
+        let handle = runtime.launch("echo", Dim3::x(1), Dim3::x(1), options)?;
+        Ok(Self {
+            handle,
+            _idle: Vec::new(),
+            runtime,
+        })
+    }
+
+    #[cfg(feature = "vulkan")]
+    fn device_name(&self) -> String {
+        let device = self.runtime.default_device();
+        self.runtime.devices()[device].name.clone()
     }
 
     fn active(

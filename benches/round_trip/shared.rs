@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 use std::time::Duration;
 
 use ringkernel::ring::{CURSOR_BYTES, Consumer, Producer, RingLayout, RingParts, WriteCombining};
-use ringkernel::{LaunchOptions, RingKernelRuntime, RuntimeConfig};
+use ringkernel::{BackendType, LaunchOptions, RingKernelRuntime, RuntimeConfig, VulkanMode};
 
 use crate::{Config, Failure};
 
@@ -15,23 +15,66 @@ pub const CAPACITY: usize = 4096;
 /// Longer than any scheduler keeps a thread away; a message that takes longer is a failure.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A runtime of the high-performance preset: kernels and callers spin, kernels do not time their handlers unless asked.
-pub fn runtime(config: &Config, telemetry: bool) -> Result<RingKernelRuntime, Failure> {
-    Ok(RingKernelRuntime::builder()
-        .backend(config.backend)
-        .config(RuntimeConfig {
-            default_queue_capacity: CAPACITY,
-            enable_telemetry: telemetry,
-            ..RuntimeConfig::high_performance()
-        })
-        .build()?)
+/// What runs a kernel that is measured.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    Cpu,
+    Vulkan(VulkanMode),
 }
 
-/// Options that put a one-block kernel onto the kernel core.
-pub fn pinned<const N: usize>(config: &Config) -> LaunchOptions {
+impl Target {
+    /// What the command line asks for.
+    pub fn of(config: &Config) -> Self {
+        match config.backend {
+            BackendType::Vulkan => Self::Vulkan(config.mode),
+            _ => Self::Cpu,
+        }
+    }
+
+    pub fn backend(self) -> BackendType {
+        match self {
+            Self::Cpu => BackendType::Cpu,
+            Self::Vulkan(_) => BackendType::Vulkan,
+        }
+    }
+}
+
+/// A runtime of the high-performance preset: kernels and callers spin, kernels do not time their handlers unless asked. A
+/// driver's threads stay off the caller's core.
+pub fn runtime(
+    config: &Config,
+    target: Target,
+    telemetry: bool,
+) -> Result<RingKernelRuntime, Failure> {
+    let mut builder = RingKernelRuntime::builder().backend(target.backend());
+    let mut settings = RuntimeConfig {
+        default_queue_capacity: CAPACITY,
+        enable_telemetry: telemetry,
+        reserved_cores: vec![config.caller_core],
+        ..RuntimeConfig::high_performance()
+    };
+    if let Target::Vulkan(mode) = target {
+        settings.vulkan.mode = mode;
+        builder = match &config.device {
+            Some(device) => match device.parse() {
+                Ok(index) => builder.device(index),
+                Err(_) => builder.device_name(device),
+            },
+            None if std::env::var_os("RINGKERNEL_VULKAN_DEVICE").is_some() => builder,
+            None => builder.device(0),
+        };
+    }
+    Ok(builder.config(settings).build()?)
+}
+
+/// Options for a kernel of one block; on the CPU it runs on the kernel core.
+pub fn pinned<const N: usize>(config: &Config, target: Target) -> LaunchOptions {
     LaunchOptions {
         message_size: Some(N),
-        cores: vec![config.kernel_core],
+        cores: match target {
+            Target::Cpu => vec![config.kernel_core],
+            Target::Vulkan(_) => Vec::new(),
+        },
         ..LaunchOptions::default()
     }
 }

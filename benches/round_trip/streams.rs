@@ -12,7 +12,7 @@ use ringkernel::{
 };
 use serde_json::{Value, json};
 
-use crate::shared::{CAPACITY, TIMEOUT, pinned, ring, runtime};
+use crate::shared::{CAPACITY, TIMEOUT, Target, pinned, ring, runtime};
 use crate::{Config, Failure};
 
 /// The payload's first eight bytes of the message that asks for the sum of all before it.
@@ -61,11 +61,11 @@ type Stream<'a> = (
 
 /// Measures all streams with payloads of `N` bytes, in rounds that take turns; medians are reported.
 pub fn measure<const N: usize>(config: &Config) -> Result<Vec<Value>, Failure> {
-    let runtime = runtime(config, false)?;
+    let runtime = runtime(config, Target::Cpu, false)?;
     runtime.register(sum_kernel())?;
     let one = Dim3::x(1);
-    let kernel = runtime.launch("bench.sum", one, one, pinned::<N>(config))?;
-    let ours = config.backend.name();
+    let kernel = runtime.launch("bench.sum", one, one, pinned::<N>(config, Target::Cpu))?;
+    let ours = "cpu";
     let mut streams: Vec<Stream<'_>> = vec![
         (
             "endpoints",

@@ -407,12 +407,14 @@ impl Devices {
                     DeviceChoice::Name(_) => true,
                     DeviceChoice::Index(_) => false,
                 };
-                let hardware = devices
-                    .described
-                    .get(index)
-                    .is_some_and(|info| info.kind.is_hardware());
-                let good =
-                    named || (hardware && is_resident(&*devices.get(BackendType::Vulkan, index)?));
+                let good = match devices.described.get(index) {
+                    None => false,
+                    Some(_) if named => true,
+                    Some(info) => {
+                        info.kind.is_hardware()
+                            && is_resident(&*devices.get(BackendType::Vulkan, index)?)
+                    }
+                };
                 Ok((devices, index, good))
             });
             match vulkan {

@@ -18,7 +18,8 @@ pub fn online_cores() -> Vec<usize> {
 }
 
 /// The cores that kernels are put on when nobody names any: those that the calling thread or the process's main thread
-/// may run on. A thread that pinned itself before it built the runtime therefore does not drag its kernels along.
+/// may run on, or could run on before `main` began (on Linux). A thread that pinned itself before it built the runtime, be
+/// it the main thread, therefore does not drag its kernels along.
 #[must_use]
 pub fn usable_cores() -> Vec<usize> {
     #[cfg(target_os = "linux")]
@@ -27,6 +28,7 @@ pub fn usable_cores() -> Vec<usize> {
         let main = libc::pid_t::try_from(std::process::id()).unwrap_or(0);
         let mut cores = affinity_of(0);
         cores.extend(affinity_of(main));
+        cores.extend(inherited::cores());
         cores.sort_unstable();
         cores.dedup();
         if !cores.is_empty() {
@@ -34,6 +36,45 @@ pub fn usable_cores() -> Vec<usize> {
         }
     }
     listed_cores()
+}
+
+/// What the process was allowed when it was started.
+#[cfg(target_os = "linux")]
+mod inherited {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    const WORDS: usize = size_of::<libc::cpu_set_t>() / 8;
+
+    /// A bit a core; empty where nothing has run before `main`.
+    static CORES: [AtomicU64; WORDS] = [const { AtomicU64::new(0) }; WORDS];
+
+    /// Run before `main`, or when a library that holds this crate is loaded: afterwards threads may pin themselves.
+    #[used]
+    // SAFETY: the section holds pointers to functions of this type (System V ABI, "Initialization and Termination
+    // Functions"); this one only makes a system call and stores to atomics.
+    #[unsafe(link_section = ".init_array")]
+    static BEFORE_MAIN: extern "C" fn() = remember;
+
+    extern "C" fn remember() {
+        let mut words = [0_u64; WORDS];
+        // SAFETY: `cpu_set_t` is an array of words, one bit a core, and `words` is as large.
+        let got =
+            unsafe { libc::sched_getaffinity(0, size_of_val(&words), words.as_mut_ptr().cast()) };
+        if got == 0 {
+            for (to, from) in CORES.iter().zip(words) {
+                to.store(from, Ordering::Relaxed);
+            }
+        }
+    }
+
+    pub(super) fn cores() -> impl Iterator<Item = usize> {
+        CORES.iter().enumerate().flat_map(|(index, word)| {
+            let word = word.load(Ordering::Relaxed);
+            (0..64)
+                .filter(move |bit| word >> bit & 1 != 0)
+                .map(move |bit| index * 64 + bit)
+        })
+    }
 }
 
 /// How many cores [`usable_cores`] gave when it was first asked for; one at least.
@@ -187,6 +228,36 @@ mod tests {
         })
         .join()
         .unwrap();
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_main_thread_that_pins_itself_takes_no_cores_away() {
+        let before = usable_cores();
+        let main = libc::pid_t::try_from(std::process::id()).unwrap();
+        let restrict = |cores: &[usize]| {
+            // SAFETY: as in `confine_current_thread`.
+            unsafe {
+                let mut set: libc::cpu_set_t = std::mem::zeroed();
+                for core in cores {
+                    libc::CPU_SET(*core, &mut set);
+                }
+                assert_eq!(
+                    libc::sched_setaffinity(main, size_of_val(&set), &raw const set),
+                    0
+                );
+            }
+        };
+        let of_main = affinity_of(main);
+        restrict(&before[..1]);
+        let after = std::thread::spawn(|| {
+            pin_current_thread(usable_cores()[0]).unwrap();
+            usable_cores()
+        })
+        .join();
+        restrict(&of_main);
+        assert_eq!(after.unwrap(), before);
+        assert!(inherited::cores().eq(before));
     }
 
     #[test]

@@ -452,6 +452,7 @@ mod tests {
             "RK_STALE",
             "RK_POLLS",
             "RK_MESSAGES",
+            "RK_ITERATIONS",
             "RK_LOOKS_PER_BEAT",
             "RK_LOOK_COST",
             "RK_HOUSEKEEPING_COST",
