@@ -57,10 +57,15 @@
 //!
 //! # Features
 //!
-//! `std` (default) is everything. Without it the crate is `no_std` and allocation-free: [`message`] and [`ring`] alone,
-//! for the far side of a link.
+//! - `std` (default): threads, kernels, the CPU backend, the runtime. Without it the crate is `no_std` and allocation-free:
+//!   [`message`] and [`ring`] alone, for the far side of a link.
+//! - `vulkan` (default): the Vulkan backend. Loader and drivers are opened at run time; without them
+//!   [`Error::BackendUnavailable`] says so.
+//! - `glsl`: shader handlers as source, compiled at launch. Builds a C++ compiler library, which takes minutes.
 
 #![cfg_attr(not(feature = "std"), no_std)]
+// Control blocks, block memory and kinds have parts for devices other than the CPU.
+#![cfg_attr(not(feature = "vulkan"), allow(dead_code))]
 #![warn(missing_docs, missing_debug_implementations)]
 #![warn(clippy::unwrap_used, clippy::expect_used)]
 

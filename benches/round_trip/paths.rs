@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use ringkernel::{
-    Dim3, KernelHandle, LaunchOptions, RingKernelRuntime, VulkanMode, WaitStrategy,
+    Dim3, KernelHandle, LaunchOptions, RingKernelRuntime, WaitStrategy,
     thread::affinity::pin_current_thread, time::now_ns,
 };
 use rkyv::{Archive, Deserialize, Serialize};
@@ -189,7 +189,7 @@ pub fn with_gaps(config: &Config) -> Result<Vec<Path<48>>, Failure> {
 /// A submission a message, by hand and by our exchange mode.
 #[cfg(feature = "vulkan")]
 fn submissions<const N: usize>(config: &Config) -> Result<Vec<Path<N>>, Failure> {
-    let target = Target::Vulkan(VulkanMode::Exchange);
+    let target = Target::Vulkan(ringkernel::VulkanMode::Exchange);
     let kernel = Kernel::new::<N>(config, target, 0, false)?;
     let name = kernel.device_name();
     let submitter = |polls| Submitter::open(&name, N, config.kernel_core, polls);
@@ -322,6 +322,8 @@ struct Kernel {
     handle: KernelHandle,
     /// Launched, and asleep until they are activated, which never happens.
     _idle: Vec<KernelHandle>,
+    /// Outlives the kernels.
+    #[cfg_attr(not(feature = "vulkan"), expect(dead_code))]
     runtime: RingKernelRuntime,
 }
 
