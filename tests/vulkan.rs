@@ -903,3 +903,37 @@ fn handlers_in_glsl_are_compiled_at_launch() {
         other => panic!("{other:?}"),
     }
 }
+
+#[cfg(feature = "glsl")]
+#[test]
+fn the_kernel_of_the_documentation_does_what_it_says_in_glsl() {
+    let Some(_turn) = turn() else { return };
+    let text = include_str!("../docs/vulkan.md");
+    let source = text.split("```glsl\n").nth(1).unwrap();
+    let source = source.split("```").next().unwrap();
+    // What stands before the handler is what the library puts there.
+    let source: String = source
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .flat_map(|line| [line, "\n"])
+        .collect();
+    let registration = KernelRegistration::new("mine")
+        .state_size(4)
+        .shader(ShaderCode::glsl(source));
+    let runtime = vulkan::builder(VulkanMode::Auto, RuntimeConfig::default())
+        .register(registration)
+        .build()
+        .unwrap();
+    for threads in [1, 64] {
+        let kernel = runtime.launch("mine", 1, threads, small()).unwrap();
+        kernel.activate().unwrap();
+        let words = [7_u32, 11, 13, 17, 19, 23, 29, 31, 37];
+        let request: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let mut reply = [0; 4];
+        for _ in 0..1000 {
+            assert_eq!(kernel.call_bytes(&request, &mut reply, LONG), Ok(4));
+            assert_eq!(u32::from_ne_bytes(reply), words.iter().sum());
+        }
+        kernel.terminate().unwrap();
+    }
+}

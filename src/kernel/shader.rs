@@ -44,6 +44,10 @@ impl fmt::Debug for ShaderCode {
 }
 
 impl ShaderCode {
+    /// The text of `shaders/ringkernel.glsl`, for programs that compile their shaders in a build script: write it to a file
+    /// beside them and include it.
+    pub const PRELUDE: &str = include_str!("../../shaders/ringkernel.glsl");
+
     /// A SPIR-V module that was built with `shaders/ringkernel.glsl`. It is checked at launch.
     #[must_use]
     pub fn spirv(module: impl Into<Cow<'static, [u8]>>) -> Self {

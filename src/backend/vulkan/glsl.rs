@@ -6,9 +6,7 @@ use glslang::{
 };
 
 use crate::error::Error;
-
-/// The prelude that every handler is compiled behind.
-const PRELUDE: &str = include_str!("../../../shaders/ringkernel.glsl");
+use crate::kernel::ShaderCode;
 
 /// A handler's module.
 pub(super) fn compile(kernel: &str, handler: &str) -> Result<Vec<u32>, Error> {
@@ -17,7 +15,10 @@ pub(super) fn compile(kernel: &str, handler: &str) -> Result<Vec<u32>, Error> {
         log: log.trim().to_owned(),
     };
     // Lines are counted anew where the handler begins.
-    let text = format!("#version 450\n{PRELUDE}\n#line 1\n{handler}\n");
+    let text = format!(
+        "#version 450\n{}\n#line 1\n{handler}\n",
+        ShaderCode::PRELUDE
+    );
     let compiler =
         Compiler::acquire().ok_or_else(|| failed("the compiler does not start".into()))?;
     let options = CompilerOptions {
