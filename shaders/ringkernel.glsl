@@ -98,6 +98,8 @@ layout(push_constant) uniform RkLaunch {
     uint two;                   // 2; a compiler must not know that.
 } rk_launch;
 
+// Whether loops were cut in any SIMD group, which may be another than that of the invocation that publishes.
+shared uint rk_cut;
 // What one invocation read, for all others. Two halves in turn, so that one barrier a poll is enough.
 shared uint rk_seen[2];
 shared uvec4 rk_news;
@@ -232,16 +234,20 @@ void rk_check_cut() {
     if (turns != 2u) rk_fault_code = RK_FAULT_LOOP_CUT;
 }
 
+// Makes a fault that any invocation has found known to all of them. [all]
+#define rk_agree() { \
+    if (!RK_LOCKSTEP && rk_fault_code != RK_FAULT_NONE) rk_cut = rk_fault_code; \
+    RK_SYNC \
+    if (!RK_LOCKSTEP) rk_fault_code = rk_cut; \
+}
+
 // Publishes what `rk_out` wrote.
 void rk_publish(uint kind, uint flags, uint bytes) {
     rk_check_cut();
-    if (rk_fault_code != RK_FAULT_NONE) {
-        // What was written so far is not what the handler means.
-        rk_left = 0u;
-    } else if (bytes > rk_reply_limit) {
+    if (bytes > rk_reply_limit) {
         rk_error(RK_REPLY_TOO_LARGE);
     } else if (rk_left == 0u) {
-        rk_fault_code = RK_FAULT_TOO_MANY_REPLIES;
+        if (rk_fault_code == RK_FAULT_NONE) rk_fault_code = RK_FAULT_TOO_MANY_REPLIES;
     } else {
         // A word an invocation, in one access.
         uint word = bytes | flags | (rk_length_flags & (RK_PRIORITY_MASK | RK_EXTENDED_BIT));
@@ -249,10 +255,12 @@ void rk_publish(uint kind, uint flags, uint bytes) {
         if (rk_thread() == RK_HEADER_KIND_LANE) word = (rk_kind_lane & 0xffff0000u) | kind;
         if (rk_thread() - 1u < RK_HEADER_WORDS - 1u) rk_d2h[rk_out_slot + rk_thread()] = word;
         // All of the reply is in memory before its sequence is.
-        RK_SYNC
-        rk_out_position++;
-        rk_left--;
-        if (rk_thread() == 0u) {
+        rk_agree()
+        // What was written is not what the handler means if its loops were cut.
+        bool whole = rk_fault_code == RK_FAULT_NONE;
+        rk_out_position += whole ? 1u : 0u;
+        rk_left = whole ? rk_left - 1u : 0u;
+        if (rk_thread() == 0u && whole) {
             if (RK_LOCKSTEP) {
                 atomicExchange(rk_d2h[rk_out_slot], rk_out_position);
             } else {
@@ -260,8 +268,8 @@ void rk_publish(uint kind, uint flags, uint bytes) {
             }
         }
         rk_out_slot = rk_replies + rk_slot(rk_out_position);
-        rk_add(rk_replied, 1u);
-        rk_add(rk_bytes_out, bytes);
+        rk_add(rk_replied, whole ? 1u : 0u);
+        rk_add(rk_bytes_out, whole ? bytes : 0u);
         rk_aim_reply();
     }
 }
@@ -407,6 +415,7 @@ void main() {
         uint state = rk_d2h[rk_device_line + RK_DEVICE_STATE];
         uint wanted = state == RK_STATE_FAULTED || state == RK_STATE_ENDED ? RK_STALE : rk_commands();
         rk_news = uvec4(wanted, budget, idle_budget, 0u);
+        rk_cut = RK_FAULT_NONE;
     }
     RK_SYNC
     // All invocations go by what one of them read.
@@ -507,7 +516,6 @@ void main() {
                     // The sequence was read before anything else of the slot is.
                     memoryBarrierBuffer();
                     rk_take();
-                    idle = 0u;
                     bool extended = (rk_length_flags & RK_EXTENDED_BIT) != 0u && prepared != rk_position;
                     if (rk_bytes > rk_reply_limit) {
                         rk_fault_code = RK_FAULT_CORRUPT_RING;
@@ -524,12 +532,14 @@ void main() {
                         rk_error_code = RK_BAD_REQUEST;
                         run = false;
                     } else {
+                        idle = 0u;
                         rk_wants_again = false;
                         rk_has_error = false;
                         rk_left = rk_launch.replies;
                         rk_handler();
                         spent += rk_launch.message_cost;
                         rk_check_cut();
+                        rk_agree()
                         room -= rk_launch.replies - rk_left;
                         prepared = rk_position - 1u;
                         if (rk_has_error) {
@@ -571,6 +581,8 @@ void main() {
     }
     // The loop was left although it had budget, and by none of its own exits: the driver cut it.
     if (!over && spent < budget) rk_fault_code = RK_FAULT_LOOP_CUT;
+    // Others may go on: they must know.
+    if (!RK_LOCKSTEP && rk_fault_code != RK_FAULT_NONE) rk_cut = rk_fault_code;
     if (!leader) return;
     memoryBarrierBuffer();
     if (rk_fault_code != RK_FAULT_NONE) {

@@ -97,6 +97,7 @@ pub fn ring(payload: usize) -> Result<HeapRing, Failure> {
         // SAFETY: the allocation has CURSOR_BYTES behind its slots.
         cursor: unsafe { slots.add(layout.slots_bytes()) }.cast(),
         write_combining: WriteCombining::No,
+        cursor_write_combining: WriteCombining::No,
     };
     // SAFETY: both parts lie within the fresh allocation.
     unsafe { parts.initialise(layout, 0) };

@@ -10,7 +10,7 @@ use super::host_memory::HostMemory;
 use super::{Device, DeviceMemory, Placement};
 use crate::error::Error;
 use crate::kernel::{
-    ControlBlock, DeviceLines, HostLine, TELEMETRY_BUFFER_BYTES, TelemetryBuffer,
+    ControlBlock, DeviceLines, HostCommands, HostLine, TELEMETRY_BUFFER_BYTES, TelemetryBuffer,
     UndeliveredMessage,
 };
 use crate::ring::{
@@ -89,6 +89,7 @@ pub(crate) struct BlockMemory {
     /// This block's shares.
     host_to_device: NonNull<u8>,
     device_to_host: NonNull<u8>,
+    commands: HostCommands,
 }
 
 // SAFETY: the pointers reach memory that `grid` keeps alive and that is accessed through atomics and ring endpoints.
@@ -169,7 +170,7 @@ impl GridMemory {
         Self::new(device, blocks, layout, |bytes, placement| {
             device.allocate(bytes, placement)
         })?
-        .ends(device, blocks)
+        .ends(device, blocks, 0)
     }
 
     /// The memory alone, each piece of it as `take` gives it.
@@ -200,14 +201,16 @@ impl GridMemory {
         }))
     }
 
-    /// Prepares empty rings and makes all of their ends; to be called once, of memory that the host can reach.
+    /// Prepares empty rings, whose first messages have position `start` (0, except to try wrap-around), and makes all of their
+    /// ends; to be called once, of memory that the host can reach.
     pub(crate) fn ends(
         self: &Arc<Self>,
         device: &dyn Device,
         blocks: u32,
+        start: u32,
     ) -> Result<Vec<BlockEnds>, Error> {
         (0..blocks)
-            .map(|index| self.block(device, index).map(BlockMemory::ends))
+            .map(|index| Ok(self.block(device, index)?.ends(start)))
             .collect()
     }
 
@@ -225,6 +228,7 @@ impl GridMemory {
             host_to_device: share(&self.host_to_device, self.layout.host_to_device())?,
             device_to_host: share(&self.device_to_host, self.layout.device_to_host())?,
             grid: Arc::clone(self),
+            commands: HostCommands::default(),
         })
     }
 
@@ -246,7 +250,7 @@ impl GridMemory {
 
 impl BlockMemory {
     /// Prepares the block's rings and makes their four ends.
-    fn ends(self) -> BlockEnds {
+    fn ends(self, start: u32) -> BlockEnds {
         let ring = self.grid.layout.ring;
         let state = self.grid.state_of(self.index);
         let memory = Arc::new(self);
@@ -254,24 +258,25 @@ impl BlockMemory {
         // SAFETY: both parts lie within the block's shares, whose sizes `host_to_device` and `device_to_host` computed
         // from the same layout; the memory is zeroed, 64-byte aligned and not shared with anybody yet.
         unsafe {
-            requests.initialise(ring, 0);
-            replies.initialise(ring, 0);
+            requests.initialise(ring, start);
+            replies.initialise(ring, start);
         }
+        memory.control().set_start(start);
         // SAFETY: both rings have just been initialised with this layout and start. Exactly one producer and one
         // consumer is made of each, here, and each is stored beside an `Arc` of the memory, which outlives it.
         unsafe {
             (
                 HostProducer {
-                    producer: Producer::new(requests, ring, 0),
+                    producer: Producer::new(requests, ring, start),
                     _memory: Arc::<Self>::clone(&memory),
                 },
                 HostConsumer {
-                    consumer: Consumer::new(replies, ring, 0),
+                    consumer: Consumer::new(replies, ring, start),
                     _memory: Arc::<Self>::clone(&memory),
                 },
                 DeviceEnds {
-                    requests: Consumer::new(requests, ring, 0),
-                    replies: Producer::new(replies, ring, 0),
+                    requests: Consumer::new(requests, ring, start),
+                    replies: Producer::new(replies, ring, start),
                     state,
                     memory,
                 },
@@ -284,6 +289,7 @@ impl BlockMemory {
             slots: self.host_to_device,
             cursor: self.device_to_host_at(self.grid.layout.cursor()),
             write_combining: self.grid.host_to_device.write_combining(),
+            cursor_write_combining: self.grid.device_to_host.write_combining(),
         }
     }
 
@@ -292,6 +298,7 @@ impl BlockMemory {
             slots: self.device_to_host,
             cursor: self.host_to_device_at(self.grid.layout.cursor()),
             write_combining: self.grid.device_to_host.write_combining(),
+            cursor_write_combining: self.grid.host_to_device.write_combining(),
         }
     }
 
@@ -330,6 +337,7 @@ impl BlockMemory {
             ControlBlock {
                 host: self.host_to_device_at(layout.host_line()).as_ref(),
                 device: self.device_to_host_at(layout.device_lines()).as_ref(),
+                commands: &self.commands,
             }
         }
     }
@@ -352,10 +360,7 @@ impl BlockMemory {
 
     /// Whether the request of this position is published.
     pub(crate) fn has_request(&self, position: u32) -> bool {
-        let word = Self::sequence(self.host_to_device, self.grid.layout.ring, position);
-        // SAFETY: the first word of a slot is its sequence, which is only accessed as an atomic. ORDERING: publish. The
-        // acquire pairs with the producer's release, so that the slot may be read.
-        unsafe { word.as_ref() }.load(Ordering::Acquire) == position.wrapping_add(1)
+        Self::is_published(self.host_to_device, self.grid.layout.ring, position)
     }
 
     /// Copies a published request into the same slot of another block's memory of the same layout, which nobody reads
@@ -365,10 +370,22 @@ impl BlockMemory {
         self.copy_slot(self.host_to_device, other.host_to_device, position);
     }
 
-    /// Copies a reply into the same slot of another block's memory of the same layout, and publishes it there.
-    pub(crate) fn copy_reply_to(&self, other: &Self, position: u32) {
+    /// Copies a reply into the same slot of another block's memory of the same layout, and publishes it there. `false`, and
+    /// nothing is copied, if there is no reply of this position.
+    pub(crate) fn copy_reply_to(&self, other: &Self, position: u32) -> bool {
         debug_assert_eq!(self.grid.layout.ring, other.grid.layout.ring);
-        self.copy_slot(self.device_to_host, other.device_to_host, position);
+        let published = Self::is_published(self.device_to_host, self.grid.layout.ring, position);
+        if published {
+            self.copy_slot(self.device_to_host, other.device_to_host, position);
+        }
+        published
+    }
+
+    fn is_published(slots: NonNull<u8>, ring: RingLayout, position: u32) -> bool {
+        let word = Self::sequence(slots, ring, position);
+        // SAFETY: the first word of a slot is its sequence, which is only accessed as an atomic. ORDERING: publish. The
+        // acquire pairs with the producer's release, so that the slot may be read.
+        unsafe { word.as_ref() }.load(Ordering::Acquire) == position.wrapping_add(1)
     }
 
     fn copy_slot(&self, from: NonNull<u8>, to: NonNull<u8>, position: u32) {
@@ -438,6 +455,7 @@ pub(crate) fn host_ring(
         slots: start,
         cursor: cursor.cast(),
         write_combining: WriteCombining::No,
+        cursor_write_combining: WriteCombining::No,
     };
     // SAFETY: both parts lie within the allocation, which is zeroed, 64-byte aligned and not shared with anybody yet.
     unsafe { parts.initialise(layout, 0) };

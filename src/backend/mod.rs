@@ -13,6 +13,7 @@ pub(crate) mod cpu;
 mod host_memory;
 mod info;
 mod options;
+mod resident;
 #[cfg(feature = "vulkan")]
 pub(crate) mod vulkan;
 
@@ -34,6 +35,7 @@ pub use info::{
 };
 
 pub use options::{VulkanConfig, VulkanMode};
+pub(crate) use resident::Resident;
 
 use crate::error::Error;
 use crate::kernel::{
@@ -154,6 +156,11 @@ pub(crate) trait Device: Send + Sync + fmt::Debug {
         None
     }
 
+    /// Whether a kernel that spins takes a core of this machine.
+    fn takes_cores(&self) -> bool {
+        true
+    }
+
     /// Whether callers that sleep are woken when a reply is written; they look for themselves otherwise.
     fn wakes_callers(&self) -> bool {
         true
@@ -168,6 +175,11 @@ pub(crate) trait Device: Send + Sync + fmt::Debug {
 
 /// Code that is resident on a device.
 pub(crate) trait Dispatch: Send + fmt::Debug {
+    /// Bytes of memory that it took beside that of its blocks.
+    fn memory_bytes(&self) -> u64 {
+        0
+    }
+
     /// Tells it that a control block has a new command.
     fn command(&mut self) {}
 

@@ -1,7 +1,9 @@
 //! The control block: how the host steers a resident block of a kernel, and what that block tells of itself.
 
 use std::mem::offset_of;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use crate::ring::store_fence;
 
 /// Size of a control block in bytes: one line that the host writes, three that the device writes.
 pub const CONTROL_BLOCK_BYTES: usize = size_of::<HostLine>() + size_of::<DeviceLines>();
@@ -9,7 +11,8 @@ pub const CONTROL_BLOCK_BYTES: usize = size_of::<HostLine>() + size_of::<DeviceL
 const _: () = assert!(CONTROL_BLOCK_BYTES == 256);
 
 /// One block's control block. Every line has one writer, every word is loaded and stored whole. The host's line lies in
-/// memory that is near the device, who polls it; the device's lines in memory that is near the host.
+/// memory that is near the device, who polls it; the device's lines in memory that is near the host. Of a device that runs slices,
+/// the host says in the `state` word for blocks that have none in flight what they would have said.
 ///
 /// | line | written by | words |
 /// |---|---|---|
@@ -24,6 +27,15 @@ const _: () = assert!(CONTROL_BLOCK_BYTES == 256);
 pub struct ControlBlock<'a> {
     pub(crate) host: &'a HostLine,
     pub(crate) device: &'a DeviceLines,
+    /// What the host line says, where the host may read it.
+    pub(crate) commands: &'a HostCommands,
+}
+
+/// The host's own copy of its commands. The host's line may lie in memory of the device, which takes microseconds to read.
+#[derive(Debug, Default)]
+pub(crate) struct HostCommands {
+    active: AtomicBool,
+    terminate: AtomicBool,
 }
 
 /// The line of a control block that the host writes.
@@ -158,24 +170,46 @@ impl ControlBlock<'_> {
 
     pub(crate) fn set_active(&self, active: bool) {
         // ORDERING: control. Release pairs with `is_active`: whatever the host prepared is visible to the block.
+        self.commands.active.store(active, Ordering::Release);
         self.host.active.store(active.into(), Ordering::Release);
+        store_fence();
     }
 
     pub(crate) fn set_terminate(&self) {
         // ORDERING: control. Pairs with `must_terminate`.
+        self.commands.terminate.store(true, Ordering::Release);
         self.host.terminate.store(1, Ordering::Release);
+        store_fence();
+    }
+
+    /// Whether the host wants the block to poll; for the host.
+    pub(crate) fn wants_active(&self) -> bool {
+        self.commands.active.load(Ordering::Acquire)
+    }
+
+    /// Whether the host wants the block to end; for the host.
+    pub(crate) fn wants_end(&self) -> bool {
+        self.commands.terminate.load(Ordering::Acquire)
     }
 
     /// How long slices last from the next one on.
     pub(crate) fn set_budgets(&self, slice: u32, idle: u32) {
         self.host.slice_budget.store(slice, Ordering::Relaxed);
         self.host.idle_budget.store(idle, Ordering::Release);
+        store_fence();
     }
 
     /// Makes slices of all other epochs end at once.
     pub(crate) fn set_epoch(&self, epoch: u32) {
         // ORDERING: control. Whatever was prepared for the epoch is visible to its slices.
         self.host.epoch.store(epoch, Ordering::Release);
+        store_fence();
+    }
+
+    /// Where an empty kernel begins.
+    pub(crate) fn set_start(&self, position: u32) {
+        self.device.processed.store(position, Ordering::Release);
+        self.device.produced.store(position, Ordering::Release);
     }
 
     // Read by the block.

@@ -18,9 +18,9 @@ mod types;
 pub use builtin::{saxpy_reply, saxpy_request};
 #[cfg(feature = "vulkan")]
 pub(crate) use control_block::BlockFault;
-pub(crate) use control_block::BlockState;
 #[cfg(all(test, feature = "vulkan"))]
 pub(crate) use control_block::CONTROL_VALUES;
+pub(crate) use control_block::{BlockState, HostCommands};
 pub use control_block::{CONTROL_BLOCK_BYTES, ControlBlock, DeviceLines, HostLine};
 pub use dead_letters::{DeadLetterCounts, DeadLetterReason};
 pub use handler::{CpuHandler, HandlerResult, KernelContext, Request};

@@ -3,7 +3,7 @@
 use core::fmt;
 
 use super::layout::RingLayout;
-use super::memory::{RingParts, Slots};
+use super::memory::{RingParts, Slots, WriteCombining, store_fence};
 use crate::message::{EXTENSION_BYTES, Extension, MessageHeader};
 use crate::sync::Ordering;
 
@@ -233,6 +233,10 @@ impl Consumer {
             .cursor()
             .consumed
             .store(self.position, Ordering::Release);
+        if self.slots.parts.cursor_write_combining == WriteCombining::Yes {
+            // Or it stays in this core until something else drives it out.
+            store_fence();
+        }
         self.published = self.position;
     }
 }

@@ -27,8 +27,10 @@ pub struct RingParts {
     pub slots: NonNull<u8>,
     /// The consumer's line.
     pub cursor: NonNull<CursorLine>,
-    /// How stores to `slots` are ordered.
+    /// How the producer's stores to `slots` are ordered.
     pub write_combining: WriteCombining,
+    /// How the consumer's stores to `cursor` are ordered.
+    pub cursor_write_combining: WriteCombining,
 }
 
 impl RingParts {
@@ -114,7 +116,7 @@ impl Slots {
 
 /// Orders all earlier stores, write-combined ones too, before all later ones, and drains the combining buffers.
 #[inline]
-pub(super) fn store_fence() {
+pub(crate) fn store_fence() {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: SSE is part of the x86-64 baseline.
     unsafe {

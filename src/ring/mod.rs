@@ -28,5 +28,7 @@ pub use layout::{
     CURSOR_BYTES, CursorLine, LINE_BYTES, LayoutError, MAX_CAPACITY, MIN_CAPACITY, RingLayout,
     SlotHeader,
 };
+#[cfg(all(feature = "std", not(loom)))]
+pub(crate) use memory::store_fence;
 pub use memory::{RingParts, WriteCombining};
 pub use producer::{Batch, Producer, PushError, Reservation};

@@ -92,6 +92,7 @@ pub(super) fn launch(
         telemetry: config.enable_telemetry,
         heartbeat_interval: config.heartbeat_interval,
     })?;
+    let memory_bytes = memory_bytes + dispatch.memory_bytes();
     // Cannot fail: the kernel was created here.
     let _ = signals.gate.transition(KernelState::Launched);
     let link = KernelLink {
@@ -250,12 +251,12 @@ impl Placing {
         };
         let (wait, permit) = if config.bridge_poll_interval.is_zero() {
             match strategy {
-                WaitStrategy::Spin if device.info().kind.is_hardware() => (KernelWait::Spin, None),
+                WaitStrategy::Spin if !device.takes_cores() => (KernelWait::Spin, None),
                 WaitStrategy::Spin => (KernelWait::Spin, Some(SpinPermit::forced(blocks))),
                 WaitStrategy::SpinYield => (KernelWait::SpinYield, None),
                 WaitStrategy::Park => (KernelWait::Park, None),
-                WaitStrategy::Auto if device.info().kind.is_hardware() => (KernelWait::Spin, None),
-                WaitStrategy::Auto if device.info().kind == DeviceKind::SoftwareGpu => {
+                WaitStrategy::Auto if !device.takes_cores() => (KernelWait::Spin, None),
+                WaitStrategy::Auto if device.info().kind != DeviceKind::Cpu => {
                     match SpinPermit::for_kernel(blocks) {
                         Some(permit) => (KernelWait::Spin, Some(permit)),
                         None => (KernelWait::Park, None),

@@ -403,7 +403,7 @@ impl Devices {
                 let index = devices.choose(BackendType::Vulkan, choice)?;
                 // A software device that is named is asked for; an index may as well be meant for the CPU.
                 let named = match choice {
-                    DeviceChoice::Best => std::env::var_os(DEVICE_VARIABLE).is_some(),
+                    DeviceChoice::Best => device_variable().is_some(),
                     DeviceChoice::Name(_) => true,
                     DeviceChoice::Index(_) => false,
                 };
@@ -468,12 +468,12 @@ impl Devices {
             DeviceChoice::Index(index) => Ok(*index),
             DeviceChoice::Name(name) => named(name),
             DeviceChoice::Best if backend == BackendType::Cpu => Ok(0),
-            DeviceChoice::Best => match std::env::var(DEVICE_VARIABLE) {
-                Ok(name) => match name.parse() {
+            DeviceChoice::Best => match device_variable() {
+                Some(name) => match name.parse() {
                     Ok(index) => Ok(index),
                     Err(_) => named(&name),
                 },
-                Err(_) => self.best_hardware(backend),
+                None => self.best_hardware(backend),
             },
         }
     }
@@ -510,6 +510,12 @@ impl Devices {
             },
         })
     }
+}
+
+/// The device that the environment names, if it names one.
+fn device_variable() -> Option<String> {
+    let name = std::env::var(DEVICE_VARIABLE).ok()?;
+    (!name.trim().is_empty()).then_some(name)
 }
 
 /// Whether a running dispatch of the device sees messages.

@@ -132,6 +132,12 @@ pub fn all() -> Vec<KernelRegistration> {
                 );
                 context.reply_bytes(text.as_bytes())
             }),
+        // A device that writes what it should not, in shaders alone.
+        KernelRegistration::new("test.hostile")
+            .any_message()
+            .shader(module!("hostile")),
+        // Loops as often as it is told, in shaders alone; declares 25 000 iterations.
+        KernelRegistration::new("test.loops").shader(module!("loops").loop_iterations(25_000)),
         // Writes an `Add` whose bool is neither true nor false.
         KernelRegistration::new("test.corrupt")
             .shader(module!("corrupt"))

@@ -33,6 +33,8 @@ pub const NO_DRIVER: u32 = 6;
 pub const NO_DEVICE: u32 = 7;
 /// `vkCreateComputePipelines` has no memory.
 pub const NO_PIPELINE: u32 = 8;
+/// `vkQueueSubmit` has no memory, once.
+pub const NO_SUBMISSION: u32 = 9;
 
 /// Devices say that they are discrete GPUs.
 pub const CLAIM_DISCRETE: u32 = 1;
@@ -44,6 +46,8 @@ pub const CLAIM_BATCHED: u32 = 4;
 static FAULT: AtomicU32 = AtomicU32::new(NONE);
 /// Matching calls that still succeed.
 static AFTER: AtomicI64 = AtomicI64::new(0);
+/// The device that was made last: faults of devices strike this one, when they strike.
+static LATEST: AtomicU64 = AtomicU64::new(0);
 /// The device that was lost, or hangs.
 static VICTIM: AtomicU64 = AtomicU64::new(0);
 
@@ -214,14 +218,23 @@ unsafe fn take_link<Link>(
     ptr::null_mut()
 }
 
-/// Whether the fault strikes now.
+/// Whether the fault strikes now. One that strikes once is over then.
 fn strikes(fault: u32) -> bool {
-    FAULT.load(Ordering::SeqCst) == fault && AFTER.fetch_sub(1, Ordering::SeqCst) <= 0
+    let strikes =
+        FAULT.load(Ordering::SeqCst) == fault && AFTER.fetch_sub(1, Ordering::SeqCst) <= 0;
+    if strikes && fault == NO_SUBMISSION {
+        FAULT.store(NONE, Ordering::SeqCst);
+    }
+    strikes
 }
 
-/// The first device that comes falls; the others stand.
+/// The latest device falls; the others stand.
 fn fall(device: vk::Device) {
-    let _ = VICTIM.compare_exchange(0, device.as_raw(), Ordering::SeqCst, Ordering::SeqCst);
+    VICTIM.store(device.as_raw(), Ordering::SeqCst);
+}
+
+fn is_latest(device: vk::Device) -> bool {
+    LATEST.load(Ordering::SeqCst) == device.as_raw()
 }
 
 fn is_victim(device: vk::Device) -> bool {
@@ -363,6 +376,7 @@ unsafe extern "system" fn create_device(
             ),
         };
         remember(&DEVICES, device, next);
+        LATEST.store(device.as_raw(), Ordering::SeqCst);
     }
     result
 }
@@ -405,8 +419,13 @@ unsafe extern "system" fn queue_submit(
     fence: vk::Fence,
 ) -> vk::Result {
     let next = next_of(&DEVICES, queue);
-    if strikes(LOSE_AT_SUBMIT) {
-        fall(next.device);
+    if is_latest(next.device) {
+        if strikes(LOSE_AT_SUBMIT) {
+            fall(next.device);
+        }
+        if strikes(NO_SUBMISSION) {
+            return vk::Result::ERROR_OUT_OF_HOST_MEMORY;
+        }
     }
     if is_lost(next.device) {
         return vk::Result::ERROR_DEVICE_LOST;
@@ -423,10 +442,14 @@ unsafe extern "system" fn wait_for_fences(
     all: vk::Bool32,
     timeout: u64,
 ) -> vk::Result {
-    if strikes(LOSE_AT_WAIT) || strikes(HANG) {
+    if is_latest(device) && (strikes(LOSE_AT_WAIT) || strikes(HANG)) {
         fall(device);
     }
     if is_lost(device) {
+        // A device that is lost runs nothing any more; the one below still does.
+        let next = next_of(&DEVICES, device);
+        // SAFETY: the arguments are the caller's own.
+        let _ = unsafe { (next.wait_for_fences)(device, count, fences, all, 5_000_000_000) };
         return vk::Result::ERROR_DEVICE_LOST;
     }
     if is_victim(device) {

@@ -25,6 +25,7 @@ impl HeapRing {
                 slots,
                 cursor: slots.add(layout.slots_bytes()).cast(),
                 write_combining,
+                cursor_write_combining: write_combining,
             };
             parts.initialise(layout, start);
             Self {

@@ -45,6 +45,7 @@ impl Memory {
             slots: NonNull::from(&mut self.slots).cast(),
             cursor: NonNull::from(&mut self.cursor).cast::<CursorLine>(),
             write_combining: WriteCombining::No,
+            cursor_write_combining: WriteCombining::No,
         }
     }
 

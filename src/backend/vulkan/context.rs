@@ -15,6 +15,7 @@ use super::{spirv, unavailable};
 use crate::backend::Account;
 use crate::error::Error;
 use crate::kernel::ShaderSource;
+use crate::thread::event_count::EventCount;
 
 /// Bindings of the prelude: host-to-device memory, device-to-host memory, state.
 pub(super) const BINDINGS: u32 = 3;
@@ -105,12 +106,14 @@ pub(super) struct Context {
     pub(super) set_layout: vk::DescriptorSetLayout,
     pub(super) pipeline_layout: vk::PipelineLayout,
     pipelines: Mutex<HashMap<(ShaderSource, Specialization), vk::Pipeline>>,
+    /// Rung for the device's lanes, by whoever has something for them.
+    pub(super) doorbell: Arc<EventCount>,
     /// Why the device is lost, once it is.
     lost: OnceLock<String>,
     /// Whether work is left on it that never ended.
     abandoned: AtomicBool,
     /// Outlives the device.
-    _instance: Arc<Instance>,
+    instance: Arc<Instance>,
 }
 
 impl fmt::Debug for Context {
@@ -177,9 +180,10 @@ impl Context {
             set_layout: vk::DescriptorSetLayout::null(),
             pipeline_layout: vk::PipelineLayout::null(),
             pipelines: Mutex::new(HashMap::new()),
+            doorbell: Arc::new(EventCount::new()),
             lost: OnceLock::new(),
             abandoned: AtomicBool::new(false),
-            _instance: Arc::clone(instance),
+            instance: Arc::clone(instance),
         };
         match allocator {
             Ok(allocator) => *context.allocator.lock() = Some(allocator),
@@ -236,6 +240,8 @@ impl Context {
                 self.lost().unwrap_or("")
             );
         }
+        // Lanes that sleep have kernels to fail.
+        self.doorbell.notify();
     }
 
     /// Marks the device as one whose work never ends, so that nothing that it may use is ever destroyed.
@@ -366,6 +372,8 @@ impl Drop for Context {
         if self.is_abandoned() {
             // Destroying what a dispatch still uses is undefined; the process keeps it to its end.
             std::mem::forget(self.allocator.lock().take());
+            // The driver runs that work: its instance and its library stay, too.
+            std::mem::forget(Arc::clone(&self.instance));
             log::warn!("device '{}' was left behind with work on it", self.name());
             return;
         }

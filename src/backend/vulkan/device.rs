@@ -69,17 +69,41 @@ impl Backend for VulkanBackend {
     }
 
     fn open(&self, index: usize) -> Result<Arc<dyn Device>, Error> {
+        Ok(Arc::new(self.open_device(index)?))
+    }
+}
+
+impl VulkanBackend {
+    /// Opens and probes a device.
+    pub(super) fn open_device(&self, index: usize) -> Result<VulkanDevice, Error> {
         let physical = self.devices.get(index).ok_or(Error::DeviceNotFound {
             backend: crate::backend::BackendType::Vulkan.name(),
             index,
             available: self.devices.len(),
         })?;
         let cores = driver_cores(&self.reserved_cores, physical.software);
-        let account = Arc::new(Account::new(physical.info.memory_limit));
-        let context = on_driver_cores(&cores, || Context::open(&self.instance, physical, account))?;
-        // The caller's thread exchanges messages with the probe: the driver's cores are busy.
-        let device = VulkanDevice::open(context, &self.config, cores, self.termination_timeout)?;
-        Ok(Arc::new(device))
+        let open = |config: &VulkanConfig| {
+            let account = Arc::new(Account::new(physical.info.memory_limit));
+            let cores = cores.clone();
+            let context =
+                on_driver_cores(&cores, || Context::open(&self.instance, physical, account))?;
+            // The caller's thread exchanges messages with the probe: the driver's cores are busy.
+            VulkanDevice::open(context, config, cores, self.termination_timeout)
+        };
+        match open(&self.config) {
+            Err(Error::DeviceLost { reason, .. }) if self.config.mode == VulkanMode::Auto => {
+                // The probe lost it: opened anew, it still runs a dispatch for each batch.
+                let mut device = open(&VulkanConfig {
+                    mode: VulkanMode::Exchange,
+                    ..self.config.clone()
+                })?;
+                if let Some(vulkan) = &mut device.info.vulkan {
+                    vulkan.mode_reason = format!("the probe lost the device: {reason}");
+                }
+                Ok(device)
+            }
+            opened => opened,
+        }
     }
 }
 
@@ -134,7 +158,6 @@ pub(super) struct VulkanDevice {
     mode: ExecutionMode,
     /// One a queue, started when first needed.
     lanes: Mutex<Vec<Lane>>,
-    doorbell: Arc<EventCount>,
     cores: Vec<usize>,
     termination_timeout: Duration,
     context: Arc<Context>,
@@ -151,7 +174,6 @@ impl VulkanDevice {
             info: context.physical.info.clone(),
             mode: ExecutionMode::Resident,
             lanes: Mutex::new(Vec::new()),
-            doorbell: Arc::new(EventCount::new()),
             cores,
             termination_timeout,
             context,
@@ -254,7 +276,6 @@ impl VulkanDevice {
                     &self.context,
                     lanes.len() as u32,
                     self.mode,
-                    Arc::clone(&self.doorbell),
                     self.cores.clone(),
                     self.termination_timeout,
                 )?;
@@ -330,7 +351,12 @@ impl Device for VulkanDevice {
     }
 
     fn doorbell(&self) -> Option<Arc<EventCount>> {
-        Some(Arc::clone(&self.doorbell))
+        Some(Arc::clone(&self.context.doorbell))
+    }
+
+    fn takes_cores(&self) -> bool {
+        // A software driver's thread, or the lane's own where no dispatch polls.
+        self.context.physical.software || self.mode != ExecutionMode::Resident
     }
 
     fn wakes_callers(&self) -> bool {
@@ -347,16 +373,20 @@ impl Device for VulkanDevice {
             });
         };
         let front = Arc::clone(&first.memory.grid);
+        let start = first.memory.control().processed();
+        let before = self.memory_in_use();
         let (device_grid, relay_grid) = if self.mode == ExecutionMode::Resident {
             (front, None)
         } else {
             let (device, host) = self.exchange_memory(&front, blocks)?;
             (device, Some(host))
         };
+        // Launches come one at a time; what kernels that end meanwhile give back is not counted.
+        let memory_bytes = self.memory_in_use().saturating_sub(before);
         let relay_blocks = match relay_grid {
             None => Vec::new(),
             Some(grid) => grid
-                .ends(self, blocks)?
+                .ends(self, blocks, start)?
                 .into_iter()
                 .map(|(_, _, ends)| ends.memory)
                 .collect(),
@@ -367,6 +397,10 @@ impl Device for VulkanDevice {
             device_grid,
             relay_blocks,
         )?);
-        Ok(Box::new(VulkanDispatch::start(kernel, self.lane()?)))
+        Ok(Box::new(VulkanDispatch::start(
+            kernel,
+            self.lane()?,
+            memory_bytes,
+        )))
     }
 }

@@ -13,17 +13,31 @@ use crate::time::Deadline;
 pub(super) struct VulkanDispatch {
     kernel: Arc<SliceKernel>,
     lane: Arc<LaneHandle>,
+    /// What the shader sees where that is not what the host sees, and what lies between.
+    memory_bytes: u64,
 }
 
 impl VulkanDispatch {
     /// Puts a kernel on a lane, where it is idle until its control blocks say otherwise.
-    pub(super) fn start(kernel: Arc<SliceKernel>, lane: Arc<LaneHandle>) -> Self {
+    pub(super) fn start(
+        kernel: Arc<SliceKernel>,
+        lane: Arc<LaneHandle>,
+        memory_bytes: u64,
+    ) -> Self {
         lane.admit(Arc::clone(&kernel));
-        Self { kernel, lane }
+        Self {
+            kernel,
+            lane,
+            memory_bytes,
+        }
     }
 }
 
 impl Dispatch for VulkanDispatch {
+    fn memory_bytes(&self) -> u64 {
+        self.memory_bytes
+    }
+
     fn command(&mut self) {
         self.lane.interrupt();
     }
@@ -38,10 +52,7 @@ impl Dispatch for VulkanDispatch {
     }
 
     fn request_stop(&mut self) {
-        for block in &self.kernel.blocks {
-            block.control().set_terminate();
-        }
-        self.kernel.signals.wake_all();
+        self.kernel.ask_to_end();
         self.lane.interrupt();
     }
 
@@ -51,11 +62,8 @@ impl Dispatch for VulkanDispatch {
     }
 
     fn leftovers(&self, block: u32, position: u32) -> Vec<UndeliveredMessage> {
-        let Some(block) = self.kernel.blocks.get(block as usize) else {
-            return Vec::new();
-        };
-        // SAFETY: the caller promises that the dispatch ended, or is stuck in a handler; `request_stop` has set every
-        // `terminate` word before either.
-        unsafe { block.leftovers(&self.kernel.signals.name, position) }
+        // SAFETY: the caller promises that the dispatch ended, or is stuck in a handler; `request_stop` has asked it to end
+        // before either.
+        unsafe { self.kernel.leftovers(block, position) }
     }
 }

@@ -21,10 +21,9 @@ use super::relay::Relay;
 use super::slice_kernel::{SOFTWARE_ITERATIONS, SliceKernel};
 use crate::backend::ExecutionMode;
 use crate::error::Error;
-use crate::kernel::{BlockState, KernelFailure};
+use crate::kernel::{BlockState, FailureReason, KernelFailure};
 use crate::thread::KernelWait;
 use crate::thread::affinity;
-use crate::thread::event_count::EventCount;
 
 /// Command buffers that take turns.
 const BATCHES: usize = 2;
@@ -32,14 +31,14 @@ const BATCHES: usize = 2;
 /// How long a fence may take whatever the termination timeout is: slices are far shorter, but a loaded machine is slow.
 const SHORTEST_FENCE_LIMIT: Duration = Duration::from_secs(2);
 
-/// Between two looks at commands during one fence wait.
-const FENCE_CHUNK: Duration = Duration::from_millis(100);
+/// Between two looks whether the device is lost, during one fence wait.
+const FENCE_CHUNK: Duration = Duration::from_millis(20);
 
 /// Longest sleep without work.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 
 /// How long a sleeping kernel that is blocked on a full reply ring is left alone.
-const BLOCKED_NAP: Duration = Duration::from_micros(200);
+pub(super) const BLOCKED_NAP: Duration = Duration::from_micros(200);
 
 /// How long hardware slices should take: far below every watchdog (from 2 s on Windows), even for both batches.
 const SLICE_TARGET: Duration = Duration::from_millis(25);
@@ -48,8 +47,18 @@ const SLICE_TARGET: Duration = Duration::from_millis(25);
 const FEWEST_POLLS: u32 = 1_000;
 const MOST_POLLS: u32 = 1 << 26;
 
-/// Polls of a first hardware slice, some 20 ms over PCIe.
-const FIRST_POLLS: u32 = 20_000;
+/// Polls of a first slice: some 5 ms over PCIe, and less than that on a software driver even for the largest block.
+const FIRST_POLLS: u32 = 4_000;
+
+/// Slices in a row in a command buffer: while kernels have the queue for themselves, on a software device and on hardware; and
+/// while a sleeping kernel may want its turn.
+const SOFTWARE_STEPS: u32 = 16;
+const HARDWARE_STEPS: u32 = 4;
+const IMPATIENT_STEPS: u32 = 2;
+
+/// How often a submission without memory is tried again, and how long after.
+const SUBMIT_TRIES: u32 = 100;
+const SUBMIT_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Budgets while several blocks share an execution unit: whoever has nothing to do gives way at once, and nobody keeps
 /// the others waiting for long.
@@ -62,7 +71,6 @@ const PARKING_IDLE_POLLS: u32 = 2_000;
 /// What everybody may ask of a lane.
 pub(super) struct LaneHandle {
     context: Arc<Context>,
-    doorbell: Arc<EventCount>,
     inbox: Mutex<Vec<Arc<SliceKernel>>>,
     /// Kernels that are on the lane, for whoever interrupts it.
     members: Mutex<Vec<Arc<SliceKernel>>>,
@@ -96,7 +104,7 @@ impl LaneHandle {
             members.push(Arc::clone(&kernel));
             self.inbox.lock().push(kernel);
         }
-        self.doorbell.notify();
+        self.context.doorbell.notify();
     }
 
     fn remove(&self, kernel: &Arc<SliceKernel>) {
@@ -116,7 +124,7 @@ impl LaneHandle {
                 block.control().set_epoch(epoch);
             }
         }
-        self.doorbell.notify();
+        self.context.doorbell.notify();
     }
 }
 
@@ -133,13 +141,11 @@ impl Lane {
         context: &Arc<Context>,
         queue_index: u32,
         mode: ExecutionMode,
-        doorbell: Arc<EventCount>,
         cores: Vec<usize>,
         termination_timeout: Duration,
     ) -> Result<Self, Error> {
         let handle = Arc::new(LaneHandle {
             context: Arc::clone(context),
-            doorbell,
             inbox: Mutex::new(Vec::new()),
             members: Mutex::new(Vec::new()),
             epoch: AtomicU32::new(1),
@@ -199,6 +205,8 @@ struct Member {
     asleep: bool,
     look_at: Instant,
     blocked: bool,
+    /// Whether a request was there already when the last slices ended.
+    waited: bool,
     /// Progress and heartbeats when last looked at.
     progress: u32,
     heartbeats: u32,
@@ -212,6 +220,7 @@ impl Member {
             asleep: false,
             look_at: Instant::now(),
             blocked: false,
+            waited: false,
             progress: 0,
             heartbeats: 0,
         }
@@ -249,7 +258,9 @@ impl Member {
         self.progress = progress;
         self.asleep = idle && self.may_sleep();
         if self.asleep {
-            self.blocked = self.kernel.has_request();
+            // Requests that no slice took up although it looked for long: there is no room for their replies.
+            self.blocked = self.kernel.has_request() && self.waited;
+            self.waited = self.kernel.has_request();
             let nap = match self.kernel.wait {
                 _ if self.blocked => BLOCKED_NAP,
                 KernelWait::Interval(interval) => interval.min(self.kernel.heartbeat_interval),
@@ -269,6 +280,8 @@ struct Batch {
     kernels: Vec<Arc<SliceKernel>>,
     epoch: u32,
     steps: u32,
+    /// The lane's polls of a slice when it was submitted.
+    polls: u32,
     submitted: Instant,
 }
 
@@ -284,8 +297,7 @@ struct Bridge {
     members: Vec<Member>,
     mode: ExecutionMode,
     software: bool,
-    steps: u32,
-    /// Polls of a slice that has its unit for itself.
+    /// Polls of a slice that has its queue for itself.
     polls: u32,
     fence_limit: Duration,
     last_done: Instant,
@@ -316,12 +328,7 @@ impl Bridge {
             members: Vec::new(),
             mode,
             software,
-            steps: if software { 16 } else { 4 },
-            polls: if software {
-                SOFTWARE_ITERATIONS
-            } else {
-                FIRST_POLLS
-            },
+            polls: FIRST_POLLS,
             fence_limit,
             last_done: Instant::now(),
             context: Arc::clone(&context),
@@ -354,6 +361,7 @@ impl Bridge {
                 kernels: Vec::new(),
                 epoch: 0,
                 steps: 0,
+                polls: 0,
                 submitted: Instant::now(),
             });
         }
@@ -398,9 +406,17 @@ impl Bridge {
                 ExecutionMode::Resident => None,
                 mode => Some(Relay::new(&kernel, mode == ExecutionMode::Staged)),
             };
-            let prepared = self.prepare(&kernel, relay.as_ref());
+            match self.prepare(&kernel, relay.as_ref()) {
+                // Nothing of it has run: only this kernel goes without.
+                Err(error @ Error::OutOfMemory { .. }) => kernel.fail(KernelFailure {
+                    reason: FailureReason::Fault,
+                    message: format!("its memory could not be prepared: {error}"),
+                    block: None,
+                    request: None,
+                }),
+                prepared => failed = failed.or(prepared.err()),
+            }
             self.members.push(Member::new(kernel, relay));
-            failed = failed.or(prepared.err());
         }
         failed
     }
@@ -412,7 +428,8 @@ impl Bridge {
             return Ok(());
         }
         self.drain()?;
-        let raw = self.context.raw.clone();
+        let context = Arc::clone(&self.context);
+        let raw = &context.raw;
         self.record(0, |commands| {
             if let Some(state) = kernel.state_buffer()
                 && kernel.needs_fill()
@@ -421,8 +438,9 @@ impl Bridge {
                 unsafe { raw.cmd_fill_buffer(commands, state, 0, vk::WHOLE_SIZE, 0) };
             }
             if let Some(relay) = relay {
-                relay.record_first_copy(&raw, commands);
+                relay.record_first_copy(raw, commands);
             }
+            transfer_barrier(&context, commands);
         })?;
         self.submit(0)?;
         self.drain()
@@ -520,17 +538,30 @@ impl Bridge {
         }
     }
 
+    /// Whether somebody who sleeps may want a turn while others run.
+    fn has_sleepers(&self, running: &[Arc<SliceKernel>]) -> bool {
+        let wanted = self
+            .members
+            .iter()
+            .filter(|member| member.kernel.is_wanted());
+        wanted.count() > running.len()
+    }
+
     /// How long the slices of the running kernels last.
     fn set_budgets(&self, running: &[Arc<SliceKernel>]) {
         let units: u32 = running.iter().map(|kernel| kernel.groups()).sum();
         // A GPU has room for many blocks at once; but kernels of one queue wait for one another after each step.
-        let shared = running.len() > 1 || (self.software && units > 1);
+        let shared =
+            running.len() > 1 || (self.software && units > 1) || self.has_sleepers(running);
         for kernel in running {
-            let (polls, mut idle) = if shared {
+            let (mut polls, mut idle) = if shared {
                 (SHARED_POLLS, SHARED_IDLE_POLLS)
             } else {
                 (self.polls, u32::MAX)
             };
+            if self.software {
+                polls = polls.min(kernel.software_budget());
+            }
             if kernel.may_sleep() {
                 idle = idle.min(PARKING_IDLE_POLLS);
             }
@@ -540,30 +571,47 @@ impl Bridge {
         }
     }
 
-    /// Makes hardware slices as long as they should be, going by the batch that is done.
+    /// Makes slices as long as they should be, going by the batch that is done: one whose slices used up their polls.
     fn adapt(&mut self, index: usize) {
         let now = Instant::now();
         let batch = &self.batches[index];
         let begin = batch.submitted.max(self.last_done);
         self.last_done = now;
-        if self.software || batch.epoch != self.handle.epoch.load(Ordering::Relaxed) {
+        let measures = matches!(&batch.kernels[..], [kernel] if !kernel.may_sleep())
+            && batch.polls == self.polls
+            && batch.epoch == self.handle.epoch.load(Ordering::Relaxed);
+        if !measures {
             return;
         }
         let slice = now.duration_since(begin) / batch.steps.max(1);
         if slice > SLICE_TARGET {
             let ratio = SLICE_TARGET.as_secs_f64() / slice.as_secs_f64();
             self.polls = ((f64::from(self.polls) * ratio.max(0.1)) as u32).max(FEWEST_POLLS);
-        } else if slice < SLICE_TARGET / 2 && batch.kernels.len() == 1 && slice > SLICE_TARGET / 16
-        {
-            self.polls = (self.polls + self.polls / 2).min(MOST_POLLS);
+        } else if slice < SLICE_TARGET / 2 {
+            let most = match self.software {
+                true => SOFTWARE_ITERATIONS,
+                false => MOST_POLLS,
+            };
+            self.polls = (self.polls + self.polls / 2).min(most);
         }
     }
 
     /// Records steps of the kernels' slices, unless the batch holds just these.
     fn record_slices(&mut self, index: usize, running: &[Arc<SliceKernel>]) -> Result<(), Error> {
+        // Kernels that sleep when idle are looked at after each step.
+        let steps = if running.iter().all(|kernel| kernel.may_sleep()) {
+            1
+        } else if self.has_sleepers(running) {
+            IMPATIENT_STEPS
+        } else if self.software {
+            SOFTWARE_STEPS
+        } else {
+            HARDWARE_STEPS
+        };
         let epoch = self.handle.epoch.load(Ordering::Acquire);
         let batch = &self.batches[index];
         let same = batch.epoch == epoch
+            && batch.steps == steps
             && batch.kernels.len() == running.len()
             && batch
                 .kernels
@@ -571,14 +619,9 @@ impl Bridge {
                 .zip(running)
                 .all(|(recorded, kernel)| Arc::ptr_eq(recorded, kernel));
         if same {
+            self.batches[index].polls = self.polls;
             return Ok(());
         }
-        // Kernels that sleep when idle are looked at after each step.
-        let steps = if running.iter().all(|kernel| kernel.may_sleep()) {
-            1
-        } else {
-            self.steps
-        };
         let context = Arc::clone(&self.context);
         self.record(index, |commands| {
             for _ in 0..steps {
@@ -607,6 +650,7 @@ impl Bridge {
         batch.kernels = running.to_vec();
         batch.epoch = epoch;
         batch.steps = steps;
+        batch.polls = self.polls;
         Ok(())
     }
 
@@ -637,12 +681,24 @@ impl Bridge {
         self.context.check("submit slices", unsafe {
             self.context.raw.reset_fences(&[batch.fence])
         })?;
-        // SAFETY: as above.
-        self.context.check("submit slices", unsafe {
-            self.context
-                .raw
-                .queue_submit(self.queue, &info, batch.fence)
-        })?;
+        let mut tries = 0;
+        loop {
+            // SAFETY: as above. A submission that failed for want of memory has changed nothing.
+            let submitted = unsafe {
+                self.context
+                    .raw
+                    .queue_submit(self.queue, &info, batch.fence)
+            };
+            match submitted {
+                Err(
+                    vk::Result::ERROR_OUT_OF_HOST_MEMORY | vk::Result::ERROR_OUT_OF_DEVICE_MEMORY,
+                ) if tries < SUBMIT_TRIES => {
+                    tries += 1;
+                    std::thread::sleep(SUBMIT_INTERVAL);
+                }
+                submitted => break self.context.check("submit slices", submitted)?,
+            }
+        }
         batch.submitted = Instant::now();
         self.in_flight.push_back(index);
         Ok(())
@@ -664,6 +720,9 @@ impl Bridge {
             };
             match waited {
                 Ok(()) => break,
+                Err(vk::Result::TIMEOUT) if self.context.lost().is_some() => {
+                    self.context.check_lost()?;
+                }
                 Err(vk::Result::TIMEOUT) if begin.elapsed() < self.fence_limit => {}
                 Err(vk::Result::TIMEOUT) => {
                     let reason = format!(
@@ -678,6 +737,32 @@ impl Bridge {
         }
         self.in_flight.pop_front();
         Ok(index)
+    }
+
+    /// Waits until nothing of this lane runs on a lost device any more, or the device must be left behind with it.
+    fn await_the_end(&mut self) {
+        let begin = Instant::now();
+        while let Some(&index) = self.in_flight.front()
+            && !self.context.is_abandoned()
+        {
+            let fence = [self.batches[index].fence];
+            // SAFETY: the fence is this device's, and belongs to a submitted batch.
+            let waited = unsafe {
+                self.context
+                    .raw
+                    .wait_for_fences(&fence, true, FENCE_CHUNK.as_nanos() as u64)
+            };
+            match waited {
+                Err(vk::Result::TIMEOUT) if begin.elapsed() < self.fence_limit => {}
+                Err(vk::Result::TIMEOUT) => self
+                    .context
+                    .abandon("work on the lost device did not end".into()),
+                // Done, or lost: a lost device runs nothing (Vulkan specification, "Lost Device").
+                _ => {
+                    self.in_flight.pop_front();
+                }
+            }
+        }
     }
 
     /// Waits for everything in flight.
@@ -800,10 +885,7 @@ impl Bridge {
         }
         // What was submitted may still run; it ends by itself, unless the device was abandoned, and then nothing is ever
         // destroyed.
-        if !self.in_flight.is_empty() && !self.context.is_abandoned() {
-            // SAFETY: the device is live as an object; idle or lost is all this waits for.
-            let _ = unsafe { self.context.raw.device_wait_idle() };
-        }
+        self.await_the_end();
         self.in_flight.clear();
         for Member { kernel, relay, .. } in members {
             drop(relay);
@@ -822,10 +904,11 @@ impl Bridge {
             std::hint::spin_loop();
             return;
         }
-        let doorbell = Arc::clone(&self.handle.doorbell);
+        let doorbell = Arc::clone(&self.context.doorbell);
         let prepared = doorbell.prepare();
         let wanted = self.handle.stop.load(Ordering::Acquire) && self.members.is_empty()
             || !self.handle.inbox.lock().is_empty()
+            || (self.context.lost().is_some() && !self.members.is_empty())
             || self
                 .members
                 .iter()

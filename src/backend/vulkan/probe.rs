@@ -30,6 +30,9 @@ const DEPTH: u32 = 8;
 /// How many of them must come back while the slice that took them still runs; the others may have met a seam.
 const MID_SLICE: u32 = MESSAGES / 2;
 
+/// Position of the first one: they cross the wrap-around of positions.
+const START: u32 = u32::MAX - MESSAGES / 2;
+
 /// How long all of them may take. Milliseconds are usual; the rest is for machines without a core to spare.
 const TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -66,7 +69,10 @@ fn run_block(device: &VulkanDevice, block_size: u32) -> Result<Result<u32, Strin
         ring,
         state_bytes: 0,
     };
-    let mut ends = GridMemory::allocate(device, 1, layout)?;
+    let mut ends = GridMemory::new(device, 1, layout, |bytes, placement| {
+        device.allocate(bytes, placement)
+    })?
+    .ends(device, 1, START)?;
     let Some((producer, consumer, device_ends)) = ends.pop() else {
         return Ok(Err("the probe has no rings".into()));
     };
@@ -124,6 +130,9 @@ fn exchange(
     let (mut sent, mut received) = (0_u32, 0_u32);
     let begin = Instant::now();
     while received < MESSAGES {
+        if begin.elapsed() > TIMEOUT {
+            return Err(late(received, mid_slice));
+        }
         let slice = slice_number();
         let depth = 1 + received % DEPTH;
         while sent < MESSAGES && sent - received < depth {
@@ -150,10 +159,7 @@ fn exchange(
                     mid_slice += u32::from(slice_number() == slice);
                 }
                 Ok(None) if begin.elapsed() > TIMEOUT => {
-                    return Err(format!(
-                        "{received} of {MESSAGES} messages came back within {TIMEOUT:?}, {mid_slice} of them from the \
-                         dispatch that was running when they were sent"
-                    ));
+                    return Err(late(received, mid_slice));
                 }
                 Ok(None) => std::hint::spin_loop(),
                 Err(corruption) => return Err(format!("the reply ring is corrupt: {corruption}")),
@@ -168,6 +174,13 @@ fn exchange(
     Ok(mid_slice)
 }
 
+fn late(received: u32, mid_slice: u32) -> String {
+    format!(
+        "{received} of {MESSAGES} messages came back within {TIMEOUT:?}, {mid_slice} of them from the dispatch that was running \
+         when they were sent"
+    )
+}
+
 /// Content that tells its message, and each of its bytes, apart.
 fn payload(message: u32) -> [u8; PAYLOAD] {
     let mut payload = [0; PAYLOAD];
@@ -175,4 +188,45 @@ fn payload(message: u32) -> [u8; PAYLOAD] {
         *byte = (message as usize * 31 + index * 7) as u8;
     }
     payload
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::vulkan::VulkanBackend;
+    use crate::backend::{VulkanConfig, VulkanMode};
+
+    /// The probe's messages cross the wrap-around of positions; here in the modes that are never probed, too.
+    #[test]
+    fn positions_wrap_around_in_every_mode() {
+        for mode in [
+            VulkanMode::Resident,
+            VulkanMode::Exchange,
+            VulkanMode::Staged,
+        ] {
+            let config = VulkanConfig {
+                mode,
+                ..VulkanConfig::default()
+            };
+            let backend = match VulkanBackend::load(&config, &[], Duration::from_secs(5)) {
+                Ok(backend) => backend,
+                Err(error) => {
+                    assert!(
+                        std::env::var_os("RINGKERNEL_REQUIRE_VULKAN").is_none(),
+                        "{error}"
+                    );
+                    println!("skipped: {error}");
+                    return;
+                }
+            };
+            let device = backend.open_device(0).unwrap();
+            for block_size in BLOCK_SIZES {
+                // All of them came back, if perhaps from other dispatches than those that ran when they were sent: always so without
+                // resident dispatches, and perhaps where other tests take the cores.
+                if let Err(reason) = run_block(&device, block_size).unwrap() {
+                    assert!(reason.starts_with("only"), "{mode:?}: {reason}");
+                }
+            }
+        }
+    }
 }

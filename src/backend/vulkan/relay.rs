@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use ash::vk;
 
-use super::lane::corrupt_device;
-use super::slice_kernel::{SOFTWARE_ITERATIONS, SliceKernel, raw_buffer};
+use super::lane::{BLOCKED_NAP, corrupt_device};
+use super::slice_kernel::{SliceKernel, raw_buffer};
 use crate::backend::{BlockMemory, GridMemory};
 use crate::kernel::{BlockState, KernelFailure};
 use crate::thread::KernelWait;
@@ -49,9 +49,8 @@ struct BlockRelay {
     /// Requests up to here are processed, and the handler was run so often for the next one.
     processed: u32,
     step: u32,
-    /// Replies up to here were published to the host's ring; up to there they were copied out.
+    /// Replies up to here were published to the host's ring.
     published: u32,
-    copied: u32,
     /// The host's reply cursor at the last look.
     read: u32,
 }
@@ -68,17 +67,17 @@ impl Relay {
                 let control = device.control();
                 control.set_epoch(Self::EPOCH);
                 // A slice ends when there is nothing left to do.
-                control.set_budgets(SOFTWARE_ITERATIONS, 1);
+                control.set_budgets(kernel.software_budget(), 1);
                 control.set_active(true);
+                let (processed, produced) = (control.processed(), control.produced());
                 BlockRelay {
                     device: Arc::clone(device),
-                    carried: 0,
-                    moved: 0,
-                    processed: 0,
+                    carried: processed,
+                    moved: processed,
+                    processed,
                     step: 0,
-                    published: 0,
-                    copied: 0,
-                    read: 0,
+                    published: produced,
+                    read: produced,
                 }
             })
             .collect();
@@ -164,17 +163,20 @@ impl Relay {
         for (host, relay) in kernel.blocks.iter().zip(&mut self.blocks) {
             let device = relay.device.control();
             let (processed, produced) = (device.processed(), device.produced());
+            // Untrusted: no more than was carried in, no reply where the host has not read the last one.
             if processed.wrapping_sub(relay.processed) > relay.moved.wrapping_sub(relay.processed)
+                || produced.wrapping_sub(relay.read) > capacity
                 || produced.wrapping_sub(relay.published) > capacity
             {
                 return Err(corrupt_device(host.index));
             }
             while relay.published != produced {
-                relay.device.copy_reply_to(host, relay.published);
+                if !relay.device.copy_reply_to(host, relay.published) {
+                    return Err(corrupt_device(host.index));
+                }
                 relay.published = relay.published.wrapping_add(1);
                 replied = true;
             }
-            relay.copied = produced;
             progressed |= processed != relay.processed || device.step() != relay.step;
             relay.processed = processed;
             relay.step = device.step();
@@ -208,9 +210,20 @@ impl Relay {
     pub(super) fn nap(&self, kernel: &SliceKernel) -> Duration {
         match kernel.wait {
             KernelWait::Spin | KernelWait::SpinYield => Duration::ZERO,
+            // Whoever makes room rings no bell.
+            KernelWait::Park if self.waits_for_room() => BLOCKED_NAP.min(kernel.heartbeat_interval),
             KernelWait::Park => kernel.heartbeat_interval,
             KernelWait::Interval(interval) => interval.min(kernel.heartbeat_interval),
         }
+    }
+
+    /// Whether requests wait until the host reads replies.
+    fn waits_for_room(&self) -> bool {
+        self.blocked
+            && self
+                .blocks
+                .iter()
+                .any(|relay| relay.moved != relay.processed)
     }
 
     /// Whether something happened that must not wait for the next look.

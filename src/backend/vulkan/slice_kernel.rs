@@ -1,25 +1,21 @@
 //! A kernel on a Vulkan device: its pipeline, its buffers, and what its slices need.
 
 use std::fmt;
+use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use ash::vk;
 
 use super::context::{BINDINGS, Context, PushConstants, Specialization};
 use super::memory::Buffer;
-use crate::backend::{BlockMemory, DeviceMemory, DispatchRequest, GridMemory, Handler};
+use crate::backend::{BlockMemory, DeviceMemory, DispatchRequest, GridMemory, Handler, Resident};
 use crate::error::Error;
-use crate::kernel::signals::KernelSignals;
-use crate::kernel::{BlockFault, BlockState, FailureReason, KernelFailure, ShaderCode};
-use crate::thread::KernelWait;
-use crate::thread::event_count::EventCount;
-use crate::time::{self, Deadline};
+use crate::kernel::ShaderCode;
 
 /// Software drivers run a shader in SIMD groups, 8 invocations each as a rule. A block that is no multiple of them has
 /// invocations that exist in part, and whose loops do not end (measured on lavapipe of Mesa 22.3). A block of one group is
-/// run in lockstep; larger ones are multiples of this, which suffices for a GPU's header accesses as well.
+/// run in lockstep; larger ones are multiples of this. So they are elsewhere: four invocations of each subgroup read a
+/// request's header.
 const BLOCK_UNIT: u32 = 16;
 
 /// Passes over the largest message that a handler's loops are charged with by default.
@@ -32,15 +28,17 @@ const OWN_ITERATIONS: u32 = 6;
 /// `LP_MAX_TGSI_LOOP_ITERATIONS`).
 pub(super) const SOFTWARE_ITERATIONS: u32 = 60_000;
 
+/// What a slice has at least beside one run of the handler.
+const LEAST_BUDGET: u32 = 1_000;
+
 /// Most iterations of one handler run elsewhere: what a watchdog allows is a matter of time, not of iterations.
 const HARDWARE_ITERATIONS: u32 = 1 << 30;
 
 /// A launched kernel.
 pub(super) struct SliceKernel {
     pub(super) context: Arc<Context>,
-    pub(super) signals: Arc<KernelSignals>,
-    /// What the host's endpoints see.
-    pub(super) blocks: Vec<Arc<BlockMemory>>,
+    /// What the host's endpoints see of it.
+    resident: Resident,
     /// What the shader sees; the same memory on a device with resident dispatches.
     device_grid: Arc<GridMemory>,
     /// In exchange mode, the memory through which the host reaches the shader's.
@@ -49,25 +47,13 @@ pub(super) struct SliceKernel {
     pub(super) set: vk::DescriptorSet,
     pool: vk::DescriptorPool,
     constants: PushConstants,
-    pub(super) wait: KernelWait,
-    pub(super) heartbeat_interval: Duration,
-    end: Arc<KernelEnd>,
 }
 
-/// Whether a kernel will never run again. Apart from the kernel, so that its lane can let go of it before it says so.
-#[derive(Debug)]
-pub(super) struct KernelEnd {
-    finished: AtomicBool,
-    event: EventCount,
-    signals: Arc<KernelSignals>,
-}
+impl Deref for SliceKernel {
+    type Target = Resident;
 
-impl KernelEnd {
-    /// To be called when the lane holds nothing of the kernel any more.
-    pub(super) fn set(&self) {
-        self.finished.store(true, Ordering::Release);
-        self.event.notify();
-        self.signals.wake_all();
+    fn deref(&self) -> &Resident {
+        &self.resident
     }
 }
 
@@ -125,29 +111,17 @@ impl SliceKernel {
             two: 2,
         };
         let pipeline = context.pipeline(&kernel, &code.source, specialization)?;
-        let end = Arc::new(KernelEnd {
-            finished: AtomicBool::new(false),
-            event: EventCount::new(),
-            signals: Arc::clone(&request.signals),
-        });
         let mut kernel = Self {
             context: Arc::clone(context),
-            signals: request.signals,
-            blocks: request.blocks.into_iter().map(|ends| ends.memory).collect(),
+            resident: Resident::new(request),
             device_grid,
             relay_blocks,
             pipeline,
             set: vk::DescriptorSet::null(),
             pool: vk::DescriptorPool::null(),
             constants,
-            wait: request.wait,
-            heartbeat_interval: request.heartbeat_interval,
-            end,
         };
         kernel.bind()?;
-        for block in &kernel.blocks {
-            block.control().store_state(BlockState::Idle);
-        }
         Ok(kernel)
     }
 
@@ -237,6 +211,11 @@ impl SliceKernel {
         self.constants.replies
     }
 
+    /// Iterations of a slice on a software driver: whatever is begun must end before the driver's own limit.
+    pub(super) fn software_budget(&self) -> u32 {
+        SOFTWARE_ITERATIONS - self.constants.message_cost
+    }
+
     /// Workgroups of a slice.
     pub(super) fn groups(&self) -> u32 {
         self.blocks.len() as u32
@@ -248,122 +227,6 @@ impl SliceKernel {
             epoch,
             ..self.constants
         }
-    }
-
-    /// Whether it gets no slices while it has nothing to do.
-    pub(super) fn may_sleep(&self) -> bool {
-        matches!(self.wait, KernelWait::Park | KernelWait::Interval(_))
-    }
-
-    /// Whether the host wants it to poll.
-    pub(super) fn is_wanted(&self) -> bool {
-        !self.must_terminate()
-            && self
-                .blocks
-                .first()
-                .is_some_and(|block| block.control().is_active())
-            && !self.signals.gate.state().is_final()
-    }
-
-    /// Whether the host wants it to end.
-    pub(super) fn must_terminate(&self) -> bool {
-        self.blocks
-            .first()
-            .is_none_or(|block| block.control().must_terminate())
-    }
-
-    /// Whether a request lies in any of its rings behind what it says to have processed.
-    pub(super) fn has_request(&self) -> bool {
-        self.blocks
-            .iter()
-            .any(|block| block.has_request(block.control().processed()))
-    }
-
-    /// A number that changes when messages were handled or written, or a handler was run once more for the same one.
-    pub(super) fn progress(&self) -> u32 {
-        self.blocks.iter().fold(0, |sum, block| {
-            let control = block.control();
-            sum.wrapping_add(control.processed())
-                .wrapping_add(control.produced())
-                .wrapping_add(control.step())
-        })
-    }
-
-    /// A number that changes while its blocks run.
-    pub(super) fn heartbeats(&self) -> u32 {
-        self.blocks.iter().fold(0, |sum, block| {
-            sum.wrapping_add(block.control().heartbeat())
-        })
-    }
-
-    /// Notes that its blocks were seen to live.
-    pub(super) fn show_life(&self) {
-        self.signals
-            .alive_at_ns
-            .store(time::now_ns(), Ordering::Relaxed);
-    }
-
-    /// How a block faulted, if one did.
-    pub(super) fn fault(&self) -> Option<KernelFailure> {
-        self.blocks
-            .iter()
-            .find(|block| block.control().state() == Some(BlockState::Faulted))
-            .map(|block| failure(block.index, block.control().fault()))
-    }
-
-    /// Ends the kernel for good: it failed, and none of its blocks may go on.
-    pub(super) fn fail(&self, failure: KernelFailure) {
-        for block in &self.blocks {
-            block.control().set_terminate();
-        }
-        self.signals.fail(failure);
-    }
-
-    /// The failure of a kernel whose device is lost.
-    pub(super) fn lose(&self, reason: &str) {
-        self.fail(KernelFailure {
-            reason: FailureReason::DeviceLost,
-            message: reason.to_owned(),
-            block: None,
-            request: None,
-        });
-    }
-
-    /// Says for blocks that cannot do so any more that they ended.
-    pub(super) fn answer_end(&self) {
-        for block in &self.blocks {
-            let control = block.control();
-            if !matches!(
-                control.state(),
-                Some(BlockState::Ended | BlockState::Faulted)
-            ) {
-                control.store_state(BlockState::Ended);
-            }
-        }
-    }
-
-    /// What says that the kernel has ended.
-    pub(super) fn end(&self) -> Arc<KernelEnd> {
-        Arc::clone(&self.end)
-    }
-
-    pub(super) fn is_finished(&self) -> bool {
-        self.end.finished.load(Ordering::Acquire)
-    }
-
-    /// Waits until nothing of it runs any more.
-    pub(super) fn wait_finished(&self, deadline: Deadline) -> bool {
-        while !self.is_finished() {
-            let remaining = deadline.remaining();
-            if remaining.is_zero() {
-                return false;
-            }
-            let prepared = self.end.event.prepare();
-            if !self.is_finished() {
-                prepared.wait(remaining);
-            }
-        }
-        true
     }
 }
 
@@ -393,43 +256,18 @@ pub(super) fn raw_buffer(memory: &Arc<dyn DeviceMemory>) -> vk::Buffer {
         .unwrap_or_default()
 }
 
-fn failure(block: u32, fault: Option<BlockFault>) -> KernelFailure {
-    let (reason, message) = match fault {
-        Some(BlockFault::CorruptRing) => (
-            FailureReason::CorruptRing,
-            "request ring: a slot holds what no sender wrote",
-        ),
-        Some(BlockFault::LoopCut) => (
-            FailureReason::Fault,
-            "the driver cut the handler's loops short: it runs more iterations than it declared",
-        ),
-        Some(BlockFault::TooManyReplies) => (
-            FailureReason::Fault,
-            "the handler wrote more replies than it declared into a full ring",
-        ),
-        None => (FailureReason::Fault, "a fault of no known kind"),
-    };
-    KernelFailure {
-        reason,
-        message: message.into(),
-        block: Some(block),
-        request: None,
-    }
-}
-
 /// The block size that the device will run, and how.
 fn specialization(context: &Context, asked: u64) -> Result<Specialization, Error> {
     let physical = &context.physical;
     let group: u64 = physical.subgroup_size.into();
     let lockstep = physical.software && asked <= group;
-    let size = if lockstep {
-        group
-    } else if physical.software {
-        asked
-            .checked_next_multiple_of(group.max(BLOCK_UNIT.into()))
-            .unwrap_or(u64::MAX)
-    } else {
-        asked.max(BLOCK_UNIT.into())
+    let unit = match physical.software {
+        true => group.max(BLOCK_UNIT.into()),
+        false => BLOCK_UNIT.into(),
+    };
+    let size = match lockstep {
+        true => group,
+        false => asked.checked_next_multiple_of(unit).unwrap_or(u64::MAX),
     };
     match u32::try_from(size) {
         Ok(block_size) if block_size <= physical.max_block_threads => Ok(Specialization {
@@ -469,7 +307,7 @@ fn message_cost(
     software: bool,
 ) -> Result<u32, Error> {
     let limit = if software {
-        SOFTWARE_ITERATIONS
+        SOFTWARE_ITERATIONS - LEAST_BUDGET
     } else {
         HARDWARE_ITERATIONS
     };

@@ -1,0 +1,222 @@
+//! A kernel whose blocks run on a device that is not this CPU: what the host knows of it, and says for it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use super::{BlockMemory, DispatchRequest};
+use crate::kernel::signals::KernelSignals;
+use crate::kernel::{BlockFault, BlockState, FailureReason, KernelFailure, UndeliveredMessage};
+use crate::thread::KernelWait;
+use crate::thread::event_count::EventCount;
+use crate::time::{self, Deadline};
+
+/// The host's side of such a kernel.
+#[derive(Debug)]
+pub(crate) struct Resident {
+    pub(crate) signals: Arc<KernelSignals>,
+    /// What the host's endpoints see.
+    pub(crate) blocks: Vec<Arc<BlockMemory>>,
+    pub(crate) wait: KernelWait,
+    pub(crate) heartbeat_interval: Duration,
+    end: Arc<KernelEnd>,
+}
+
+/// Whether a kernel will never run again. Apart from the kernel, so that its lane can let go of it before it says so.
+#[derive(Debug)]
+pub(crate) struct KernelEnd {
+    finished: AtomicBool,
+    event: EventCount,
+    signals: Arc<KernelSignals>,
+}
+
+impl KernelEnd {
+    /// To be called when the lane holds nothing of the kernel any more.
+    pub(crate) fn set(&self) {
+        self.finished.store(true, Ordering::Release);
+        self.event.notify();
+        self.signals.wake_all();
+    }
+}
+
+impl Resident {
+    /// Takes over what was asked for; its blocks are idle.
+    pub(crate) fn new(request: DispatchRequest) -> Self {
+        let end = Arc::new(KernelEnd {
+            finished: AtomicBool::new(false),
+            event: EventCount::new(),
+            signals: Arc::clone(&request.signals),
+        });
+        let kernel = Self {
+            signals: request.signals,
+            blocks: request.blocks.into_iter().map(|ends| ends.memory).collect(),
+            wait: request.wait,
+            heartbeat_interval: request.heartbeat_interval,
+            end,
+        };
+        for block in &kernel.blocks {
+            block.control().store_state(BlockState::Idle);
+        }
+        kernel
+    }
+
+    /// Whether it gets no slices while it has nothing to do.
+    pub(crate) fn may_sleep(&self) -> bool {
+        matches!(self.wait, KernelWait::Park | KernelWait::Interval(_))
+    }
+
+    /// Whether the host wants it to poll.
+    pub(crate) fn is_wanted(&self) -> bool {
+        !self.must_terminate()
+            && self
+                .blocks
+                .first()
+                .is_some_and(|block| block.control().wants_active())
+            && !self.signals.gate.state().is_final()
+    }
+
+    /// Whether the host wants it to end.
+    pub(crate) fn must_terminate(&self) -> bool {
+        self.blocks
+            .first()
+            .is_none_or(|block| block.control().wants_end())
+    }
+
+    /// Whether a request lies in any of its rings behind what it says to have processed.
+    pub(crate) fn has_request(&self) -> bool {
+        self.blocks
+            .iter()
+            .any(|block| block.has_request(block.control().processed()))
+    }
+
+    /// A number that changes when messages were handled or written, or a handler was run once more for the same one.
+    pub(crate) fn progress(&self) -> u32 {
+        self.blocks.iter().fold(0, |sum, block| {
+            let control = block.control();
+            sum.wrapping_add(control.processed())
+                .wrapping_add(control.produced())
+                .wrapping_add(control.step())
+        })
+    }
+
+    /// A number that changes while its blocks run.
+    pub(crate) fn heartbeats(&self) -> u32 {
+        self.blocks.iter().fold(0, |sum, block| {
+            sum.wrapping_add(block.control().heartbeat())
+        })
+    }
+
+    /// Notes that its blocks were seen to live.
+    pub(crate) fn show_life(&self) {
+        self.signals
+            .alive_at_ns
+            .store(time::now_ns(), Ordering::Relaxed);
+    }
+
+    /// How a block faulted, if one did.
+    pub(crate) fn fault(&self) -> Option<KernelFailure> {
+        self.blocks
+            .iter()
+            .find(|block| block.control().state() == Some(BlockState::Faulted))
+            .map(|block| failure(block.index, block.control().fault()))
+    }
+
+    /// Ends the kernel for good: it failed, and none of its blocks may go on.
+    pub(crate) fn fail(&self, failure: KernelFailure) {
+        for block in &self.blocks {
+            block.control().set_terminate();
+        }
+        self.signals.fail(failure);
+    }
+
+    /// The failure of a kernel whose device is lost.
+    pub(crate) fn lose(&self, reason: &str) {
+        self.fail(KernelFailure {
+            reason: FailureReason::DeviceLost,
+            message: reason.to_owned(),
+            block: None,
+            request: None,
+        });
+    }
+
+    /// Says for blocks that cannot do so any more that they ended.
+    pub(crate) fn answer_end(&self) {
+        for block in &self.blocks {
+            let control = block.control();
+            if !matches!(
+                control.state(),
+                Some(BlockState::Ended | BlockState::Faulted)
+            ) {
+                control.store_state(BlockState::Ended);
+            }
+        }
+    }
+
+    /// What says that the kernel has ended.
+    pub(crate) fn end(&self) -> Arc<KernelEnd> {
+        Arc::clone(&self.end)
+    }
+
+    pub(crate) fn is_finished(&self) -> bool {
+        self.end.finished.load(Ordering::Acquire)
+    }
+
+    /// Waits until nothing of it runs any more.
+    pub(crate) fn wait_finished(&self, deadline: Deadline) -> bool {
+        while !self.is_finished() {
+            let remaining = deadline.remaining();
+            if remaining.is_zero() {
+                return false;
+            }
+            let prepared = self.end.event.prepare();
+            if !self.is_finished() {
+                prepared.wait(remaining);
+            }
+        }
+        true
+    }
+
+    /// Asks every block to end.
+    pub(crate) fn ask_to_end(&self) {
+        for block in &self.blocks {
+            block.control().set_terminate();
+        }
+        self.signals.wake_all();
+    }
+
+    /// Requests of a block that nobody handled, from a position on.
+    ///
+    /// # Safety
+    /// The kernel must have ended, or be stuck in a handler, after `ask_to_end`.
+    pub(crate) unsafe fn leftovers(&self, block: u32, position: u32) -> Vec<UndeliveredMessage> {
+        match self.blocks.get(block as usize) {
+            // SAFETY: the caller promises what this asks for.
+            Some(block) => unsafe { block.leftovers(&self.signals.name, position) },
+            None => Vec::new(),
+        }
+    }
+}
+
+fn failure(block: u32, fault: Option<BlockFault>) -> KernelFailure {
+    let (reason, message) = match fault {
+        Some(BlockFault::CorruptRing) => (
+            FailureReason::CorruptRing,
+            "request ring: a slot holds what no sender wrote",
+        ),
+        Some(BlockFault::LoopCut) => (
+            FailureReason::Fault,
+            "the driver cut the handler's loops short: it runs more iterations than it declared",
+        ),
+        Some(BlockFault::TooManyReplies) => (
+            FailureReason::Fault,
+            "the handler wrote more replies than it declared into a full ring",
+        ),
+        None => (FailureReason::Fault, "a fault of no known kind"),
+    };
+    KernelFailure {
+        reason,
+        message: message.into(),
+        block: Some(block),
+        request: None,
+    }
+}
