@@ -47,7 +47,7 @@ const SLICE_TARGET: Duration = Duration::from_millis(25);
 const FEWEST_POLLS: u32 = 1_000;
 const MOST_POLLS: u32 = 1 << 26;
 
-/// Polls of a first slice: some 5 ms over PCIe, and less than that on a software driver even for the largest block.
+/// Polls of a first slice on hardware: some 5 ms over PCIe.
 const FIRST_POLLS: u32 = 4_000;
 
 /// Slices in a row in a command buffer: while kernels have the queue for themselves, on a software device and on hardware; and
@@ -328,7 +328,10 @@ impl Bridge {
             members: Vec::new(),
             mode,
             software,
-            polls: FIRST_POLLS,
+            polls: match software {
+                true => SOFTWARE_ITERATIONS,
+                false => FIRST_POLLS,
+            },
             fence_limit,
             last_done: Instant::now(),
             context: Arc::clone(&context),

@@ -28,6 +28,9 @@ const OWN_ITERATIONS: u32 = 6;
 /// `LP_MAX_TGSI_LOOP_ITERATIONS`).
 pub(super) const SOFTWARE_ITERATIONS: u32 = 60_000;
 
+/// SIMD groups whose slices may have all of these iterations: slices of 16 ms, at some 60 ns for each group's turn (lavapipe).
+const FEW_GROUPS: u32 = 4;
+
 /// What a slice has at least beside one run of the handler.
 const LEAST_BUDGET: u32 = 1_000;
 
@@ -47,6 +50,8 @@ pub(super) struct SliceKernel {
     pub(super) set: vk::DescriptorSet,
     pool: vk::DescriptorPool,
     constants: PushConstants,
+    /// SIMD groups of a block, on a software driver.
+    simd_groups: u32,
 }
 
 impl Deref for SliceKernel {
@@ -120,6 +125,7 @@ impl SliceKernel {
             set: vk::DescriptorSet::null(),
             pool: vk::DescriptorPool::null(),
             constants,
+            simd_groups: block_size.div_ceil(context.physical.subgroup_size.max(1)),
         };
         kernel.bind()?;
         Ok(kernel)
@@ -211,9 +217,11 @@ impl SliceKernel {
         self.constants.replies
     }
 
-    /// Iterations of a slice on a software driver: whatever is begun must end before the driver's own limit.
+    /// Iterations of a slice on a software driver: whatever is begun must end before the driver's own limit. Fewer for large blocks,
+    /// whose SIMD groups take turns at each.
     pub(super) fn software_budget(&self) -> u32 {
-        SOFTWARE_ITERATIONS - self.constants.message_cost
+        let whole = SOFTWARE_ITERATIONS - self.constants.message_cost;
+        whole.min((FEW_GROUPS * SOFTWARE_ITERATIONS / self.simd_groups).max(LEAST_BUDGET))
     }
 
     /// Workgroups of a slice.
