@@ -1058,7 +1058,7 @@ fn the_kernel_of_the_documentation_does_what_it_says_in_glsl() {
         let mut reply = [0; 4];
         for _ in 0..1000 {
             assert_eq!(kernel.call_bytes(&request, &mut reply, LONG), Ok(4));
-            assert_eq!(u32::from_ne_bytes(reply), words.iter().sum());
+            assert_eq!(u32::from_ne_bytes(reply), words.iter().sum::<u32>());
         }
         kernel.terminate().unwrap();
     }

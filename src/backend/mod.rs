@@ -13,6 +13,7 @@ pub(crate) mod cpu;
 mod host_memory;
 mod info;
 mod options;
+#[cfg(feature = "vulkan")]
 mod resident;
 #[cfg(feature = "vulkan")]
 pub(crate) mod vulkan;
@@ -35,6 +36,7 @@ pub use info::{
 };
 
 pub use options::{VulkanConfig, VulkanMode};
+#[cfg(feature = "vulkan")]
 pub(crate) use resident::Resident;
 
 use crate::error::Error;
