@@ -61,11 +61,12 @@
 //!   [`message`] and [`ring`] alone, for the far side of a link.
 //! - `vulkan` (default): the Vulkan backend. Loader and drivers are opened at run time; without them
 //!   [`Error::BackendUnavailable`] says so.
+//! - `cuda` (default): the CUDA backend; its driver, and the compiler of handlers in source (NVRTC), are opened at run time.
 //! - `glsl`: shader handlers as source, compiled at launch. Builds a C++ compiler library, which takes minutes.
 
 #![cfg_attr(not(feature = "std"), no_std)]
 // Control blocks, block memory and kinds have parts for devices other than the CPU.
-#![cfg_attr(not(feature = "vulkan"), allow(dead_code))]
+#![cfg_attr(not(all(feature = "vulkan", feature = "cuda")), allow(dead_code))]
 #![warn(missing_docs, missing_debug_implementations)]
 #![warn(clippy::unwrap_used, clippy::expect_used)]
 
@@ -92,10 +93,11 @@ pub use message::{MessageHeader, Priority, RingMessage};
 
 #[cfg(all(feature = "std", not(loom)))]
 pub use crate::{
-    backend::{BackendType, DeviceInfo, VulkanConfig, VulkanMode},
+    backend::{BackendType, CudaConfig, DeviceInfo, VulkanConfig, VulkanMode},
     kernel::{
-        ControlBlock, CpuHandler, Dim3, HandlerResult, KernelContext, KernelRegistration,
-        KernelState, LaunchOptions, Request, ShaderCode, TelemetryBuffer, find_kernel,
+        ControlBlock, CpuHandler, CudaCode, Dim3, HandlerResult, KernelContext, KernelRegistration,
+        KernelState, LaunchOptions, PortableCode, Request, ShaderCode, TelemetryBuffer,
+        find_kernel,
     },
     runtime::{
         Bytes, DrainReport, KernelHandle, KernelMetrics, KernelStatus, LifecycleState,

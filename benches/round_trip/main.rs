@@ -1,6 +1,6 @@
 //! Round trips and one-way streams: ours, those of other queues, and the floor of the same machine, in one run.
 //!
-//! `cargo bench --bench round_trip -- [--backend cpu|vulkan] [--device INDEX|NAME] [--mode auto|resident|exchange|staged]
+//! `cargo bench --bench round_trip -- [--backend cpu|vulkan|cuda] [--device INDEX|NAME] [--mode auto|resident|exchange|staged]
 //! [--quick] [--payload 48] [--json FILE]`
 //!
 //! Every path sends, has the message echoed by another pinned thread, receives it, and compares every byte. The paths
@@ -193,6 +193,22 @@ where
 fn describe_device(config: &Config) -> Result<Value, Failure> {
     let runtime = shared::runtime(config, shared::Target::of(config), false)?;
     let device = runtime.devices().swap_remove(runtime.default_device());
+    if let Some(cuda) = device.cuda {
+        println!(
+            "device: '{}', CUDA {:?}, compute capability {:?}, {}",
+            device.name,
+            cuda.driver_version,
+            cuda.compute_capability,
+            cuda.pci_address.as_deref().unwrap_or("no PCI address")
+        );
+        return Ok(json!({
+            "name": device.name,
+            "cuda_version": cuda.driver_version,
+            "compute_capability": cuda.compute_capability,
+            "pci_address": cuda.pci_address,
+            "watchdog": cuda.watchdog,
+        }));
+    }
     let Some(vulkan) = device.vulkan else {
         return Ok(json!({ "name": device.name }));
     };

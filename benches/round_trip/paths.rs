@@ -165,6 +165,7 @@ where
             path("std_mpsc", ours, StdMpsc),
         ]),
         Target::Vulkan(_) => paths.extend(submissions::<N>(config)?),
+        Target::Cuda => {}
     }
     Ok(paths)
 }
@@ -181,7 +182,9 @@ pub fn with_gaps(config: &Config) -> Result<Vec<Path<48>>, Failure> {
         paths.push(path("endpoints", ours, Endpoints(kernel(ours)?)));
         let asleep = Kernel::asleep::<48>(config, ours)?;
         paths.push(path("endpoints_park", ours, Endpoints(asleep)));
-        paths.extend(submissions::<48>(config)?);
+        if let Target::Vulkan(_) = ours {
+            paths.extend(submissions::<48>(config)?);
+        }
     }
     Ok(paths)
 }

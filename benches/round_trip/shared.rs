@@ -20,6 +20,7 @@ pub const TIMEOUT: Duration = Duration::from_secs(10);
 pub enum Target {
     Cpu,
     Vulkan(VulkanMode),
+    Cuda,
 }
 
 impl Target {
@@ -27,6 +28,7 @@ impl Target {
     pub fn of(config: &Config) -> Self {
         match config.backend {
             BackendType::Vulkan => Self::Vulkan(config.mode),
+            BackendType::Cuda => Self::Cuda,
             _ => Self::Cpu,
         }
     }
@@ -35,6 +37,7 @@ impl Target {
         match self {
             Self::Cpu => BackendType::Cpu,
             Self::Vulkan(_) => BackendType::Vulkan,
+            Self::Cuda => BackendType::Cuda,
         }
     }
 }
@@ -55,12 +58,15 @@ pub fn runtime(
     };
     if let Target::Vulkan(mode) = target {
         settings.vulkan.mode = mode;
+    }
+    if target != Target::Cpu {
+        let variable = std::env::var_os("RINGKERNEL_VULKAN_DEVICE").is_some();
         builder = match &config.device {
             Some(device) => match device.parse() {
                 Ok(index) => builder.device(index),
                 Err(_) => builder.device_name(device),
             },
-            None if std::env::var_os("RINGKERNEL_VULKAN_DEVICE").is_some() => builder,
+            None if variable && target != Target::Cuda => builder,
             None => builder.device(0),
         };
     }
@@ -73,7 +79,7 @@ pub fn pinned<const N: usize>(config: &Config, target: Target) -> LaunchOptions 
         message_size: Some(N),
         cores: match target {
             Target::Cpu => vec![config.kernel_core],
-            Target::Vulkan(_) => Vec::new(),
+            Target::Vulkan(_) | Target::Cuda => Vec::new(),
         },
         ..LaunchOptions::default()
     }

@@ -49,7 +49,7 @@ pub fn parse(name: &str, payload: usize) -> Result<Option<Arguments>, Failure> {
             Long("json") => parsed.json = Some(arguments.value()?.string()?),
             Short('h') | Long("help") => {
                 say(&format!(
-                    "usage: {name} [--backend cpu|vulkan] [--device INDEX|NAME] [--mode auto|resident|exchange|staged] \
+                    "usage: {name} [--backend cpu|vulkan|cuda] [--device INDEX|NAME] [--mode auto|resident|exchange|staged] \
                      [--messages {}] [--payload {payload}] [--json FILE]",
                     parsed.messages
                 ))?;
@@ -115,6 +115,15 @@ pub fn report(
             "{} mode: {}",
             vulkan.mode.name(),
             vulkan.mode_reason
+        ))?;
+    }
+    if let Some(cuda) = &device.cuda {
+        say(&format!(
+            "CUDA {}.{}, compute capability {}.{}",
+            cuda.driver_version.0,
+            cuda.driver_version.1,
+            cuda.compute_capability.0,
+            cuda.compute_capability.1
         ))?;
     }
     say("round trip     p50      p90      p99    p99.9      max")?;

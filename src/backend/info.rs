@@ -19,6 +19,8 @@ pub struct DeviceInfo {
     pub cores: Vec<usize>,
     /// More, if it is a Vulkan device.
     pub vulkan: Option<VulkanDeviceInfo>,
+    /// More, if it is a CUDA device.
+    pub cuda: Option<CudaDeviceInfo>,
 }
 
 /// Kinds of device, in the order of an automatic choice.
@@ -103,6 +105,39 @@ pub struct VulkanDeviceInfo {
     pub mode_reason: String,
     /// Where each kind of kernel memory lies, once the device is open.
     pub placements: Vec<MemoryPlacement>,
+}
+
+/// What a CUDA device says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CudaDeviceInfo {
+    /// CUDA version of the driver, as major, minor.
+    pub driver_version: (u32, u32),
+    /// Compute capability, as major, minor.
+    pub compute_capability: (u32, u32),
+    /// Its memory.
+    pub memory_bytes: u64,
+    /// Its multiprocessors.
+    pub multiprocessors: u32,
+    /// Most threads of a block.
+    pub max_block_threads: u32,
+    /// `domain:bus:device.function`, if the driver tells.
+    pub pci_address: Option<String>,
+    /// The host's NUMA node that it is attached to, if the system tells.
+    pub numa_node: Option<u32>,
+    /// Indices of the devices whose memory it reaches by NVLink.
+    pub nvlink_peers: Vec<usize>,
+    /// Whether the driver ends kernels that run for long: kernels are launched in slices then.
+    pub watchdog: bool,
+}
+
+/// The NUMA node of a PCI device; `None` where the system does not tell, or has only one.
+#[cfg(any(feature = "vulkan", feature = "cuda"))]
+pub(crate) fn numa_node(address: &str) -> Option<u32> {
+    std::fs::read_to_string(format!("/sys/bus/pci/devices/{address}/numa_node"))
+        .ok()?
+        .trim()
+        .parse()
+        .ok()
 }
 
 /// A heap of device memory.

@@ -9,11 +9,19 @@
 //! here.
 
 mod block;
+#[cfg(feature = "cuda")]
+pub(crate) mod cpp;
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 mod host_memory;
-mod info;
+pub(crate) mod info;
+#[cfg(all(test, feature = "vulkan"))]
+mod layouts;
 mod options;
-#[cfg(feature = "vulkan")]
+#[cfg(any(feature = "vulkan", feature = "cuda"))]
+mod probe;
+#[cfg(any(feature = "vulkan", feature = "cuda"))]
 mod resident;
 #[cfg(feature = "vulkan")]
 pub(crate) mod vulkan;
@@ -31,17 +39,17 @@ pub(crate) use block::{
 };
 pub(crate) use host_memory::{Account, HostMemory};
 pub use info::{
-    DeviceInfo, DeviceKind, ExecutionMode, MemoryHeap, MemoryPlacement, QueueFamily,
-    VulkanDeviceInfo,
+    CudaDeviceInfo, DeviceInfo, DeviceKind, ExecutionMode, MemoryHeap, MemoryPlacement,
+    QueueFamily, VulkanDeviceInfo,
 };
 
-pub use options::{VulkanConfig, VulkanMode};
-#[cfg(feature = "vulkan")]
+pub use options::{CudaConfig, VulkanConfig, VulkanMode};
+#[cfg(any(feature = "vulkan", feature = "cuda"))]
 pub(crate) use resident::Resident;
 
 use crate::error::Error;
 use crate::kernel::{
-    CpuHandler, Dim3, KernelFailure, ShaderCode, TypeTable, UndeliveredMessage,
+    CpuHandler, CudaCode, Dim3, KernelFailure, ShaderCode, TypeTable, UndeliveredMessage,
     signals::KernelSignals,
 };
 use crate::ring::WriteCombining;
@@ -57,11 +65,13 @@ pub enum BackendType {
     Cpu,
     /// Compute dispatches that are kept alive by slices.
     Vulkan,
+    /// Persistent launches.
+    Cuda,
 }
 
 impl BackendType {
     /// Every backend that this build knows.
-    pub const ALL: [Self; 2] = [Self::Cpu, Self::Vulkan];
+    pub const ALL: [Self; 3] = [Self::Cpu, Self::Vulkan, Self::Cuda];
 
     /// The name as command lines and errors write it.
     #[must_use]
@@ -69,6 +79,7 @@ impl BackendType {
         match self {
             Self::Cpu => "cpu",
             Self::Vulkan => "vulkan",
+            Self::Cuda => "cuda",
         }
     }
 }
@@ -136,6 +147,11 @@ pub(crate) trait Device: Send + Sync + fmt::Debug {
     /// What is booked on it.
     fn account(&self) -> &Arc<Account>;
 
+    /// Fails once the device is lost.
+    fn check_lost(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Bytes taken by all live memory.
     fn memory_in_use(&self) -> u64 {
         self.account().used()
@@ -170,6 +186,11 @@ pub(crate) trait Device: Send + Sync + fmt::Debug {
 
     /// Zeroed memory of at least `bytes`. Never blocks on a running kernel.
     fn allocate(&self, bytes: usize, placement: Placement) -> Result<Arc<dyn DeviceMemory>, Error>;
+
+    /// Makes a kernel's code ready, where that cannot be done beside running kernels.
+    fn prepare(&self, _kernel: &str, _handler: &Handler) -> Result<(), Error> {
+        Ok(())
+    }
 
     /// Starts a dispatch: its blocks are resident, and idle until their control blocks say otherwise.
     fn dispatch(&self, request: DispatchRequest) -> Result<Box<dyn Dispatch>, Error>;
@@ -233,6 +254,7 @@ pub(crate) struct DispatchRequest {
 pub(crate) enum Handler {
     Cpu(Arc<dyn CpuHandler>),
     Shader(Arc<ShaderCode>),
+    Cuda(Arc<CudaCode>),
 }
 
 impl fmt::Debug for Handler {
@@ -240,6 +262,7 @@ impl fmt::Debug for Handler {
         match self {
             Self::Cpu(_) => f.write_str("Cpu"),
             Self::Shader(code) => code.fmt(f),
+            Self::Cuda(code) => code.fmt(f),
         }
     }
 }

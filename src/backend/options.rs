@@ -1,7 +1,8 @@
-//! What a user may decide about Vulkan.
+//! What a user may decide about a backend.
 
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use crate::error::Error;
 
@@ -18,6 +19,59 @@ pub struct VulkanConfig {
     pub loader: Option<PathBuf>,
     /// Bytes that kernels may take on each device; `None` means the size of its memory heaps.
     pub memory_limit: Option<u64>,
+}
+
+/// How the CUDA backend works; a part of [`RuntimeConfig`](crate::RuntimeConfig).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CudaConfig {
+    /// Pinned host memory that each device takes when it is opened, for rings: once a kernel runs, no more can be taken (CUDA
+    /// would wait for the kernel). While none runs it grows by as much. Default 32 MiB, 1 KiB to 1 TiB.
+    pub host_arena_bytes: u64,
+    /// The same of the device's own memory, for state. Default 16 MiB, 1 KiB to 1 TiB.
+    pub device_arena_bytes: u64,
+    /// Most kernels that run on a device at once; each has a stream, made when the device is opened. Default 64, 1 to 1024.
+    pub max_kernels: usize,
+    /// Pause of a kernel between two empty polls (`nanosleep`), which leaves the bus and its multiprocessor to others and adds up to
+    /// that much latency. Default 100 ns; at most 1 ms. Kernels that park pause for 10 us at least.
+    pub poll_nap: Duration,
+    /// Bytes that kernels may take on each device; `None` means the size of its memory.
+    pub memory_limit: Option<u64>,
+}
+
+impl Default for CudaConfig {
+    fn default() -> Self {
+        Self {
+            host_arena_bytes: 32 << 20,
+            device_arena_bytes: 16 << 20,
+            max_kernels: 64,
+            poll_nap: Duration::from_nanos(100),
+            memory_limit: None,
+        }
+    }
+}
+
+impl CudaConfig {
+    /// Fails on the first value that is out of its range.
+    pub(crate) fn validate(&self) -> Result<(), Error> {
+        let invalid = |option, reason| Err(Error::InvalidOption { option, reason });
+        for (option, bytes) in [
+            ("cuda.host_arena_bytes", self.host_arena_bytes),
+            ("cuda.device_arena_bytes", self.device_arena_bytes),
+        ] {
+            if !(1 << 10..=1 << 40).contains(&bytes) {
+                return invalid(option, format!("{bytes} is not within 2^10 to 2^40"));
+            }
+        }
+        if !(1..=1024).contains(&self.max_kernels) {
+            let reason = format!("{} is not within 1 to 1024", self.max_kernels);
+            return invalid("cuda.max_kernels", reason);
+        }
+        if self.poll_nap > Duration::from_millis(1) {
+            let reason = format!("{:?} exceeds 1 ms", self.poll_nap);
+            return invalid("cuda.poll_nap", reason);
+        }
+        Ok(())
+    }
 }
 
 /// How messages reach kernels on a Vulkan device.

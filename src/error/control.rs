@@ -110,6 +110,13 @@ pub enum Error {
         /// What the driver said.
         reason: String,
     },
+    /// The device cannot do this while kernels run on it, or has no place for one more.
+    DeviceBusy {
+        /// Name of the device.
+        device: String,
+        /// What it cannot do, and what would help.
+        reason: String,
+    },
     /// Memory that the device, or the limit set for it, does not have.
     OutOfMemory {
         /// Name of the device.
@@ -205,6 +212,7 @@ impl fmt::Display for Error {
             Self::DeviceLost { device, reason } => {
                 write!(f, "device '{device}' is lost: {reason}")
             }
+            Self::DeviceBusy { device, reason } => write!(f, "device '{device}' is busy: {reason}"),
             Self::OutOfMemory {
                 device,
                 asked,

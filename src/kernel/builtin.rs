@@ -6,6 +6,7 @@
 //! | `sink` | anything | none | `u64`: messages counted |
 //! | `saxpy` | words: `a` f32, `n` u32, `x` n f32, `y` n f32 | `n` f32: `a * x + y` | none |
 
+use super::device_code::CudaCode;
 use super::registration::KernelRegistration;
 use super::shader::ShaderCode;
 use crate::error::HandlerError;
@@ -26,6 +27,13 @@ macro_rules! built_in {
     };
 }
 
+/// The committed PTX of the same, built by `kernels/build`.
+macro_rules! built_in_ptx {
+    ($id:literal) => {
+        CudaCode::ptx(include_bytes!(concat!("../../kernels/ptx/", $id, ".ptx")).as_slice())
+    };
+}
+
 pub(super) fn all() -> Vec<KernelRegistration> {
     vec![echo(), sink(), saxpy()]
 }
@@ -35,6 +43,7 @@ fn echo() -> KernelRegistration {
         .any_message()
         .cpu_handler(|request, context| context.echo(request))
         .shader(built_in!("echo"))
+        .cuda(built_in_ptx!("echo"))
 }
 
 fn sink() -> KernelRegistration {
@@ -46,6 +55,7 @@ fn sink() -> KernelRegistration {
             Ok(())
         })
         .shader(built_in!("sink"))
+        .cuda(built_in_ptx!("sink"))
 }
 
 fn saxpy() -> KernelRegistration {
@@ -53,6 +63,7 @@ fn saxpy() -> KernelRegistration {
         .largest_message(size_of::<u32>() * (SAXPY_HEAD + 2 * SAXPY_ELEMENTS))
         .queue_capacity(SAXPY_CAPACITY)
         .shader(built_in!("saxpy"))
+        .cuda(built_in_ptx!("saxpy"))
         .cpu_handler(|request, context| {
             let bad = |text| HandlerError::new(HandlerError::BAD_REQUEST, text);
             let words: &[u32] = bytemuck::try_cast_slice(request.payload())

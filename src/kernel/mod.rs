@@ -4,6 +4,7 @@
 mod builtin;
 mod control_block;
 mod dead_letters;
+mod device_code;
 mod handler;
 mod options;
 mod registration;
@@ -16,13 +17,16 @@ mod telemetry;
 mod types;
 
 pub use builtin::{saxpy_reply, saxpy_request};
-#[cfg(feature = "vulkan")]
+#[cfg(any(feature = "vulkan", feature = "cuda"))]
 pub(crate) use control_block::BlockFault;
 #[cfg(all(test, feature = "vulkan"))]
 pub(crate) use control_block::CONTROL_VALUES;
 pub(crate) use control_block::{BlockState, HostCommands};
 pub use control_block::{CONTROL_BLOCK_BYTES, ControlBlock, DeviceLines, HostLine};
 pub use dead_letters::{DeadLetterCounts, DeadLetterReason};
+#[cfg(feature = "cuda")]
+pub(crate) use device_code::CudaSource;
+pub use device_code::{CudaCode, PortableCode};
 pub use handler::{CpuHandler, HandlerResult, KernelContext, Request};
 pub use options::{Dim3, LaunchOptions};
 pub use registration::KernelRegistration;

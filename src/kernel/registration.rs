@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use super::device_code::{CudaCode, PortableCode};
 use super::handler::{CpuHandler, HandlerResult, KernelContext, Request};
 use super::shader::ShaderCode;
 use super::types::TypeTable;
@@ -35,6 +36,8 @@ pub struct KernelRegistration {
     state_size: usize,
     cpu_handler: Option<Arc<dyn CpuHandler>>,
     shader: Option<Arc<ShaderCode>>,
+    cuda: Option<Arc<CudaCode>>,
+    portable: Option<PortableCode>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +57,8 @@ impl fmt::Debug for KernelRegistration {
             .field("state_size", &self.state_size)
             .field("cpu_handler", &self.cpu_handler.is_some())
             .field("shader", &self.shader)
+            .field("cuda", &self.cuda)
+            .field("portable", &self.portable.is_some())
             .finish()
     }
 }
@@ -71,6 +76,8 @@ impl KernelRegistration {
             state_size: 0,
             cpu_handler: None,
             shader: None,
+            cuda: None,
+            portable: None,
         }
     }
 
@@ -165,6 +172,21 @@ impl KernelRegistration {
         self
     }
 
+    /// The kernel's code on CUDA devices.
+    #[must_use]
+    pub fn cuda(mut self, code: CudaCode) -> Self {
+        self.cuda = Some(Arc::new(code));
+        self
+    }
+
+    /// The kernel's code on every device that has none of its own by [`cuda`](Self::cuda) or [`shader`](Self::shader), compiled at
+    /// launch. For Vulkan this needs the feature `glsl`.
+    #[must_use]
+    pub fn portable(mut self, code: PortableCode) -> Self {
+        self.portable = Some(code);
+        self
+    }
+
     /// The kernel's id.
     #[must_use]
     pub fn id(&self) -> &str {
@@ -193,8 +215,21 @@ impl KernelRegistration {
         self.cpu_handler.as_ref()
     }
 
-    pub(crate) fn shader_code(&self) -> Option<&Arc<ShaderCode>> {
-        self.shader.as_ref()
+    pub(crate) fn shader_code(&self) -> Option<Arc<ShaderCode>> {
+        #[cfg(feature = "glsl")]
+        if self.shader.is_none()
+            && let Some(portable) = &self.portable
+        {
+            return Some(Arc::new(ShaderCode::from(portable)));
+        }
+        self.shader.clone()
+    }
+
+    pub(crate) fn cuda_code(&self) -> Option<Arc<CudaCode>> {
+        match (&self.cuda, &self.portable) {
+            (None, Some(portable)) => Some(Arc::new(CudaCode::from(portable))),
+            (own, _) => own.clone(),
+        }
     }
 
     pub(crate) fn type_table(&self) -> TypeTable {

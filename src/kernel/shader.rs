@@ -89,3 +89,14 @@ impl ShaderCode {
         self
     }
 }
+
+#[cfg(feature = "glsl")]
+impl From<&super::PortableCode> for ShaderCode {
+    fn from(code: &super::PortableCode) -> Self {
+        Self {
+            source: ShaderSource::Glsl(code.handler.clone()),
+            loop_iterations: code.loop_iterations,
+            replies: code.replies,
+        }
+    }
+}

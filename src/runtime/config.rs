@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::backend::VulkanConfig;
+use crate::backend::{CudaConfig, VulkanConfig};
 use crate::error::Error;
 use crate::ring::RingLayout;
 use crate::thread::{WaitStrategy, affinity};
@@ -55,6 +55,8 @@ pub struct RuntimeConfig {
     pub cpu_memory_limit: Option<u64>,
     /// How the Vulkan backend works.
     pub vulkan: VulkanConfig,
+    /// How the CUDA backend works.
+    pub cuda: CudaConfig,
 }
 
 impl Default for RuntimeConfig {
@@ -73,6 +75,7 @@ impl Default for RuntimeConfig {
             cpu_devices: 1,
             cpu_memory_limit: None,
             vulkan: VulkanConfig::default(),
+            cuda: CudaConfig::default(),
         }
     }
 }
@@ -143,6 +146,7 @@ impl RuntimeConfig {
                 format!("{} is not within 1 to 64", self.cpu_devices),
             );
         }
+        self.cuda.validate()?;
         for core in &self.reserved_cores {
             affinity::check_core(*core)?;
         }

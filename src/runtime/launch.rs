@@ -136,14 +136,17 @@ pub(super) fn launch(
     }))
 }
 
-fn handler(backend: BackendType, registration: &KernelRegistration) -> Result<Handler, Error> {
+/// A kernel's code for a backend.
+pub(super) fn handler(
+    backend: BackendType,
+    registration: &KernelRegistration,
+) -> Result<Handler, Error> {
     let handler = match backend {
         BackendType::Cpu => registration
             .handler()
             .map(|handler| Handler::Cpu(Arc::clone(handler))),
-        BackendType::Vulkan => registration
-            .shader_code()
-            .map(|code| Handler::Shader(Arc::clone(code))),
+        BackendType::Vulkan => registration.shader_code().map(Handler::Shader),
+        BackendType::Cuda => registration.cuda_code().map(Handler::Cuda),
     };
     handler.ok_or_else(|| Error::NoHandler {
         kernel: registration.id().to_owned(),

@@ -1,6 +1,6 @@
 //! The runtime: devices, registered kernels, launched kernels, and one life.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -56,6 +56,8 @@ pub struct RingKernelRuntime {
     config: RuntimeConfig,
     devices: Devices,
     registry: Mutex<BTreeMap<String, KernelRegistration>>,
+    /// Devices on which the code of registered kernels was made ready.
+    prepared: Mutex<BTreeSet<usize>>,
     built: Instant,
     inner: Mutex<Inner>,
 }
@@ -103,16 +105,18 @@ impl RingKernelRuntime {
         for registration in registered_kernels().into_iter().chain(registrations) {
             add(&mut registry, registration)?;
         }
-        let portable = registry
-            .values()
-            .all(|registration| registration.shader_code().is_some());
+        let runs_on = |backend| {
+            registry
+                .values()
+                .all(|registration| launch::handler(backend, registration).is_ok())
+        };
         let (backend, devices, default_device) = match backend {
             Some(backend) => {
                 let devices = Devices::new(backend, &config)?;
                 let index = devices.choose(backend, &device)?;
                 (backend, devices, index)
             }
-            None => Devices::best(&config, &device, portable)?,
+            None => Devices::best(&config, &device, runs_on)?,
         };
         let runtime = Self {
             backend,
@@ -120,6 +124,7 @@ impl RingKernelRuntime {
             config,
             devices,
             registry: Mutex::new(registry),
+            prepared: Mutex::new(BTreeSet::new()),
             built: Instant::now(),
             inner: Mutex::new(Inner {
                 state: LifecycleState::Initializing,
@@ -133,8 +138,16 @@ impl RingKernelRuntime {
         Ok(runtime)
     }
 
+    /// An open device, whose kernels' code is ready.
     fn device(&self, index: usize) -> Result<Arc<dyn Device>, Error> {
-        self.devices.get(self.backend, index)
+        let device = self.devices.get(self.backend, index)?;
+        if self.prepared.lock().insert(index) {
+            let registry = self.registry.lock();
+            for registration in registry.values() {
+                prepare(&*device, self.backend, registration);
+            }
+        }
+        Ok(device)
     }
 
     /// The backend in use.
@@ -183,7 +196,12 @@ impl RingKernelRuntime {
     /// # Errors
     /// [`Error::DuplicateKernel`] if its id is taken; [`Error::InvalidOption`].
     pub fn register(&self, registration: KernelRegistration) -> Result<(), Error> {
-        add(&mut self.registry.lock(), registration)
+        let open: Vec<_> = self.devices.open.lock().values().cloned().collect();
+        add(&mut self.registry.lock(), registration.clone())?;
+        for device in open {
+            prepare(&*device, self.backend, &registration);
+        }
+        Ok(())
     }
 
     /// Ids of all kernels that can be launched, sorted.
@@ -384,6 +402,19 @@ impl Devices {
                     reason: "this build lacks the feature `vulkan`".into(),
                 });
             }
+            #[cfg(feature = "cuda")]
+            BackendType::Cuda => Box::new(crate::backend::cuda::CudaBackend::load(
+                &config.cuda,
+                &config.reserved_cores,
+                config.termination_timeout,
+            )?),
+            #[cfg(not(feature = "cuda"))]
+            BackendType::Cuda => {
+                return Err(Error::BackendUnavailable {
+                    backend: backend.name(),
+                    reason: "this build lacks the feature `cuda`".into(),
+                });
+            }
         };
         Ok(Self {
             described: backend.devices(),
@@ -392,35 +423,20 @@ impl Devices {
         })
     }
 
-    /// The best backend: Vulkan if it has hardware that keeps kernels resident and all kernels have code for it.
+    /// The best backend: CUDA, else Vulkan, if it has hardware that keeps kernels resident and all kernels have code for it.
     fn best(
         config: &RuntimeConfig,
         choice: &DeviceChoice,
-        portable: bool,
+        runs_on: impl Fn(BackendType) -> bool,
     ) -> Result<(BackendType, Self, usize), Error> {
-        if portable {
-            let vulkan = Self::new(BackendType::Vulkan, config).and_then(|devices| {
-                let index = devices.choose(BackendType::Vulkan, choice)?;
-                // A software device that is named is asked for; an index may as well be meant for the CPU.
-                let named = match choice {
-                    DeviceChoice::Best => device_variable().is_some(),
-                    DeviceChoice::Name(_) => true,
-                    DeviceChoice::Index(_) => false,
-                };
-                let good = match devices.described.get(index) {
-                    None => false,
-                    Some(_) if named => true,
-                    Some(info) => {
-                        info.kind.is_hardware()
-                            && is_resident(&*devices.get(BackendType::Vulkan, index)?)
-                    }
-                };
-                Ok((devices, index, good))
-            });
-            match vulkan {
-                Ok((devices, index, true)) => return Ok((BackendType::Vulkan, devices, index)),
-                Ok(_) => {
-                    log::debug!("no Vulkan device keeps kernels resident without taking cores")
+        for backend in [BackendType::Cuda, BackendType::Vulkan] {
+            if !runs_on(backend) {
+                continue;
+            }
+            match Self::good(backend, config, choice) {
+                Ok(Some((devices, index))) => return Ok((backend, devices, index)),
+                Ok(None) => {
+                    log::debug!("no {backend} device keeps kernels resident without taking cores")
                 }
                 Err(error) => log::debug!("not chosen: {error}"),
             }
@@ -428,6 +444,28 @@ impl Devices {
         let cpu = Self::new(BackendType::Cpu, config)?;
         let index = cpu.choose(BackendType::Cpu, choice)?;
         Ok((BackendType::Cpu, cpu, index))
+    }
+
+    /// The devices of a backend and the one that is meant, if it is better than the CPU.
+    fn good(
+        backend: BackendType,
+        config: &RuntimeConfig,
+        choice: &DeviceChoice,
+    ) -> Result<Option<(Self, usize)>, Error> {
+        let devices = Self::new(backend, config)?;
+        let index = devices.choose(backend, choice)?;
+        // A software device that is named is asked for; an index may as well be meant for the CPU.
+        let named = match choice {
+            DeviceChoice::Best => backend == BackendType::Vulkan && device_variable().is_some(),
+            DeviceChoice::Name(_) => true,
+            DeviceChoice::Index(_) => false,
+        };
+        let good = match devices.described.get(index) {
+            None => false,
+            Some(_) if named => true,
+            Some(info) => info.kind.is_hardware() && is_resident(&*devices.get(backend, index)?),
+        };
+        Ok(good.then_some((devices, index)))
     }
 
     fn get(&self, backend: BackendType, index: usize) -> Result<Arc<dyn Device>, Error> {
@@ -469,11 +507,11 @@ impl Devices {
             DeviceChoice::Name(name) => named(name),
             DeviceChoice::Best if backend == BackendType::Cpu => Ok(0),
             DeviceChoice::Best => match device_variable() {
-                Some(name) => match name.parse() {
+                Some(name) if backend == BackendType::Vulkan => match name.parse() {
                     Ok(index) => Ok(index),
                     Err(_) => named(&name),
                 },
-                None => self.best_hardware(backend),
+                _ => self.best_hardware(backend),
             },
         }
     }
@@ -518,10 +556,21 @@ fn device_variable() -> Option<String> {
     (!name.trim().is_empty()).then_some(name)
 }
 
+/// Makes a kernel's code ready on a device. What is wrong with it is an error of its launch.
+fn prepare(device: &dyn Device, backend: BackendType, registration: &KernelRegistration) {
+    if let Ok(handler) = launch::handler(backend, registration)
+        && let Err(error) = device.prepare(registration.id(), &handler)
+    {
+        log::debug!("kernel '{}' is not ready: {error}", registration.id());
+    }
+}
+
 /// Whether a running dispatch of the device sees messages.
 fn is_resident(device: &dyn Device) -> bool {
-    let vulkan = device.info().vulkan.as_ref();
-    vulkan.is_some_and(|vulkan| vulkan.mode == ExecutionMode::Resident)
+    match &device.info().vulkan {
+        Some(vulkan) => vulkan.mode == ExecutionMode::Resident,
+        None => true,
+    }
 }
 
 fn add(

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use ringkernel::error::{CallError, RecvTimeoutError, Unavailable};
 use ringkernel::kernel::FailureReason;
-use ringkernel::{Error, KernelState, LaunchOptions, RuntimeConfig, VulkanConfig, WaitStrategy};
+use ringkernel::{
+    CudaConfig, Error, KernelState, LaunchOptions, RuntimeConfig, VulkanConfig, WaitStrategy,
+};
 
 use super::kernels::{Opened, UNSTUCK};
 use super::{LONG, Subject, active, eventually, runtime, runtime_from};
@@ -150,6 +152,10 @@ pub fn memory_that_is_not_there_is_an_error<S: Subject>() {
             memory_limit: Some(enough),
             ..VulkanConfig::default()
         },
+        cuda: CudaConfig {
+            memory_limit: Some(enough),
+            ..CudaConfig::default()
+        },
         ..RuntimeConfig::default()
     };
     let runtime = runtime_from(S::builder_with(config));
@@ -167,7 +173,9 @@ pub fn memory_that_is_not_there_is_an_error<S: Subject>() {
     first.terminate().unwrap();
     drop(first);
     let _ = runtime.kernels();
-    active(&runtime, "echo", LaunchOptions::default());
+    active(&runtime, "echo", LaunchOptions::default())
+        .terminate()
+        .unwrap();
     // More than any machine has, without a limit.
     let unlimited = runtime_from(S::builder());
     let huge = LaunchOptions {

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ringkernel::error::HandlerError;
-use ringkernel::{KernelRegistration, ShaderCode, ring_message};
+use ringkernel::{CudaCode, KernelRegistration, ShaderCode, ring_message};
 use rkyv::{Archive, Deserialize, Serialize};
 
 #[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,10 +44,18 @@ macro_rules! module {
     };
 }
 
+/// The source of the same, for CUDA.
+macro_rules! source {
+    ($name:literal) => {
+        CudaCode::source(include_str!(concat!("../kernels/", $name, ".rk")))
+    };
+}
+
 pub fn all() -> Vec<KernelRegistration> {
     vec![
         KernelRegistration::new("test.add")
             .shader(module!("add"))
+            .cuda(source!("add"))
             .typed_cpu_handler::<Add, Sum, _>(|add, _| {
                 let sum = add
                     .left
@@ -62,6 +70,7 @@ pub fn all() -> Vec<KernelRegistration> {
         // Replies with its block, and how many messages the block has had.
         KernelRegistration::new("test.count")
             .shader(module!("count"))
+            .cuda(source!("count"))
             .any_message()
             .state_size(8)
             .cpu_handler(|_, context| {
@@ -76,6 +85,7 @@ pub fn all() -> Vec<KernelRegistration> {
         // The first byte says how many replies are wanted; each carries its index.
         KernelRegistration::new("test.repeat")
             .shader(module!("repeat"))
+            .cuda(source!("repeat"))
             .cpu_handler(|request, context| {
                 for index in 0..request.payload().first().copied().unwrap_or(0) {
                     context.reply_bytes(&[index])?;
@@ -94,6 +104,7 @@ pub fn all() -> Vec<KernelRegistration> {
         // Never returns until `UNSTUCK` is set.
         KernelRegistration::new("test.stuck")
             .shader(module!("endless"))
+            .cuda(source!("endless"))
             .cpu_handler(|_, _| {
                 while !UNSTUCK.load(Ordering::Acquire) {
                     std::thread::sleep(Duration::from_millis(1));
@@ -103,6 +114,7 @@ pub fn all() -> Vec<KernelRegistration> {
         // Panics on `panic`, echoes anything else.
         KernelRegistration::new("test.panic")
             .shader(module!("fault"))
+            .cuda(source!("fault"))
             .cpu_handler(|request, context| {
                 assert!(request.payload() != b"panic", "told to panic");
                 context.echo(request)
@@ -110,6 +122,7 @@ pub fn all() -> Vec<KernelRegistration> {
         // Sleeps for the payload's milliseconds, then echoes.
         KernelRegistration::new("test.sleep")
             .shader(module!("sleep"))
+            .cuda(source!("sleep"))
             .cpu_handler(|request, context| {
                 let millis = request.payload().first().copied().unwrap_or(0);
                 std::thread::sleep(Duration::from_millis(millis.into()));
@@ -141,6 +154,7 @@ pub fn all() -> Vec<KernelRegistration> {
         // Writes an `Add` whose bool is neither true nor false.
         KernelRegistration::new("test.corrupt")
             .shader(module!("corrupt"))
+            .cuda(source!("corrupt"))
             .message::<Add>()
             .cpu_handler(|request, context| {
                 let mut add = *request.payload().first_chunk::<24>().unwrap();
@@ -151,6 +165,7 @@ pub fn all() -> Vec<KernelRegistration> {
         // Answers with more than any of its slots holds.
         KernelRegistration::new("test.too_large")
             .shader(module!("too_large"))
+            .cuda(source!("too_large"))
             .cpu_handler(|_, context| context.reply_bytes(&[0; 1 << 16])),
     ]
 }

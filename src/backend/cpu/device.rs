@@ -65,6 +65,7 @@ impl CpuDevice {
                 name: format!("cpu{index}"),
                 kind: DeviceKind::Cpu,
                 vulkan: None,
+                cuda: None,
                 memory_limit: memory_limit
                     .unwrap_or_else(|| machine_memory() / count.max(1) as u64),
                 cores: if cores.len() < count {

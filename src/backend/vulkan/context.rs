@@ -395,64 +395,19 @@ impl Drop for Context {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// `name -> value` of the prelude's `const uint` lines.
-    fn prelude_constants() -> HashMap<&'static str, u64> {
-        include_str!("../../../shaders/ringkernel.glsl")
-            .lines()
-            .filter_map(|line| line.strip_prefix("const uint ")?.split_once(" = "))
-            .map(|(name, value): (&str, &str)| {
-                let value = value.split(';').next().unwrap().trim_end_matches('u');
-                let value = match value.strip_prefix("0x") {
-                    Some(hex) => u64::from_str_radix(hex, 16),
-                    None => value.parse(),
-                };
-                (name, value.unwrap())
-            })
-            .collect()
-    }
+    use crate::backend::layouts;
 
     #[test]
     fn the_prelude_has_the_layouts_of_the_host() {
-        use crate::error::HandlerError;
-        use crate::kernel::{DeviceLines, HostLine, TelemetryBuffer};
-        use crate::message::{EXTENSION_BYTES, HEADER_BYTES};
-        use crate::ring::{CURSOR_BYTES, SlotHeader};
-        use std::mem::offset_of;
-
-        let mut prelude = prelude_constants();
-        let mut check = |name: &str, expected: u64| {
-            assert_eq!(prelude.remove(name), Some(expected), "{name}");
-        };
-        let words = |bytes: usize| bytes as u64 / 4;
-        check("RK_HEADER_WORDS", words(HEADER_BYTES));
-        check("RK_EXTENSION_WORDS", words(EXTENSION_BYTES));
-        check("RK_CURSOR_WORDS", words(CURSOR_BYTES));
-        let header = SlotHeader::OFFSETS;
-        check("RK_HEADER_SEQUENCE", words(header[0]));
-        check("RK_HEADER_CORRELATION", words(header[1]));
-        check("RK_HEADER_LENGTH_FLAGS", words(header[2]));
-        check("RK_HEADER_KIND_LANE", words(header[3]));
-        let masks = crate::message::FLAG_MASKS;
-        check("RK_LENGTH_MASK", masks[0].into());
-        check("RK_PRIORITY_MASK", masks[1].into());
-        check("RK_ERROR_BIT", masks[2].into());
-        check("RK_EXTENDED_BIT", masks[3].into());
-        for (name, offset) in HostLine::OFFSETS {
-            check(&format!("RK_HOST_{name}"), words(offset));
-        }
-        for (name, offset) in DeviceLines::OFFSETS {
-            check(&format!("RK_DEVICE_{name}"), words(offset));
-        }
-        check("RK_DEVICE_WORDS", words(size_of::<DeviceLines>()));
-        for (name, offset) in TelemetryBuffer::OFFSETS {
-            check(&format!("RK_TELEMETRY_{name}"), words(offset));
-        }
-        for (name, value) in crate::kernel::CONTROL_VALUES {
-            check(&format!("RK_{name}"), value.into());
-        }
-        check("RK_BAD_REQUEST", HandlerError::BAD_REQUEST.into());
-        check("RK_REPLY_TOO_LARGE", HandlerError::REPLY_TOO_LARGE.into());
+        let text = include_str!("../../../shaders/ringkernel.glsl");
+        let lines = text.lines();
+        let mut constants = layouts::constants(lines.filter_map(|line| {
+            line.strip_prefix("const uint ")?
+                .split(';')
+                .next()?
+                .split_once(" = ")
+        }));
+        layouts::check(&mut constants);
         // What is the loop's own, and what it says to itself.
         for name in [
             "RK_RUN",
@@ -465,25 +420,16 @@ mod tests {
             "RK_LOOK_COST",
             "RK_HOUSEKEEPING_COST",
         ] {
-            assert!(prelude.remove(name).is_some(), "{name}");
+            assert!(constants.remove(name).is_some(), "{name}");
         }
-        prelude.retain(|name, _| !name.starts_with("RK_LEFT_"));
-        assert!(prelude.is_empty(), "not checked: {prelude:?}");
-        // Alignment of what the shader takes for granted.
-        assert_eq!(offset_of!(PushConstants, two), 40);
+        constants.retain(|name, _| !name.starts_with("RK_LEFT_"));
+        assert!(constants.is_empty(), "not checked: {constants:?}");
     }
 
     #[test]
     fn the_prelude_has_the_push_constants_of_the_host() {
         let prelude = include_str!("../../../shaders/ringkernel.glsl");
-        let block = prelude.split("uniform RkLaunch {").nth(1).unwrap();
-        let names: Vec<&str> = block
-            .split('}')
-            .next()
-            .unwrap()
-            .lines()
-            .filter_map(|line| line.trim().strip_prefix("uint ")?.split(';').next())
-            .collect();
+        let names = layouts::fields(prelude, "uniform RkLaunch {");
         let debug = format!(
             "{:?}",
             PushConstants {
@@ -500,12 +446,7 @@ mod tests {
                 two: 0,
             }
         );
-        let fields: Vec<&str> = debug
-            .trim_start_matches("PushConstants {")
-            .trim_end_matches('}')
-            .split(',')
-            .map(|field| field.split(':').next().unwrap().trim())
-            .collect();
+        let fields = layouts::debug_fields(&debug);
         assert_eq!(names, fields);
     }
 

@@ -216,7 +216,7 @@ impl VulkanDevice {
     fn probe(&self) -> Result<(ExecutionMode, String), Error> {
         let mut reason = String::new();
         for _ in 0..PROBES {
-            match probe::run(self)? {
+            match crate::backend::probe::run(self, &probe::echo())? {
                 Ok(seen) => return Ok((ExecutionMode::Resident, seen)),
                 Err(failed) => reason = failed,
             }
@@ -245,10 +245,6 @@ impl VulkanDevice {
                 .map(|buffer| buffer.placement(purpose))
         })
         .collect()
-    }
-
-    pub(super) fn check_lost(&self) -> Result<(), Error> {
-        self.context.check_lost()
     }
 
     fn buffer(
@@ -331,6 +327,10 @@ impl Device for VulkanDevice {
 
     fn account(&self) -> &Arc<Account> {
         &self.context.account
+    }
+
+    fn check_lost(&self) -> Result<(), Error> {
+        self.context.check_lost()
     }
 
     fn allocate(&self, bytes: usize, placement: Placement) -> Result<Arc<dyn DeviceMemory>, Error> {

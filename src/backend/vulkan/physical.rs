@@ -182,7 +182,9 @@ fn describe(
                     vk::api_version_minor(core.api_version),
                     vk::api_version_patch(core.api_version),
                 ),
-                numa_node: pci_address.as_deref().and_then(numa_node),
+                numa_node: pci_address
+                    .as_deref()
+                    .and_then(crate::backend::info::numa_node),
                 pci_address,
                 heaps,
                 queue_families: families
@@ -200,6 +202,7 @@ fn describe(
                 mode_reason: "not opened yet".into(),
                 placements: Vec::new(),
             }),
+            cuda: None,
         },
     })
 }
@@ -220,13 +223,4 @@ fn lacks(version: u32, subgroups: &vk::PhysicalDeviceSubgroupProperties<'_>) -> 
     // A request's header is read by four invocations at once.
     (subgroups.subgroup_size < 4)
         .then(|| format!("its subgroups have {}, not 4", subgroups.subgroup_size))
-}
-
-/// The NUMA node of a PCI device; `None` where the system does not tell, or has only one.
-fn numa_node(address: &str) -> Option<u32> {
-    std::fs::read_to_string(format!("/sys/bus/pci/devices/{address}/numa_node"))
-        .ok()?
-        .trim()
-        .parse()
-        .ok()
 }

@@ -1,0 +1,577 @@
+// The device half of a persistent kernel in C++, for CUDA and Metal (and a CPU, in tests): the layouts, the accessors that a
+// handler is written against, and the polling loop. `ringkernel.cuh` and `ringkernel.metal` say what differs between the two
+// and include this. It says the same as `shaders/ringkernel.glsl` says to Vulkan.
+//
+// Needed before it: RK_FN, RK_GLOBAL, RK_GROUP, RK_THREAD (address spaces), and functions of these names.
+//
+// rk_load, rk_store              a ring's word, relaxed, as the host sees it
+// rk_load_acquire, rk_store_release
+// rk_copy4                       four words, by one access where the device can
+// rk_load4_acquire               four words, into what a block shares: the first before the rest, or all at once
+// rk_fence                       orders stores as the host sees them
+// rk_group_sync                  holds a block together, and shows each thread what the others wrote
+// rk_nap                         gives way for some nanoseconds
+// rk_as_f32, rk_from_f32, rk_mul_f32, rk_add_f32
+//
+// and where the device has them RK_HAS_U64 with rk_u64, RK_HAS_F64 with rk_as_f64 and rk_from_f64, RK_HAS_CLOCK with rk_clock_ns.
+
+// Layouts. Sizes and offsets are in words of 4 bytes; a test compares each with the Rust structures of the same name.
+#define RK_HEADER_WORDS 4u
+#define RK_EXTENSION_WORDS 8u
+#define RK_CURSOR_WORDS 32u
+#define RK_HEADER_SEQUENCE 0u
+#define RK_HEADER_CORRELATION 1u
+#define RK_HEADER_LENGTH_FLAGS 2u
+#define RK_HEADER_KIND_LANE 3u
+#define RK_LENGTH_MASK 0x00ffffffu
+#define RK_PRIORITY_MASK 0x03000000u
+#define RK_ERROR_BIT 0x04000000u
+#define RK_EXTENDED_BIT 0x08000000u
+// The host's line of the control block, behind the request slots and the reply ring's cursor.
+#define RK_HOST_ACTIVE 0u
+#define RK_HOST_TERMINATE 1u
+#define RK_HOST_SLICE_BUDGET 2u
+#define RK_HOST_EPOCH 3u
+#define RK_HOST_IDLE_BUDGET 4u
+// The device's lines, behind the reply slots and the request ring's cursor.
+#define RK_DEVICE_PROCESSED 0u
+#define RK_DEVICE_PRODUCED 1u
+#define RK_DEVICE_STEP 2u
+#define RK_DEVICE_STATE 16u
+#define RK_DEVICE_HEARTBEAT 17u
+#define RK_DEVICE_DROPPED 18u
+#define RK_DEVICE_LAST_ERROR 19u
+#define RK_DEVICE_SLICE_NUMBER 20u
+#define RK_DEVICE_HAS_TERMINATED 21u
+#define RK_DEVICE_FAULT 22u
+#define RK_DEVICE_WORDS 48u
+// Telemetry, behind the device's lines. 64-bit counters, low word first.
+#define RK_TELEMETRY_VERSION 0u
+#define RK_TELEMETRY_RECEIVED 2u
+#define RK_TELEMETRY_REPLIED 4u
+#define RK_TELEMETRY_ERRORS 6u
+#define RK_TELEMETRY_BYTES_IN 8u
+#define RK_TELEMETRY_BYTES_OUT 10u
+// Values of the `state` word.
+#define RK_STATE_IDLE 1u
+#define RK_STATE_POLLING 2u
+#define RK_STATE_ENDED 3u
+#define RK_STATE_FAULTED 4u
+// Values of the `fault` word.
+#define RK_FAULT_NONE 0u
+#define RK_FAULT_CORRUPT_RING 1u
+#define RK_FAULT_LOOP_CUT 2u
+#define RK_FAULT_TOO_MANY_REPLIES 3u
+// Codes of error replies, as in `HandlerError`.
+#define RK_BAD_REQUEST 0xffffffffu
+#define RK_REPLY_TOO_LARGE 0xfffffffeu
+
+// What the host says once, at launch. Word for word `LaunchWords` of the host.
+struct RkLaunch {
+    uint host_to_device_words;  // From one block to the next, in words.
+    uint device_to_host_words;
+    uint state_words;
+    uint capacity;              // Slots of a ring.
+    uint slot_words;
+    uint epoch;                 // Of the launch; a slice of another epoch than the host's ends at once.
+    uint message_cost;          // Of the slice's budget, for one run of the handler.
+    uint replies;               // Replies that one run of the handler may write.
+    uint kinds;                 // Kinds that the kernel takes, beside raw bytes.
+    uint telemetry;             // Whether counters are kept.
+    uint resident;              // Whether it stays until it is told to end; a slice otherwise.
+    uint nap_ns;                // Between two empty polls.
+};
+
+// Most threads of a block.
+#define RK_MAX_THREADS 1024u
+// Words that a block's threads share, for handlers.
+#define RK_SHARED_WORDS 1024u
+
+struct RkGroup {
+    uint seen[2][8];
+    uint scratch[RK_MAX_THREADS];
+    uint words[RK_SHARED_WORDS];
+};
+
+// One thread's view of its block.
+struct Rk {
+    RkLaunch launch;
+    RK_GLOBAL uint* h2d;
+    RK_GLOBAL uint* d2h;
+    RK_GLOBAL uint* state;
+    RK_GROUP RkGroup* group;
+    uint thread, threads, block, blocks;
+    // Where the parts of this block's memory begin.
+    RK_GLOBAL uint* reply_cursor;
+    RK_GLOBAL uint* host_line;
+    RK_GLOBAL uint* request_cursor;
+    RK_GLOBAL uint* device_line;
+    RK_GLOBAL uint* telemetry;
+    // Positions of the rings, and how many replies the present run may still write.
+    uint position, out_position, left;
+    // The request in hand, and how often the handler was run for it.
+    RK_GLOBAL uint* request;
+    uint correlation, length_flags, kind_lane, bytes, step;
+    // The reply in the making, and the most bytes that fit.
+    RK_GLOBAL uint* reply;
+    uint reply_limit;
+    // What the handler asked for.
+    bool again, has_error;
+    uint error_code, fault;
+    // Counters; all threads count alike, the first one stores.
+    uint received[2], replied[2], errors[2], bytes_in[2], bytes_out[2];
+    // Which half of `seen` is next.
+    uint turn;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What a handler is written against. Functions marked [all] must be called by all threads of the block alike.
+
+// Opens the handler: `RK_HANDLER { ... }`.
+#define RK_HANDLER RK_FN void rk_handler(RK_THREAD Rk& rk)
+RK_FN void rk_handler(RK_THREAD Rk& rk);
+
+// This thread's index in its block, and their number; this block's index in the grid, and their number.
+#define rk_thread() (rk.thread)
+#define rk_threads() (rk.threads)
+#define rk_block() (rk.block)
+#define rk_blocks() (rk.blocks)
+// A loop over 0..n, shared by the threads of the block.
+#define RK_FOR(i, n) for (uint i = rk.thread; i < (n); i += rk.threads)
+// Waits for all threads of the block, and shows each what the others wrote to state and shared words. [all]
+#define rk_barrier() rk_group_sync(rk.threads)
+
+// The request's payload: its bytes, its words (the last one may be cut short), its kind (0 is raw bytes).
+#define rk_in_bytes() (rk.bytes)
+#define rk_in_words() ((rk.bytes + 3u) >> 2)
+#define rk_in_kind() (rk.kind_lane & 0xffffu)
+#define rk_in(i) rk_load(rk.request + (i))
+#define rk_in_i32(i) int(rk_in(i))
+#define rk_in_f32(i) rk_as_f32(rk_in(i))
+// Words that a reply can hold.
+#define rk_out_words() (rk.reply_limit >> 2)
+// Writes a word of the reply; beyond the slot's end, nothing.
+#define rk_out(i, value) rk_write_word(rk, i, value)
+#define rk_out_i32(i, value) rk_out(i, uint(value))
+#define rk_out_f32(i, value) rk_out(i, rk_from_f32(value))
+// Copies `n` words of the request, from the first on, to the reply, shared by the threads of the block. What it leaves in
+// the up to three words behind them, to the next multiple of four, is not defined.
+#define rk_out_copy(n) rk_copy_words(rk, n)
+
+// The block's state words, zero at launch, and words that its threads share during one run of the handler (1024).
+#define rk_state(i) (rk.state[i])
+#define rk_set_state(i, value) (rk.state[i] = (value))
+#define rk_shared(i) (rk.group->words[i])
+#define rk_set_shared(i, value) (rk.group->words[i] = (value))
+
+// Over the values of all threads, the same for each: sum, least, greatest. Floats are added in the order of a tree over the
+// threads' indices. [all]
+#define rk_sum_u32(value) rk_reduce_sum_u32(rk, value)
+#define rk_min_u32(value) rk_reduce_min_u32(rk, value)
+#define rk_max_u32(value) rk_reduce_max_u32(rk, value)
+#define rk_sum_f32(value) rk_reduce_sum_f32(rk, value)
+#define rk_min_f32(value) rk_reduce_min_f32(rk, value)
+#define rk_max_f32(value) rk_reduce_max_f32(rk, value)
+
+// How often the handler has been run for this request already; above 0 only after `rk_again`.
+#define rk_step() (rk.step)
+// Asks that the handler be run for the same request again, when there is room for its replies. [all]
+#define rk_again() (rk.again = true)
+// Fails the request: an error reply with this code follows when the handler returns. [all]
+#define rk_error(code) (rk.has_error = true, rk.error_code = (code))
+// Sends the reply: `bytes` of what `rk_out` wrote, of this kind, or of the request's, or raw. One more than the kernel
+// declared for each run fails the kernel. [all]
+#define rk_reply_as(kind, bytes) rk_publish(rk, kind, 0u, bytes)
+#define rk_reply(bytes) rk_publish(rk, rk_in_kind(), 0u, bytes)
+#define rk_reply_raw(bytes) rk_publish(rk, 0u, 0u, bytes)
+
+// 64-bit values in two words, low word first.
+#ifdef RK_HAS_U64
+#define rk_in_u64(i) (rk_u64(rk_in(i)) | rk_u64(rk_in((i) + 1u)) << 32)
+#define rk_out_u64(i, value) rk_write_u64(rk, i, value)
+#elif defined(RK_USE_U64)
+#error "this device has no 64-bit integers"
+#endif
+#ifdef RK_HAS_F64
+#define rk_in_f64(i) rk_as_f64(rk_in_u64(i))
+#define rk_out_f64(i, value) rk_out_u64(i, rk_from_f64(value))
+#elif defined(RK_USE_F64)
+#error "this device has no 64-bit floats"
+#endif
+// Nanoseconds of the device's own clock.
+#ifdef RK_HAS_CLOCK
+#define rk_time_ns() rk_clock_ns()
+#elif defined(RK_USE_TIME)
+#error "this device has no clock that kernels can read"
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What the loop is made of.
+
+RK_FN RK_GLOBAL uint* rk_slot(RK_THREAD const Rk& rk, RK_GLOBAL uint* ring, uint position) {
+    return ring + (position & (rk.launch.capacity - 1u)) * rk.launch.slot_words;
+}
+
+RK_FN void rk_write_word(RK_THREAD Rk& rk, uint i, uint value) {
+    if (i < (rk.reply_limit >> 2) && rk.left != 0u) rk_store(rk.reply + i, value);
+}
+
+#ifdef RK_HAS_U64
+RK_FN void rk_write_u64(RK_THREAD Rk& rk, uint i, rk_u64 value) {
+    rk_write_word(rk, i, uint(value));
+    rk_write_word(rk, i + 1u, uint(value >> 32));
+}
+#endif
+
+RK_FN void rk_copy_words(RK_THREAD Rk& rk, uint n) {
+    uint words = rk.reply_limit >> 2;
+    uint end = ((n < words ? n : words) + 3u) >> 2;
+    if (rk.left == 0u) return;
+    for (uint i = rk.thread; i < end; i += rk.threads) rk_copy4(rk.reply + 4u * i, rk.request + 4u * i);
+}
+
+#define RK_REDUCTION(name, type, to, from, combine)                                    \
+    RK_FN type name(RK_THREAD Rk& rk, type value) {                                    \
+        rk.group->scratch[rk.thread] = to(value);                                      \
+        rk_group_sync(rk.threads);                                                     \
+        for (uint half = RK_MAX_THREADS / 2u; half > 0u; half >>= 1) {                 \
+            if (half < rk.threads) {                                                   \
+                if (rk.thread < half && rk.thread + half < rk.threads) {               \
+                    type a = from(rk.group->scratch[rk.thread]);                       \
+                    type b = from(rk.group->scratch[rk.thread + half]);                \
+                    rk.group->scratch[rk.thread] = to(combine);                        \
+                }                                                                      \
+                rk_group_sync(rk.threads);                                             \
+            }                                                                          \
+        }                                                                              \
+        type result = from(rk.group->scratch[0]);                                      \
+        rk_group_sync(rk.threads);                                                     \
+        return result;                                                                 \
+    }
+RK_REDUCTION(rk_reduce_sum_u32, uint, uint, uint, a + b)
+RK_REDUCTION(rk_reduce_min_u32, uint, uint, uint, b < a ? b : a)
+RK_REDUCTION(rk_reduce_max_u32, uint, uint, uint, b > a ? b : a)
+RK_REDUCTION(rk_reduce_sum_f32, float, rk_from_f32, rk_as_f32, rk_add_f32(a, b))
+RK_REDUCTION(rk_reduce_min_f32, float, rk_from_f32, rk_as_f32, b < a ? b : a)
+RK_REDUCTION(rk_reduce_max_f32, float, rk_from_f32, rk_as_f32, b > a ? b : a)
+
+RK_FN void rk_count(RK_THREAD uint* counter, uint value) {
+    uint before = counter[0];
+    counter[0] = before + value;
+    if (counter[0] < before) counter[1]++;
+}
+
+RK_FN void rk_aim_reply(RK_THREAD Rk& rk) {
+    uint skip = (rk.length_flags & RK_EXTENDED_BIT) != 0u ? RK_HEADER_WORDS + RK_EXTENSION_WORDS : RK_HEADER_WORDS;
+    rk.reply = rk_slot(rk, rk.d2h, rk.out_position) + skip;
+    rk.reply_limit = 4u * (rk.launch.slot_words - skip);
+}
+
+// Publishes what `rk_out` wrote.
+RK_FN void rk_publish(RK_THREAD Rk& rk, uint kind, uint flags, uint bytes) {
+    if (rk.fault != RK_FAULT_NONE) {
+        rk.left = 0u;
+    } else if (bytes > rk.reply_limit) {
+        rk_error(RK_REPLY_TOO_LARGE);
+    } else if (rk.left == 0u) {
+        rk.fault = RK_FAULT_TOO_MANY_REPLIES;
+    } else {
+        // All of the payload is written before its sequence is.
+        rk_group_sync(rk.threads);
+        if (rk.thread == 0u) {
+            RK_GLOBAL uint* slot = rk_slot(rk, rk.d2h, rk.out_position);
+            rk_store(slot + RK_HEADER_CORRELATION, rk.correlation);
+            rk_store(slot + RK_HEADER_LENGTH_FLAGS,
+                     bytes | flags | (rk.length_flags & (RK_PRIORITY_MASK | RK_EXTENDED_BIT)));
+            rk_store(slot + RK_HEADER_KIND_LANE, (rk.kind_lane & 0xffff0000u) | kind);
+            rk_store_release(slot + RK_HEADER_SEQUENCE, rk.out_position + 1u);
+        }
+        rk.out_position++;
+        rk.left--;
+        rk_count(rk.replied, 1u);
+        rk_count(rk.bytes_out, bytes);
+        rk_aim_reply(rk);
+    }
+}
+
+// Goes on to the next request, or to the next run for the same one.
+RK_FN void rk_advance(RK_THREAD Rk& rk) {
+    if (rk.again) {
+        rk.step++;
+    } else {
+        rk.step = 0u;
+        rk.position++;
+        rk_count(rk.received, 1u);
+        rk_count(rk.bytes_in, rk.bytes);
+    }
+}
+
+// Answers the request in hand with an error. A reply's place was kept for it.
+RK_FN void rk_fail_request(RK_THREAD Rk& rk, bool counted) {
+    rk.left = 1u;
+    if (rk.thread == 0u) {
+        rk_store(rk.reply, rk.error_code);
+        rk_store(rk.device_line + RK_DEVICE_LAST_ERROR, rk.error_code);
+        RK_GLOBAL uint* dropped = rk.device_line + RK_DEVICE_DROPPED;
+        if (!counted) rk_store(dropped, rk_load(dropped) + 1u);
+    }
+    if (counted) rk_count(rk.errors, 1u);
+    rk.again = false;
+    rk_publish(rk, 0u, RK_ERROR_BIT, 4u);
+    rk_advance(rk);
+}
+
+#define RK_RUN 1u
+#define RK_TERMINATE 2u
+#define RK_STALE 4u
+
+// What the host wants, by its line as thread 0 has read it.
+RK_FN uint rk_commands(RK_THREAD const Rk& rk, RK_GROUP const uint* host_line) {
+    if (host_line[RK_HOST_EPOCH] != rk.launch.epoch) return RK_STALE;
+    if (host_line[RK_HOST_TERMINATE] != 0u) return RK_TERMINATE;
+    return host_line[RK_HOST_ACTIVE] != 0u ? RK_RUN : 0u;
+}
+
+// Makes known how far the block has got. For thread 0.
+RK_FN void rk_show_progress(RK_THREAD const Rk& rk) {
+    rk_store(rk.device_line + RK_DEVICE_PRODUCED, rk.out_position);
+    rk_store(rk.device_line + RK_DEVICE_STEP, rk.step);
+    rk_store_release(rk.device_line + RK_DEVICE_PROCESSED, rk.position);
+}
+
+RK_FN void rk_load_counter(RK_THREAD const Rk& rk, RK_THREAD uint* counter, uint word) {
+    counter[0] = rk_load(rk.telemetry + word);
+    counter[1] = rk_load(rk.telemetry + word + 1u);
+}
+
+RK_FN void rk_store_counter(RK_THREAD const Rk& rk, RK_THREAD const uint* counter, uint word) {
+    rk_store(rk.telemetry + word, counter[0]);
+    rk_store(rk.telemetry + word + 1u, counter[1]);
+}
+
+// A seqlock: the version is odd while the counters change. For thread 0.
+RK_FN void rk_store_telemetry(RK_THREAD const Rk& rk) {
+    if (rk.launch.telemetry == 0u) return;
+    uint version = rk_load(rk.telemetry + RK_TELEMETRY_VERSION);
+    rk_store(rk.telemetry + RK_TELEMETRY_VERSION, version + 1u);
+    rk_fence();
+    rk_store_counter(rk, rk.received, RK_TELEMETRY_RECEIVED);
+    rk_store_counter(rk, rk.replied, RK_TELEMETRY_REPLIED);
+    rk_store_counter(rk, rk.errors, RK_TELEMETRY_ERRORS);
+    rk_store_counter(rk, rk.bytes_in, RK_TELEMETRY_BYTES_IN);
+    rk_store_counter(rk, rk.bytes_out, RK_TELEMETRY_BYTES_OUT);
+    rk_store_release(rk.telemetry + RK_TELEMETRY_VERSION, version + 2u);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The loop.
+
+// Polls between two looks at the host's commands, and messages in between.
+#define RK_POLLS 64u
+#define RK_MESSAGES 128u
+// Looks between two signs of life.
+#define RK_LOOKS_PER_BEAT 8u
+
+RK_FN void rk_begin(RK_THREAD Rk& rk) {
+    uint slots = rk.launch.capacity * rk.launch.slot_words;
+    rk.h2d += rk.block * rk.launch.host_to_device_words;
+    rk.d2h += rk.block * rk.launch.device_to_host_words;
+    rk.state += rk.block * rk.launch.state_words;
+    rk.reply_cursor = rk.h2d + slots;
+    rk.host_line = rk.reply_cursor + RK_CURSOR_WORDS;
+    rk.request_cursor = rk.d2h + slots;
+    rk.device_line = rk.request_cursor + RK_CURSOR_WORDS;
+    rk.telemetry = rk.device_line + RK_DEVICE_WORDS;
+    rk.position = rk_load(rk.device_line + RK_DEVICE_PROCESSED);
+    rk.out_position = rk_load(rk.device_line + RK_DEVICE_PRODUCED);
+    rk.step = rk_load(rk.device_line + RK_DEVICE_STEP);
+    rk.left = 0u;
+    rk.fault = RK_FAULT_NONE;
+    rk.again = false;
+    rk.has_error = false;
+    rk.error_code = 0u;
+    rk.correlation = 0u;
+    rk.length_flags = 0u;
+    rk.kind_lane = 0u;
+    rk.bytes = 0u;
+    rk.turn = 0u;
+    rk.request = rk.h2d;
+    rk_load_counter(rk, rk.received, RK_TELEMETRY_RECEIVED);
+    rk_load_counter(rk, rk.replied, RK_TELEMETRY_REPLIED);
+    rk_load_counter(rk, rk.errors, RK_TELEMETRY_ERRORS);
+    rk_load_counter(rk, rk.bytes_in, RK_TELEMETRY_BYTES_IN);
+    rk_load_counter(rk, rk.bytes_out, RK_TELEMETRY_BYTES_OUT);
+    rk_aim_reply(rk);
+}
+
+// Cursor, counters, signs of life.
+RK_FN void rk_housekeeping(RK_THREAD const Rk& rk, uint beats) {
+    // Every thread is done with the requests that are given back here.
+    rk_group_sync(rk.threads);
+    if (rk.thread == 0u) {
+        rk_show_progress(rk);
+        rk_store_release(rk.request_cursor, rk.position);
+        rk_store(rk.device_line + RK_DEVICE_HEARTBEAT, beats);
+        rk_store_telemetry(rk);
+    }
+}
+
+// Takes up the published request at the present position, whose header thread 0 has read.
+RK_FN void rk_take(RK_THREAD Rk& rk, RK_GROUP const uint* seen) {
+    rk.correlation = seen[RK_HEADER_CORRELATION];
+    rk.length_flags = seen[RK_HEADER_LENGTH_FLAGS];
+    rk.kind_lane = seen[RK_HEADER_KIND_LANE];
+    rk.bytes = rk.length_flags & RK_LENGTH_MASK;
+    rk.request = rk_slot(rk, rk.h2d, rk.position) + RK_HEADER_WORDS;
+    if ((rk.length_flags & RK_EXTENDED_BIT) != 0u) rk.request += RK_EXTENSION_WORDS;
+    rk_aim_reply(rk);
+}
+
+// Gives every reply that the handler may write its request's extension.
+RK_FN void rk_extend_replies(RK_THREAD const Rk& rk, uint replies) {
+    RK_GLOBAL uint* from = rk_slot(rk, rk.h2d, rk.position) + RK_HEADER_WORDS;
+    for (uint i = rk.thread; i < RK_EXTENSION_WORDS * replies; i += rk.threads) {
+        uint word = i & (RK_EXTENSION_WORDS - 1u);
+        RK_GLOBAL uint* slot = rk_slot(rk, rk.d2h, rk.out_position + i / RK_EXTENSION_WORDS);
+        rk_store(slot + RK_HEADER_WORDS + word, rk_load(from + word));
+    }
+}
+
+// Handles the request in hand; what it costs of the budget.
+RK_FN uint rk_handle(RK_THREAD Rk& rk, uint needed) {
+    if ((rk.length_flags & RK_EXTENDED_BIT) != 0u) rk_extend_replies(rk, needed);
+    rk.again = false;
+    rk.has_error = false;
+    rk.left = rk.launch.replies;
+    if ((rk.kind_lane & 0xffffu) > rk.launch.kinds) {
+        rk.error_code = RK_BAD_REQUEST;
+        rk_fail_request(rk, false);
+        return 1u;
+    }
+    rk_handler(rk);
+    if (rk.fault == RK_FAULT_NONE) {
+        if (!rk.has_error) {
+            rk_advance(rk);
+        } else if (rk.left == 0u && rk.launch.replies != 0u) {
+            // An error after all replies that were declared is one too many.
+            rk.fault = RK_FAULT_TOO_MANY_REPLIES;
+        } else {
+            rk_fail_request(rk, true);
+        }
+    }
+    return rk.launch.message_cost;
+}
+
+// One block of a slice, or of a launch that stays.
+RK_FN void rk_run(RK_THREAD Rk& rk) {
+    rk_begin(rk);
+    bool leader = rk.thread == 0u;
+    uint capacity = rk.launch.capacity;
+    uint give_back = capacity >> 2 > 0u ? capacity >> 2 : 1u;
+    uint needed = rk.launch.replies > 0u ? rk.launch.replies : 1u;
+    uint beats = rk_load(rk.device_line + RK_DEVICE_HEARTBEAT);
+    uint given_back = rk.position, stored = rk.position, idle = 0u, spent = 0u, looks = 0u, commands = 0u;
+    bool polling = false;
+    if (leader) {
+        uint state = rk_load(rk.device_line + RK_DEVICE_STATE);
+        rk.group->seen[0][0] = state == RK_STATE_FAULTED || state == RK_STATE_ENDED ? RK_STALE : 0u;
+    }
+    rk_group_sync(rk.threads);
+    bool ended = rk.group->seen[0][0] == RK_STALE;
+    rk.turn = 1u;
+
+    while (!ended) {
+        // A look at the host's commands. All threads go by what one of them read.
+        RK_GROUP uint* news = rk.group->seen[rk.turn & 1u];
+        if (leader) {
+            rk_show_progress(rk);
+            rk_load4_acquire(rk.host_line, news);
+            news[RK_HOST_IDLE_BUDGET] = rk_load(rk.host_line + RK_HOST_IDLE_BUDGET);
+            news[7] = rk_load_acquire(rk.reply_cursor);
+        }
+        rk_group_sync(rk.threads);
+        commands = rk_commands(rk, news);
+        uint unread = rk.out_position - news[7];
+        uint budget = news[RK_HOST_SLICE_BUDGET], idle_budget = news[RK_HOST_IDLE_BUDGET];
+        uint room = unread <= capacity ? capacity - unread : 0u;
+        rk.turn++;
+        looks++;
+
+        bool quiet = false;
+        if (commands == RK_RUN) {
+            if (!polling) {
+                polling = true;
+                if (leader) {
+                    uint number = rk_load(rk.device_line + RK_DEVICE_SLICE_NUMBER);
+                    rk_store(rk.device_line + RK_DEVICE_SLICE_NUMBER, number + 1u);
+                    rk_store_release(rk.device_line + RK_DEVICE_STATE, RK_STATE_POLLING);
+                }
+            }
+            uint left = give_back - (rk.position - given_back);
+            uint messages = left < RK_MESSAGES ? left : RK_MESSAGES;
+            for (uint message = 0u; message < messages && !quiet && rk.fault == RK_FAULT_NONE; message++) {
+                RK_GLOBAL uint* slot = rk_slot(rk, rk.h2d, rk.position);
+                RK_GROUP uint* seen = news;
+                uint expected = rk.position + 1u, sequence = 0u, poll = 0u;
+                do {
+                    seen = rk.group->seen[rk.turn & 1u];
+                    if (leader) {
+                        if (poll > 0u) rk_nap(rk.launch.nap_ns);
+                        rk_load4_acquire(slot, seen);
+                    }
+                    rk_group_sync(rk.threads);
+                    sequence = seen[RK_HEADER_SEQUENCE];
+                    rk.turn++;
+                    poll++;
+                } while (sequence != expected && poll < RK_POLLS);
+                spent += poll;
+                if (sequence != expected) {
+                    idle += poll;
+                    quiet = true;
+                    if (sequence != expected - capacity) rk.fault = RK_FAULT_CORRUPT_RING;
+                    break;
+                }
+                rk_take(rk, seen);
+                if (rk.bytes > rk.reply_limit) {
+                    rk.fault = RK_FAULT_CORRUPT_RING;
+                } else if (room < needed) {
+                    idle += RK_POLLS;
+                    quiet = true;
+                } else {
+                    idle = 0u;
+                    uint before = rk.out_position;
+                    spent += rk_handle(rk, needed);
+                    room -= rk.out_position - before;
+                }
+                if (!rk.launch.resident && spent >= budget) break;
+            }
+        } else if (commands == 0u && rk.launch.resident) {
+            // Deactivated: it stays, and looks now and then.
+            if (polling) {
+                polling = false;
+                rk_housekeeping(rk, ++beats);
+                given_back = stored = rk.position;
+                if (leader) rk_store_release(rk.device_line + RK_DEVICE_STATE, RK_STATE_IDLE);
+            }
+            if (leader) rk_nap(rk.launch.nap_ns > 1000u ? rk.launch.nap_ns : 1000u);
+        }
+        ended = commands == RK_STALE || commands == RK_TERMINATE || rk.fault != RK_FAULT_NONE ||
+                (!rk.launch.resident && (commands != RK_RUN || spent >= budget || idle >= idle_budget));
+        if (ended || rk.position - given_back >= give_back || (quiet && stored != rk.position) ||
+            looks >= RK_LOOKS_PER_BEAT) {
+            looks = 0u;
+            rk_housekeeping(rk, ++beats);
+            given_back = stored = rk.position;
+        }
+    }
+    if (!leader) return;
+    if (rk.fault != RK_FAULT_NONE) {
+        rk_store(rk.device_line + RK_DEVICE_FAULT, rk.fault);
+        rk_store_release(rk.device_line + RK_DEVICE_STATE, RK_STATE_FAULTED);
+    } else if (commands == RK_TERMINATE) {
+        rk_store(rk.device_line + RK_DEVICE_HAS_TERMINATED, 1u);
+        rk_store_release(rk.device_line + RK_DEVICE_STATE, RK_STATE_ENDED);
+    } else if (commands == 0u) {
+        rk_store_release(rk.device_line + RK_DEVICE_STATE, RK_STATE_IDLE);
+    }
+}

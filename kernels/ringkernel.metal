@@ -1,0 +1,96 @@
+// What is Metal's own in a persistent kernel; the rest is in `ringkernel.h`. A slice is one dispatch of `rk_main`; host and device
+// share its buffers (`MTLStorageMode.shared`).
+//
+// SPEC: Metal's atomics are relaxed (Metal Shading Language 3.1, 6.15.1), and nothing promises that a running kernel sees the
+// host's stores. So a device is probed before anything relies on it.
+
+#define RK_FN static inline
+#define RK_GLOBAL device
+#define RK_GROUP threadgroup
+#define RK_THREAD thread
+
+#ifdef RK_ON_CPU
+typedef unsigned int uint;
+#undef RK_GLOBAL
+#define RK_GLOBAL
+#undef RK_GROUP
+#define RK_GROUP
+#undef RK_THREAD
+#define RK_THREAD
+#include "on_cpu.h"
+#else
+#include <metal_stdlib>
+using namespace metal;
+typedef ulong rk_u64;
+
+static inline uint rk_load(const device uint* at) {
+    return atomic_load_explicit((const device atomic_uint*)at, memory_order_relaxed);
+}
+static inline void rk_store(device uint* at, uint value) {
+    atomic_store_explicit((device atomic_uint*)at, value, memory_order_relaxed);
+}
+// Orders this thread's accesses to device memory.
+static inline void rk_fence() {
+#if __METAL_VERSION__ >= 320
+    atomic_thread_fence(mem_flags::mem_device, memory_order_seq_cst);
+#else
+    simdgroup_barrier(mem_flags::mem_device);
+#endif
+}
+// ORDERING: publish, give-back, control. Pairs with the host's release stores.
+static inline uint rk_load_acquire(const device uint* at) {
+    uint value = rk_load(at);
+    rk_fence();
+    return value;
+}
+// ORDERING: publish, give-back, progress, telemetry. Pairs with the host's acquire loads.
+static inline void rk_store_release(device uint* at, uint value) {
+    rk_fence();
+    rk_store(at, value);
+}
+static inline void rk_copy4(device uint* to, const device uint* from) {
+    for (uint i = 0u; i < 4u; i++) rk_store(to + i, rk_load(from + i));
+}
+// ORDERING: publish. The sequence first; what is read after it was written before it.
+static inline void rk_load4_acquire(const device uint* from, threadgroup uint* to) {
+    to[0] = rk_load_acquire(from);
+    for (uint i = 1u; i < 4u; i++) to[i] = rk_load(from + i);
+}
+static inline void rk_group_sync(uint) { threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup); }
+// Metal has no instruction that gives way.
+static inline void rk_nap(uint) {}
+static inline float rk_as_f32(uint bits) { return as_type<float>(bits); }
+static inline uint rk_from_f32(float value) { return as_type<uint>(value); }
+// Rounded after each operation, as on the CPU: the library is compiled without fast math, and `fma` is never implied for
+// values that pass through an integer.
+static inline float rk_mul_f32(float a, float b) { return as_type<float>(as_type<uint>(a * b)); }
+static inline float rk_add_f32(float a, float b) { return as_type<float>(as_type<uint>(a + b)); }
+#endif
+#define RK_HAS_U64
+
+#include "ringkernel.h"
+
+#ifdef RK_ON_CPU
+extern "C" void rk_layout_1() {}
+extern "C" void rk_main(RkLaunch launch, uint* host_to_device, uint* device_to_host, uint* state) {
+    __shared__ RkGroup group;
+    uint thread = threadIdx.x, threads = blockDim.x, block = blockIdx.x, blocks = gridDim.x;
+#else
+kernel void rk_main(device uint* host_to_device [[buffer(0)]], device uint* device_to_host [[buffer(1)]],
+                    device uint* state [[buffer(2)]], constant RkLaunch& launch [[buffer(3)]],
+                    uint thread [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]],
+                    uint block [[threadgroup_position_in_grid]], uint blocks [[threadgroups_per_grid]]) {
+    threadgroup RkGroup group;
+#endif
+    Rk rk;
+    rk.launch = launch;
+    rk.h2d = host_to_device;
+    rk.d2h = device_to_host;
+    rk.state = state;
+    rk.group = &group;
+    rk.thread = thread;
+    rk.threads = threads;
+    rk.block = block;
+    rk.blocks = blocks;
+    rk_run(rk);
+}

@@ -1,0 +1,175 @@
+//! Memory that is taken from the driver before kernels run: taking or freeing it later would wait for all of them to end.
+
+use std::ffi::c_void;
+use std::ops::Range;
+use std::ptr::{self, NonNull};
+
+use cudarc::driver::sys::{self, CUdeviceptr};
+use range_alloc::RangeAllocator;
+
+use super::driver::{CallFailed, check};
+
+/// What pieces are multiples of: more than any alignment that is needed, and a power of two.
+const UNIT: u64 = 256;
+
+/// Where an arena's memory lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// Pinned host memory that the device maps, cached by the host.
+    Host,
+    /// The device's own.
+    Device,
+}
+
+/// Memory of one place, in a few large chunks.
+#[derive(Debug)]
+pub(super) struct Arena {
+    place: Place,
+    chunk_bytes: u64,
+    chunks: Vec<Chunk>,
+}
+
+#[derive(Debug)]
+struct Chunk {
+    /// Null for memory of the device.
+    host: *mut u8,
+    device: CUdeviceptr,
+    /// In units.
+    free: RangeAllocator<u64>,
+}
+
+// SAFETY: the pointer is only handed out; whoever holds a piece of the chunk holds it exclusively.
+unsafe impl Send for Chunk {}
+
+/// A piece of an arena.
+#[derive(Debug)]
+pub(super) struct Piece {
+    chunk: usize,
+    units: Range<u64>,
+    pub(super) host: Option<NonNull<u8>>,
+    pub(super) device: CUdeviceptr,
+}
+
+// SAFETY: as for `Chunk`; a piece is given out once until it is given back.
+unsafe impl Send for Piece {}
+// SAFETY: a shared piece only shows its addresses.
+unsafe impl Sync for Piece {}
+
+impl Arena {
+    /// An empty arena that grows by so many bytes.
+    pub(super) fn new(place: Place, chunk_bytes: u64) -> Self {
+        Self {
+            place,
+            chunk_bytes: chunk_bytes.max(UNIT).next_multiple_of(UNIT),
+            chunks: Vec::new(),
+        }
+    }
+
+    /// All of its memory, which it has no more.
+    pub(super) fn take_all(&mut self) -> Self {
+        Self {
+            chunks: std::mem::take(&mut self.chunks),
+            ..*self
+        }
+    }
+
+    /// A piece of at least so many bytes, if there is one.
+    pub(super) fn take(&mut self, bytes: u64) -> Option<Piece> {
+        let units = bytes.max(1).div_ceil(UNIT);
+        self.chunks
+            .iter_mut()
+            .enumerate()
+            .find_map(|(index, chunk)| {
+                let units = chunk.free.allocate_range(units).ok()?;
+                let offset = units.start * UNIT;
+                // The range lies within the chunk, so that neither address wraps around.
+                let host = NonNull::new(chunk.host.wrapping_add(offset as usize));
+                Some(Piece {
+                    chunk: index,
+                    host: host.filter(|_| !chunk.host.is_null()),
+                    device: chunk.device + offset,
+                    units,
+                })
+            })
+    }
+
+    pub(super) fn give_back(&mut self, piece: Piece) {
+        if let Some(chunk) = self.chunks.get_mut(piece.chunk) {
+            chunk.free.free_range(piece.units);
+        }
+    }
+
+    /// The largest piece that could be taken now.
+    pub(super) fn largest(&self) -> u64 {
+        let free = |chunk: &Chunk| {
+            let total: u64 = chunk.free.initial_range().end;
+            let used: Vec<Range<u64>> = chunk.free.allocated_ranges().collect();
+            let mut largest = 0;
+            let mut end = 0;
+            for range in used {
+                largest = largest.max(range.start.saturating_sub(end));
+                end = end.max(range.end);
+            }
+            largest.max(total - end)
+        };
+        self.chunks.iter().map(free).max().unwrap_or(0) * UNIT
+    }
+
+    /// Takes one more chunk from the driver, of at least so many bytes. Waits for running kernels.
+    ///
+    /// # Errors
+    /// Whatever the driver says. The context must be current.
+    pub(super) fn grow(&mut self, bytes: u64) -> Result<(), CallFailed> {
+        let bytes = bytes.max(self.chunk_bytes).next_multiple_of(UNIT);
+        let size = usize::try_from(bytes).unwrap_or(usize::MAX);
+        let mut host: *mut c_void = ptr::null_mut();
+        let mut device: CUdeviceptr = 0;
+        match self.place {
+            Place::Host => {
+                let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP | sys::CU_MEMHOSTALLOC_PORTABLE;
+                // SAFETY: the context is current; the pointers are to locals.
+                unsafe {
+                    check(
+                        "pin host memory",
+                        sys::cuMemHostAlloc(&raw mut host, size, flags),
+                    )?;
+                    check(
+                        "map host memory",
+                        sys::cuMemHostGetDevicePointer_v2(&raw mut device, host, 0),
+                    )?;
+                }
+            }
+            // SAFETY: as above.
+            Place::Device => check("take device memory", unsafe {
+                sys::cuMemAlloc_v2(&raw mut device, size)
+            })?,
+        }
+        self.chunks.push(Chunk {
+            host: host.cast(),
+            device,
+            free: RangeAllocator::new(0..bytes / UNIT),
+        });
+        Ok(())
+    }
+
+    /// Gives everything back to the driver. Waits for running kernels.
+    ///
+    /// # Safety
+    /// The context must be current, and nothing may use the arena's memory any more.
+    pub(super) unsafe fn free(&mut self) {
+        for chunk in self.chunks.drain(..) {
+            // SAFETY: both were taken in `grow`, and are given back once.
+            let freed = unsafe {
+                match self.place {
+                    Place::Host => {
+                        check("unpin host memory", sys::cuMemFreeHost(chunk.host.cast()))
+                    }
+                    Place::Device => check("free device memory", sys::cuMemFree_v2(chunk.device)),
+                }
+            };
+            if let Err(error) = freed {
+                log::warn!("{error}");
+            }
+        }
+    }
+}

@@ -1,0 +1,566 @@
+//! An open CUDA device: its context, memory, streams and modules, and whether it is lost.
+
+use std::any::Any;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use cudarc::driver::sys::{self, CUcontext, CUdevice, CUresult, CUstream, CUstream_flags};
+use parking_lot::Mutex;
+
+use super::arena::{Arena, Piece, Place};
+use super::driver::{CallFailed, check};
+use super::module::Module;
+use super::physical::Physical;
+use super::unavailable;
+use crate::backend::{Account, CudaConfig, DeviceMemory, Placement};
+use crate::error::Error;
+use crate::kernel::CudaSource;
+use crate::ring::WriteCombining;
+use crate::time::Deadline;
+
+/// How long a copy or a fill on our own stream may take; microseconds are usual.
+const COPY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Between two looks at a stream.
+const LOOK_INTERVAL: Duration = Duration::from_micros(20);
+
+/// An open device.
+pub(super) struct Context {
+    pub(super) physical: Physical,
+    pub(super) account: Arc<Account>,
+    raw: CUcontext,
+    /// For fills and copies.
+    stream: CUstream,
+    /// Streams for kernels, made before any runs.
+    streams: Mutex<Vec<CUstream>>,
+    memory: Mutex<Memory>,
+    modules: Mutex<HashMap<CudaSource, Arc<Module>>>,
+    /// What runs on the device, of all runtimes of the process.
+    residents: Arc<Mutex<Residents>>,
+    lost: OnceLock<String>,
+    /// Whether a kernel is left on it that never ended.
+    abandoned: AtomicBool,
+}
+
+// SAFETY: the handles are the driver's, which may be used by any thread that makes the context current; each call here does.
+unsafe impl Send for Context {}
+// SAFETY: as above; what changes is behind locks.
+unsafe impl Sync for Context {}
+
+#[derive(Debug)]
+struct Memory {
+    host: Arena,
+    device: Arena,
+}
+
+/// What runs on a device in this process, whose runtimes share its one primary context. Locked during everything that would
+/// wait for running kernels.
+#[derive(Debug, Default)]
+struct Residents {
+    kernels: usize,
+    /// How much of the room for resident blocks is taken: 1.0 is all of it.
+    share: f64,
+    /// What runtimes left that ended while kernels of others ran.
+    remains: Vec<Remains>,
+}
+
+impl Residents {
+    fn of(device: CUdevice) -> Arc<Mutex<Self>> {
+        static ALL: Mutex<BTreeMap<CUdevice, Arc<Mutex<Residents>>>> = Mutex::new(BTreeMap::new());
+        Arc::clone(ALL.lock().entry(device).or_default())
+    }
+}
+
+/// What an open device took of the driver.
+#[derive(Debug)]
+struct Remains {
+    device: CUdevice,
+    raw: CUcontext,
+    streams: Vec<CUstream>,
+    modules: Vec<Arc<Module>>,
+    host: Arena,
+    state: Arena,
+}
+
+// SAFETY: handles of the driver, which may be used by any thread that makes the context current.
+unsafe impl Send for Remains {}
+
+impl Remains {
+    /// Takes what must be there before a kernel runs: memory, a stream for each kernel and one for fills.
+    fn take(&mut self, kernels: usize) -> Result<(), CallFailed> {
+        // SAFETY: the context is live.
+        check("make its context current", unsafe {
+            sys::cuCtxSetCurrent(self.raw)
+        })?;
+        self.host.grow(0)?;
+        self.state.grow(0)?;
+        for _ in 0..=kernels {
+            let mut stream: CUstream = ptr::null_mut();
+            let flags = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+            // SAFETY: the context is current; the pointer is to a local.
+            check("make a stream", unsafe {
+                sys::cuStreamCreate(&raw mut stream, flags)
+            })?;
+            self.streams.push(stream);
+        }
+        Ok(())
+    }
+
+    /// Gives everything back.
+    ///
+    /// # Safety
+    /// No kernel that uses any of it may run, nor any other kernel on the device: the calls would wait for it.
+    unsafe fn free(mut self) {
+        // SAFETY: the caller's promise; each is given back once. A lost context refuses, which is no loss.
+        unsafe {
+            let _ = sys::cuCtxSetCurrent(self.raw);
+            for module in self.modules {
+                module.unload();
+            }
+            for stream in self.streams {
+                let _ = sys::cuStreamDestroy_v2(stream);
+            }
+            self.host.free();
+            self.state.free();
+            let _ = sys::cuCtxSetCurrent(ptr::null_mut());
+            let _ = sys::cuDevicePrimaryCtxRelease_v2(self.device);
+        }
+    }
+}
+
+impl fmt::Debug for Context {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Context")
+            .field("device", &self.name())
+            .field("lost", &self.lost())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a running kernel takes of the device; given back when dropped.
+#[derive(Debug)]
+pub(super) struct Residency {
+    context: Arc<Context>,
+    share: f64,
+}
+
+impl Drop for Residency {
+    fn drop(&mut self) {
+        let mut residents = self.context.residents.lock();
+        residents.kernels -= 1;
+        residents.share -= self.share;
+        if residents.kernels == 0 && !self.context.is_abandoned() {
+            for remains in residents.remains.drain(..) {
+                // SAFETY: nothing runs, and nothing starts while the lock is held; whoever left this had ended its own kernels.
+                unsafe { remains.free() };
+            }
+        }
+    }
+}
+
+impl Context {
+    pub(super) fn open(
+        physical: &Physical,
+        config: &CudaConfig,
+        account: Arc<Account>,
+    ) -> Result<Arc<Self>, Error> {
+        if let Some(lacks) = &physical.lacks {
+            return Err(unavailable(format!(
+                "'{}' cannot be used: {lacks}",
+                physical.info.name
+            )));
+        }
+        let failed = |error: CallFailed| {
+            unavailable(format!(
+                "'{}' cannot be opened: {error}",
+                physical.info.name
+            ))
+        };
+        let residents = Residents::of(physical.handle);
+        let lock = residents.lock();
+        if lock.kernels > 0 {
+            return Err(Error::DeviceBusy {
+                device: physical.info.name.clone(),
+                reason: "kernels of another runtime of this process run on it, and taking memory would wait for them: build every runtime \
+                         before the first launch"
+                    .into(),
+            });
+        }
+        let mut raw: CUcontext = ptr::null_mut();
+        // SAFETY: the device came from the driver; the pointer is to a local.
+        check("open its primary context", unsafe {
+            sys::cuDevicePrimaryCtxRetain(&raw mut raw, physical.handle)
+        })
+        .map_err(failed)?;
+        let opened = Self::fill(physical, config, account, raw, Arc::clone(&residents));
+        drop(lock);
+        opened.map_err(failed)
+    }
+
+    /// Takes everything that must be there before a kernel runs.
+    fn fill(
+        physical: &Physical,
+        config: &CudaConfig,
+        account: Arc<Account>,
+        raw: CUcontext,
+        residents: Arc<Mutex<Residents>>,
+    ) -> Result<Arc<Self>, CallFailed> {
+        let mut remains = Remains {
+            device: physical.handle,
+            raw,
+            streams: Vec::new(),
+            modules: Vec::new(),
+            host: Arena::new(Place::Host, config.host_arena_bytes),
+            state: Arena::new(Place::Device, config.device_arena_bytes),
+        };
+        match remains.take(config.max_kernels) {
+            Ok(()) => {}
+            Err(error) => {
+                // SAFETY: nothing runs: the caller holds the lock.
+                unsafe { remains.free() };
+                return Err(error);
+            }
+        }
+        let Remains {
+            mut streams,
+            host,
+            state,
+            ..
+        } = remains;
+        Ok(Arc::new(Self {
+            physical: physical.clone(),
+            account,
+            raw,
+            stream: streams.pop().unwrap_or(ptr::null_mut()),
+            streams: Mutex::new(streams),
+            memory: Mutex::new(Memory {
+                host,
+                device: state,
+            }),
+            modules: Mutex::new(HashMap::new()),
+            residents,
+            lost: OnceLock::new(),
+            abandoned: AtomicBool::new(false),
+        }))
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.physical.info.name
+    }
+
+    /// Makes the context the calling thread's. To be called before every other driver call.
+    pub(super) fn enter(&self) -> Result<(), Error> {
+        self.check_lost()?;
+        // SAFETY: the context is live as long as `self`.
+        self.check(check("make its context current", unsafe {
+            sys::cuCtxSetCurrent(self.raw)
+        }))
+    }
+
+    /// What a driver's answer means for this device. Errors after which nothing works any more are latched.
+    pub(super) fn check<T>(&self, result: Result<T, CallFailed>) -> Result<T, Error> {
+        let error = match result {
+            Ok(value) => return Ok(value),
+            Err(error) => error,
+        };
+        if error.code == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            return Err(self.out_of_memory(0));
+        }
+        let reason = if error.is_sticky() {
+            format!("{error}; this process must be restarted before it can use the device again")
+        } else {
+            error.to_string()
+        };
+        self.lose(reason.clone());
+        Err(Error::DeviceLost {
+            device: self.name().to_owned(),
+            reason,
+        })
+    }
+
+    pub(super) fn out_of_memory(&self, asked: u64) -> Error {
+        Error::OutOfMemory {
+            device: self.name().to_owned(),
+            asked,
+            available: self.account.available(),
+        }
+    }
+
+    /// Marks the device as lost; the first reason is kept.
+    pub(super) fn lose(&self, reason: String) {
+        if self.lost.set(reason).is_ok() {
+            log::error!(
+                "device '{}' is lost: {}",
+                self.name(),
+                self.lost().unwrap_or("")
+            );
+        }
+    }
+
+    /// Marks the device as one on which a kernel is left that never ends, so that nothing it may use is ever freed.
+    pub(super) fn abandon(&self, reason: String) {
+        self.abandoned.store(true, Ordering::Release);
+        self.lose(reason);
+    }
+
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.abandoned.load(Ordering::Acquire)
+    }
+
+    pub(super) fn lost(&self) -> Option<&str> {
+        self.lost.get().map(String::as_str)
+    }
+
+    pub(super) fn check_lost(&self) -> Result<(), Error> {
+        match self.lost() {
+            None => Ok(()),
+            Some(reason) => Err(Error::DeviceLost {
+                device: self.name().to_owned(),
+                reason: reason.to_owned(),
+            }),
+        }
+    }
+
+    fn busy(&self, reason: String) -> Error {
+        Error::DeviceBusy {
+            device: self.name().to_owned(),
+            reason,
+        }
+    }
+
+    /// Room for a kernel's blocks, of which one multiprocessor holds `blocks_each`: all of them must be resident at once,
+    /// beside those of the other kernels.
+    pub(super) fn reserve(
+        self: &Arc<Self>,
+        blocks: u32,
+        blocks_each: u32,
+    ) -> Result<Residency, Error> {
+        let room = u64::from(blocks_each) * u64::from(self.physical.multiprocessors);
+        let share = f64::from(blocks) / room.max(1) as f64;
+        let mut residents = self.residents.lock();
+        // Shares are sums of fractions.
+        if residents.share + share > 1.0 + 1e-9 {
+            let left = ((1.0 - residents.share) * room as f64 + 1e-6) as u64;
+            return Err(Error::InvalidOption {
+                option: "grid",
+                reason: format!(
+                    "{blocks} blocks cannot be resident at once: '{}' has room for {room} of them, {left} beside the kernels that run",
+                    self.name()
+                ),
+            });
+        }
+        residents.kernels += 1;
+        residents.share += share;
+        Ok(Residency {
+            context: Arc::clone(self),
+            share,
+        })
+    }
+
+    /// A stream of its own for a kernel.
+    pub(super) fn take_stream(&self) -> Result<CUstream, Error> {
+        self.streams.lock().pop().ok_or_else(|| {
+            self.busy("all streams are taken: raise `CudaConfig::max_kernels`".into())
+        })
+    }
+
+    /// Gives a stream back on which nothing runs any more.
+    pub(super) fn give_stream_back(&self, stream: CUstream) {
+        self.streams.lock().push(stream);
+    }
+
+    /// Zeroed memory.
+    pub(super) fn allocate(
+        self: &Arc<Self>,
+        bytes: usize,
+        placement: Placement,
+    ) -> Result<Buffer, Error> {
+        let asked = bytes as u64;
+        self.enter()?;
+        if !self.account.take(asked) {
+            return Err(self.out_of_memory(asked));
+        }
+        let taken = self.take_piece(asked, placement);
+        let piece = match taken {
+            Ok(piece) => piece,
+            Err(error) => {
+                self.account.give_back(asked);
+                return Err(error);
+            }
+        };
+        let buffer = Buffer {
+            context: Arc::clone(self),
+            placement,
+            bytes: asked,
+            piece: Some(piece),
+        };
+        buffer.zero()?;
+        Ok(buffer)
+    }
+
+    fn take_piece(&self, bytes: u64, placement: Placement) -> Result<Piece, Error> {
+        // Held for as long as an arena grows, so that no kernel starts meanwhile.
+        let residents = self.residents.lock();
+        let mut memory = self.memory.lock();
+        let (arena, option) = match placement {
+            Placement::DeviceState => (&mut memory.device, "device_arena_bytes"),
+            _ => (&mut memory.host, "host_arena_bytes"),
+        };
+        if let Some(piece) = arena.take(bytes) {
+            return Ok(piece);
+        }
+        if residents.kernels > 0 {
+            return Err(self.busy(format!(
+                "{bytes} bytes do not fit into the {} that are left in one piece, and no memory can be taken from the driver while kernels \
+                 run: raise `CudaConfig::{option}`",
+                arena.largest()
+            )));
+        }
+        self.check(arena.grow(bytes))?;
+        arena.take(bytes).ok_or_else(|| self.out_of_memory(bytes))
+    }
+
+    /// Waits until everything on a stream is done.
+    fn wait(&self, stream: CUstream, operation: &'static str) -> Result<(), Error> {
+        let deadline = Deadline::after(COPY_TIMEOUT);
+        loop {
+            // SAFETY: the stream is the context's, which is current.
+            match unsafe { sys::cuStreamQuery(stream) } {
+                CUresult::CUDA_ERROR_NOT_READY if !deadline.has_passed() => {
+                    std::thread::sleep(LOOK_INTERVAL);
+                }
+                CUresult::CUDA_ERROR_NOT_READY => {
+                    self.abandon(format!("{operation} did not end within {COPY_TIMEOUT:?}"));
+                    return self.check_lost();
+                }
+                code => return self.check(check(operation, code)),
+            }
+        }
+    }
+
+    /// The module of a kernel's code, loaded once.
+    pub(super) fn module(&self, kernel: &str, source: &CudaSource) -> Result<Arc<Module>, Error> {
+        self.enter()?;
+        // Held while a module is loaded, so that no kernel starts meanwhile.
+        let residents = self.residents.lock();
+        let mut modules = self.modules.lock();
+        if let Some(module) = modules.get(source) {
+            return Ok(Arc::clone(module));
+        }
+        if residents.kernels > 0 {
+            return Err(self.busy(format!(
+                "the code of kernel '{kernel}' is not loaded yet, and loading it would wait for the kernels that run: register it before the \
+                 first launch"
+            )));
+        }
+        let module = Arc::new(Module::load(self, kernel, source)?);
+        modules.insert(source.clone(), Arc::clone(&module));
+        Ok(module)
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        if self.is_abandoned() {
+            // A kernel that never ends may still use all of it, and every call would wait for it.
+            return;
+        }
+        let memory = self.memory.get_mut();
+        let mut streams = std::mem::take(self.streams.get_mut());
+        streams.push(self.stream);
+        let remains = Remains {
+            device: self.physical.handle,
+            raw: self.raw,
+            streams,
+            modules: self
+                .modules
+                .get_mut()
+                .drain()
+                .map(|(_, module)| module)
+                .collect(),
+            host: memory.host.take_all(),
+            state: memory.device.take_all(),
+        };
+        let mut residents = self.residents.lock();
+        if residents.kernels > 0 {
+            // Those of other runtimes; the last of them gives this back.
+            residents.remains.push(remains);
+        } else {
+            // SAFETY: no kernel of this runtime is left, each holds the context; nothing starts while the lock is held.
+            unsafe { remains.free() };
+        }
+    }
+}
+
+/// A piece of an arena, for kernels.
+pub(super) struct Buffer {
+    context: Arc<Context>,
+    placement: Placement,
+    bytes: u64,
+    piece: Option<Piece>,
+}
+
+impl fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Buffer")
+            .field("placement", &self.placement)
+            .field("bytes", &self.bytes)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Buffer {
+    /// Where the device sees it.
+    pub(super) fn device(&self) -> sys::CUdeviceptr {
+        self.piece.as_ref().map_or(0, |piece| piece.device)
+    }
+
+    fn zero(&self) -> Result<(), Error> {
+        let bytes = self.bytes as usize;
+        if let Some(start) = self.host_ptr() {
+            // SAFETY: the piece has at least these bytes, and nobody else knows of it yet.
+            unsafe { start.write_bytes(0, bytes) };
+            return Ok(());
+        }
+        let context = &self.context;
+        // SAFETY: the context is current; the piece has these bytes.
+        context.check(check("zero device memory", unsafe {
+            sys::cuMemsetD8Async(self.device(), 0, bytes, context.stream)
+        }))?;
+        context.wait(context.stream, "zero device memory")
+    }
+}
+
+impl DeviceMemory for Buffer {
+    fn host_ptr(&self) -> Option<NonNull<u8>> {
+        self.piece.as_ref().and_then(|piece| piece.host)
+    }
+
+    fn write_combining(&self) -> WriteCombining {
+        WriteCombining::No
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        self.context.account.give_back(self.bytes);
+        // A kernel that never ended may still use it.
+        if !self.context.is_abandoned()
+            && let Some(piece) = self.piece.take()
+        {
+            let mut memory = self.context.memory.lock();
+            match self.placement {
+                Placement::DeviceState => memory.device.give_back(piece),
+                _ => memory.host.give_back(piece),
+            }
+        }
+    }
+}

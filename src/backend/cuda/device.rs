@@ -1,0 +1,249 @@
+//! CUDA devices: opening, memory, and launches.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::context::Context;
+use super::dispatch::{CudaDispatch, Launched};
+use super::monitor::Monitor;
+use super::physical::{self, Physical};
+use super::{driver, unavailable};
+use crate::backend::cpp::LaunchWords;
+use crate::backend::{
+    Account, Backend, CudaConfig, Device, DeviceInfo, DeviceMemory, Dispatch, DispatchRequest,
+    Handler, Placement, probe,
+};
+use crate::error::Error;
+use crate::kernel::CudaCode;
+use crate::thread::event_count::EventCount;
+use crate::thread::{KernelWait, affinity};
+
+/// How often the probe is made before its answer counts: a loaded machine can make one attempt fail.
+const PROBES: u32 = 3;
+
+/// Passes over the largest message that a handler's loops are charged with by default, in slices.
+const DEFAULT_PASSES: u32 = 5;
+
+/// Longest pause between two empty polls of a kernel that parks: what waking a thread would take.
+const PARKED_NAP: Duration = Duration::from_micros(10);
+
+/// Longest pause that a multiprocessor makes at all (PTX ISA, `nanosleep`).
+const LONGEST_NAP: Duration = Duration::from_millis(1);
+
+/// The CUDA backend.
+#[derive(Debug)]
+pub(crate) struct CudaBackend {
+    config: CudaConfig,
+    cores: Vec<usize>,
+    termination_timeout: Duration,
+    devices: Vec<Physical>,
+}
+
+impl CudaBackend {
+    /// Opens the driver and lists its devices.
+    pub(crate) fn load(
+        config: &CudaConfig,
+        reserved_cores: &[usize],
+        termination_timeout: Duration,
+    ) -> Result<Self, Error> {
+        driver::load()?;
+        let usable = affinity::usable_cores();
+        let cores: Vec<usize> = usable
+            .iter()
+            .copied()
+            .filter(|core| !reserved_cores.contains(core))
+            .collect();
+        Ok(Self {
+            config: config.clone(),
+            cores: if cores.is_empty() { usable } else { cores },
+            termination_timeout,
+            devices: physical::enumerate(config)?,
+        })
+    }
+}
+
+impl Backend for CudaBackend {
+    fn devices(&self) -> Vec<DeviceInfo> {
+        self.devices
+            .iter()
+            .map(|device| device.info.clone())
+            .collect()
+    }
+
+    fn open(&self, index: usize) -> Result<Arc<dyn Device>, Error> {
+        let physical = self.devices.get(index).ok_or(Error::DeviceNotFound {
+            backend: crate::backend::BackendType::Cuda.name(),
+            index,
+            available: self.devices.len(),
+        })?;
+        let account = Arc::new(Account::new(physical.info.memory_limit));
+        let context = Context::open(physical, &self.config, account)?;
+        let monitor = Monitor::start(&context, self.cores.clone(), self.termination_timeout)?;
+        let device = CudaDevice {
+            info: physical.info.clone(),
+            config: self.config.clone(),
+            monitor,
+            launching: Mutex::new(()),
+            context,
+        };
+        device.probe()?;
+        Ok(Arc::new(device))
+    }
+}
+
+/// An open device.
+#[derive(Debug)]
+struct CudaDevice {
+    info: DeviceInfo,
+    config: CudaConfig,
+    monitor: Monitor,
+    /// Held during a launch, so that no other takes the room that was found.
+    launching: Mutex<()>,
+    /// After the monitor, whose thread uses it.
+    context: Arc<Context>,
+}
+
+impl CudaDevice {
+    /// Tries whether messages reach a resident kernel, and come back.
+    fn probe(&self) -> Result<(), Error> {
+        let echo = CudaCode::ptx(include_bytes!("../../../kernels/ptx/echo.ptx").as_slice());
+        let echo = Handler::Cuda(Arc::new(echo));
+        let mut reason = String::new();
+        for _ in 0..PROBES {
+            match probe::run(self, &echo)? {
+                Ok(seen) => {
+                    log::info!("device '{}': {seen}", self.info.name);
+                    return Ok(());
+                }
+                Err(failed) => reason = failed,
+            }
+            log::debug!("device '{}': probe: {reason}", self.info.name);
+        }
+        Err(unavailable(format!(
+            "'{}' cannot be used: the probe failed: {reason}",
+            self.info.name
+        )))
+    }
+
+    fn nap(&self, wait: KernelWait) -> u32 {
+        let nap = match wait {
+            KernelWait::Spin | KernelWait::SpinYield => self.config.poll_nap,
+            KernelWait::Park => self.config.poll_nap.max(PARKED_NAP),
+            KernelWait::Interval(interval) => interval,
+        };
+        nap.min(LONGEST_NAP).as_nanos() as u32
+    }
+}
+
+impl Device for CudaDevice {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn account(&self) -> &Arc<Account> {
+        &self.context.account
+    }
+
+    fn allocate(&self, bytes: usize, placement: Placement) -> Result<Arc<dyn DeviceMemory>, Error> {
+        Ok(Arc::new(self.context.allocate(bytes, placement)?))
+    }
+
+    fn check_lost(&self) -> Result<(), Error> {
+        self.context.check_lost()
+    }
+
+    fn takes_cores(&self) -> bool {
+        false
+    }
+
+    fn wakes_callers(&self) -> bool {
+        false
+    }
+
+    fn doorbell(&self) -> Option<Arc<EventCount>> {
+        Some(Arc::clone(&self.monitor.handle.doorbell))
+    }
+
+    fn prepare(&self, kernel: &str, handler: &Handler) -> Result<(), Error> {
+        match handler {
+            Handler::Cuda(code) => self.context.module(kernel, &code.source).map(|_| ()),
+            _ => Ok(()),
+        }
+    }
+
+    fn dispatch(&self, request: DispatchRequest) -> Result<Box<dyn Dispatch>, Error> {
+        let _launching = self.launching.lock();
+        let name = request.signals.name.clone();
+        let code: Arc<CudaCode> = match &request.handler {
+            Handler::Cuda(code) => Arc::clone(code),
+            _ => {
+                return Err(Error::NoHandler {
+                    kernel: name,
+                    backend: self.info.backend.name(),
+                });
+            }
+        };
+        let invalid = |option, reason| Err(Error::InvalidOption { option, reason });
+        let Some(first) = request.blocks.first() else {
+            return invalid("grid", "it has no blocks".into());
+        };
+        let grid = Arc::clone(&first.memory.grid);
+        let ring = grid.layout.ring;
+        if code.replies > ring.capacity() {
+            return invalid(
+                "queue_capacity",
+                format!(
+                    "{} slots are fewer than the {} replies that kernel '{name}' declares",
+                    ring.capacity(),
+                    code.replies
+                ),
+            );
+        }
+        let module = self.context.module(&name, &code.source)?;
+        // A warp is what a multiprocessor runs at least.
+        let warp = u64::from(self.context.physical.warp);
+        let threads = request.block_size.count().next_multiple_of(warp);
+        let most = module.max_threads.min(self.context.physical.max_threads);
+        if threads > most.into() {
+            return invalid(
+                "block size",
+                format!(
+                    "{threads} threads exceed the {most} of kernel '{name}' on '{}'",
+                    self.info.name
+                ),
+            );
+        }
+        let threads = threads as u32;
+        let blocks = request.blocks.len() as u32;
+        let each = module.blocks_each(&self.context, threads)?;
+        let residency = self.context.reserve(blocks, each)?;
+        let words = (ring.stride() / 4) as u32;
+        let cost = code
+            .loop_iterations
+            .unwrap_or_else(|| words.div_ceil(threads).saturating_mul(DEFAULT_PASSES))
+            .saturating_add(1);
+        let launch = LaunchWords::new(
+            &request,
+            grid.layout,
+            code.replies,
+            cost,
+            !self.context.physical.watchdog,
+            self.nap(request.wait),
+        );
+        let kernel = Launched::new(
+            &self.context,
+            request,
+            module,
+            launch,
+            threads,
+            grid,
+            residency,
+        )?;
+        Ok(Box::new(CudaDispatch::start(
+            kernel,
+            Arc::clone(&self.monitor.handle),
+        )))
+    }
+}

@@ -1,0 +1,248 @@
+//! A launched kernel, and what the runtime holds of it.
+
+use std::ffi::c_void;
+use std::fmt;
+use std::ops::Deref;
+use std::ptr;
+use std::sync::Arc;
+
+use cudarc::driver::sys::{self, CUdeviceptr, CUevent, CUevent_flags, CUresult, CUstream};
+use parking_lot::Mutex;
+
+use super::context::{Buffer, Context, Residency};
+use super::driver::{CallFailed, check};
+use super::module::Module;
+use super::monitor::MonitorHandle;
+use crate::backend::cpp::LaunchWords;
+use crate::backend::{
+    DeviceMemory, Dispatch, DispatchRequest, DispatchStatus, GridMemory, Resident,
+};
+use crate::error::Error;
+use crate::kernel::UndeliveredMessage;
+use crate::time::Deadline;
+
+/// Slices that are launched at once: one more than runs.
+const SLICES: usize = 2;
+
+/// A kernel on a device.
+pub(super) struct Launched {
+    resident: Resident,
+    context: Arc<Context>,
+    module: Arc<Module>,
+    stream: CUstream,
+    /// On a device with a watchdog, one for each slice that may be in flight.
+    events: Vec<CUevent>,
+    words: LaunchWords,
+    threads: u32,
+    /// Keeps the device's side of the memory, whose addresses the kernel was given.
+    grid: Arc<GridMemory>,
+    /// Given back when the kernel has ended.
+    residency: Mutex<Option<Residency>>,
+}
+
+// SAFETY: handles of the driver, which may be used by any thread that makes the context current, as the monitor does.
+unsafe impl Send for Launched {}
+// SAFETY: as above; nothing changes after the launch but what is behind locks and atomics.
+unsafe impl Sync for Launched {}
+
+impl fmt::Debug for Launched {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Launched")
+            .field("name", &self.signals.name)
+            .field("finished", &self.is_finished())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Deref for Launched {
+    type Target = Resident;
+
+    fn deref(&self) -> &Resident {
+        &self.resident
+    }
+}
+
+/// Where the device sees a piece of a kernel's memory; 0 if there is none.
+fn address(memory: Option<&Arc<dyn DeviceMemory>>) -> CUdeviceptr {
+    memory
+        .and_then(|memory| memory.as_any().downcast_ref::<Buffer>())
+        .map_or(0, Buffer::device)
+}
+
+impl Launched {
+    /// Launches a kernel, or on a device with a watchdog prepares its slices. The context must be current.
+    pub(super) fn new(
+        context: &Arc<Context>,
+        request: DispatchRequest,
+        module: Arc<Module>,
+        words: LaunchWords,
+        threads: u32,
+        grid: Arc<GridMemory>,
+        residency: Residency,
+    ) -> Result<Arc<Self>, Error> {
+        let sliced = context.physical.watchdog;
+        let stream = context.take_stream()?;
+        // From here on, dropping the kernel undoes whatever was done.
+        let mut kernel = Self {
+            resident: Resident::new(request),
+            context: Arc::clone(context),
+            module,
+            stream,
+            events: Vec::new(),
+            words,
+            threads,
+            grid,
+            residency: Mutex::new(Some(residency)),
+        };
+        if sliced {
+            for _ in 0..SLICES {
+                let mut event: CUevent = ptr::null_mut();
+                let flags = CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+                // SAFETY: the context is current; the pointer is to a local.
+                context.check(check("make an event", unsafe {
+                    sys::cuEventCreate(&raw mut event, flags)
+                }))?;
+                kernel.events.push(event);
+            }
+        } else {
+            context.check(kernel.launch())?;
+        }
+        Ok(Arc::new(kernel))
+    }
+
+    pub(super) fn is_sliced(&self) -> bool {
+        !self.events.is_empty()
+    }
+
+    pub(super) fn slices(&self) -> usize {
+        self.events.len()
+    }
+
+    fn launch(&self) -> Result<(), CallFailed> {
+        let mut words = self.words;
+        let mut pointers = [
+            address(Some(&self.grid.host_to_device)),
+            address(Some(&self.grid.device_to_host)),
+            address(self.grid.state.as_ref()),
+        ];
+        let [requests, replies, state] = &mut pointers;
+        let mut arguments: [*mut c_void; 4] = [
+            (&raw mut words).cast(),
+            (&raw mut *requests).cast(),
+            (&raw mut *replies).cast(),
+            (&raw mut *state).cast(),
+        ];
+        // SAFETY: the context is current; the arguments are those of `rk_main`, and copied by the call; the memory they name is
+        // held by `self` until the kernel has ended.
+        check("launch a kernel", unsafe {
+            sys::cuLaunchKernel(
+                self.module.function,
+                self.blocks.len() as u32,
+                1,
+                1,
+                self.threads,
+                1,
+                1,
+                0,
+                self.stream,
+                arguments.as_mut_ptr(),
+                ptr::null_mut(),
+            )
+        })
+    }
+
+    /// Launches a slice, and marks its end by the event of this index. The context must be current.
+    pub(super) fn launch_slice(&self, index: usize) -> Result<(), CallFailed> {
+        self.launch()?;
+        let event = self.events.get(index).copied().unwrap_or(ptr::null_mut());
+        // SAFETY: event and stream are the kernel's own.
+        check("record an event", unsafe {
+            sys::cuEventRecord(event, self.stream)
+        })
+    }
+
+    /// Whether the slice of this index is done. The context must be current.
+    pub(super) fn query_slice(&self, index: usize) -> CUresult {
+        let event = self.events.get(index).copied().unwrap_or(ptr::null_mut());
+        // SAFETY: the event is the kernel's own.
+        unsafe { sys::cuEventQuery(event) }
+    }
+
+    /// Whether everything that was launched is done. The context must be current.
+    pub(super) fn query(&self) -> CUresult {
+        // SAFETY: the stream is the kernel's own.
+        unsafe { sys::cuStreamQuery(self.stream) }
+    }
+
+    /// Lets go of a kernel of which nothing runs any more, and says so.
+    pub(super) fn finish(kernel: Arc<Self>) {
+        drop(kernel.residency.lock().take());
+        let end = kernel.end();
+        drop(kernel);
+        end.set();
+    }
+}
+
+impl Drop for Launched {
+    fn drop(&mut self) {
+        if self.context.is_abandoned() {
+            return;
+        }
+        // Unless the device is lost, nothing of the kernel runs: its monitor held it until then.
+        for event in self.events.drain(..) {
+            // SAFETY: made by `new`, destroyed once.
+            unsafe {
+                let _ = sys::cuEventDestroy_v2(event);
+            }
+        }
+        self.context.give_stream_back(self.stream);
+    }
+}
+
+/// What the runtime holds of a kernel.
+#[derive(Debug)]
+pub(super) struct CudaDispatch {
+    kernel: Arc<Launched>,
+    monitor: Arc<MonitorHandle>,
+}
+
+impl CudaDispatch {
+    pub(super) fn start(kernel: Arc<Launched>, monitor: Arc<MonitorHandle>) -> Self {
+        monitor.admit(Arc::clone(&kernel));
+        Self { kernel, monitor }
+    }
+}
+
+impl Dispatch for CudaDispatch {
+    fn command(&mut self) {
+        // A resident kernel sees the command itself; one that runs by slices may have none.
+        if self.kernel.is_sliced() {
+            self.monitor.doorbell.notify();
+        }
+    }
+
+    fn keep_alive(&mut self) -> DispatchStatus {
+        if self.kernel.is_finished() {
+            // A failure has been reported by whoever saw it.
+            DispatchStatus::Ended
+        } else {
+            DispatchStatus::Running
+        }
+    }
+
+    fn request_stop(&mut self) {
+        self.kernel.ask_to_end();
+        self.monitor.doorbell.notify();
+    }
+
+    fn join(&mut self, deadline: Deadline) -> DispatchStatus {
+        self.kernel.wait_finished(deadline);
+        self.keep_alive()
+    }
+
+    fn leftovers(&self, block: u32, position: u32) -> Vec<UndeliveredMessage> {
+        // SAFETY: the caller promises that the dispatch ended, or is stuck in a handler; `request_stop` has asked it to end
+        // before either.
+        unsafe { self.kernel.leftovers(block, position) }
+    }
+}

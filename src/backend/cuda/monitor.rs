@@ -1,0 +1,325 @@
+//! The thread of a device, which looks whether its kernels still run: nobody else would notice that one has died.
+//!
+//! On a device whose driver ends long kernels it also keeps slices coming, one more queued than running.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use cudarc::driver::sys::CUresult;
+use parking_lot::Mutex;
+
+use super::context::Context;
+use super::dispatch::Launched;
+use crate::error::Error;
+use crate::kernel::BlockState;
+use crate::thread::affinity;
+use crate::thread::event_count::EventCount;
+
+/// Between two looks: how late a failure is noticed at most, and next to no time of a core.
+const LOOK_INTERVAL: Duration = Duration::from_millis(1);
+
+/// The same while a kernel ends, or has slices.
+const BUSY_INTERVAL: Duration = Duration::from_micros(50);
+
+/// Longest sleep of a device without kernels.
+const IDLE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How long slices should take: far below every watchdog (from 2 s on Windows).
+const SLICE_TARGET: Duration = Duration::from_millis(25);
+
+/// Bounds of a slice's polls, and where they begin: some 20 ms over PCIe.
+const FEWEST_POLLS: u32 = 1_000;
+const FIRST_POLLS: u32 = 20_000;
+const MOST_POLLS: u32 = 1 << 26;
+
+/// What everybody may ask of a monitor.
+#[derive(Debug)]
+pub(super) struct MonitorHandle {
+    inbox: Mutex<Vec<Arc<Launched>>>,
+    pub(super) doorbell: Arc<EventCount>,
+    stop: AtomicBool,
+}
+
+impl MonitorHandle {
+    /// Hands a kernel over.
+    pub(super) fn admit(&self, kernel: Arc<Launched>) {
+        self.inbox.lock().push(kernel);
+        self.doorbell.notify();
+    }
+}
+
+/// A monitor, for the device that owns it.
+#[derive(Debug)]
+pub(super) struct Monitor {
+    pub(super) handle: Arc<MonitorHandle>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Monitor {
+    /// Starts the thread, on any of `cores`.
+    pub(super) fn start(
+        context: &Arc<Context>,
+        cores: Vec<usize>,
+        termination_timeout: Duration,
+    ) -> Result<Self, Error> {
+        let handle = Arc::new(MonitorHandle {
+            inbox: Mutex::new(Vec::new()),
+            doorbell: Arc::new(EventCount::new()),
+            stop: AtomicBool::new(false),
+        });
+        let watch = Watch {
+            context: Arc::clone(context),
+            handle: Arc::clone(&handle),
+            kernels: Vec::new(),
+            // Whoever waits for the kernel's end is told first that it did not come.
+            limit: 2 * termination_timeout,
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("rk-bridge-{}", context.physical.info.index))
+            .spawn(move || {
+                if !cores.is_empty()
+                    && let Err(error) = affinity::confine_current_thread(&cores)
+                {
+                    log::warn!("the thread of a CUDA device runs anywhere: {error}");
+                }
+                watch.run();
+            })
+            .map_err(|source| Error::Os {
+                operation: "start the thread of a CUDA device",
+                source,
+            })?;
+        Ok(Self {
+            handle,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Monitor {
+    /// Ends the thread once all kernels have: bounded, because one that does not end in time loses the device.
+    fn drop(&mut self) {
+        self.handle.stop.store(true, Ordering::Release);
+        self.handle.doorbell.notify();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("the thread of a CUDA device panicked");
+        }
+    }
+}
+
+/// A kernel as the monitor sees it.
+struct Watched {
+    kernel: Arc<Launched>,
+    heartbeats: u32,
+    /// When it was told to end.
+    ending: Option<Instant>,
+    slices: Option<Slices>,
+}
+
+/// The slices of a kernel on a device with a watchdog.
+struct Slices {
+    /// Those that were launched and are not done, the oldest first.
+    in_flight: VecDeque<usize>,
+    polls: u32,
+    last_done: Instant,
+}
+
+/// The thread's own.
+struct Watch {
+    context: Arc<Context>,
+    handle: Arc<MonitorHandle>,
+    kernels: Vec<Watched>,
+    /// How long a kernel may take to end before the device counts as lost.
+    limit: Duration,
+}
+
+impl Watch {
+    fn run(mut self) {
+        loop {
+            let admitted = std::mem::take(&mut *self.handle.inbox.lock());
+            self.kernels
+                .extend(admitted.into_iter().map(|kernel| Watched {
+                    heartbeats: 0,
+                    ending: None,
+                    slices: kernel.is_sliced().then(|| Slices {
+                        in_flight: VecDeque::new(),
+                        polls: FIRST_POLLS,
+                        last_done: Instant::now(),
+                    }),
+                    kernel,
+                }));
+            if let Err(error) = self.look() {
+                self.context.lose(error.to_string());
+            }
+            if self.context.lost().is_some() {
+                self.lose_all();
+            }
+            if self.handle.stop.load(Ordering::Acquire) {
+                if self.kernels.is_empty() && self.handle.inbox.lock().is_empty() {
+                    return;
+                }
+                for watched in &self.kernels {
+                    watched.kernel.ask_to_end();
+                }
+            }
+            self.sleep();
+        }
+    }
+
+    /// Looks at every kernel once.
+    fn look(&mut self) -> Result<(), Error> {
+        if self.kernels.is_empty() {
+            return self.context.check_lost();
+        }
+        self.context.enter()?;
+        let mut failure = Ok(());
+        let limit = self.limit;
+        let context = Arc::clone(&self.context);
+        self.kernels
+            .retain_mut(|watched| match watched.look(&context, limit) {
+                Ok(ended) => !ended,
+                Err(error) => {
+                    failure = Err(error);
+                    true
+                }
+            });
+        failure
+    }
+
+    fn lose_all(&mut self) {
+        let reason = self.context.lost().unwrap_or("lost").to_owned();
+        for watched in self.kernels.drain(..) {
+            watched.kernel.lose(&reason);
+            Launched::finish(watched.kernel);
+        }
+    }
+
+    fn sleep(&self) {
+        let interval = self
+            .kernels
+            .iter()
+            .map(|watched| {
+                if watched.kernel.must_terminate() || watched.has_slices() {
+                    BUSY_INTERVAL
+                } else {
+                    LOOK_INTERVAL
+                }
+            })
+            .min()
+            .unwrap_or(IDLE_INTERVAL);
+        let prepared = self.handle.doorbell.prepare();
+        let wanted = !self.handle.inbox.lock().is_empty()
+            || (self.handle.stop.load(Ordering::Acquire) && self.kernels.is_empty());
+        if !wanted {
+            prepared.wait(interval);
+        }
+    }
+}
+
+impl Watched {
+    fn has_slices(&self) -> bool {
+        self.slices
+            .as_ref()
+            .is_some_and(|slices| !slices.in_flight.is_empty())
+    }
+
+    /// Whether the kernel has ended, and nothing of it is left.
+    fn look(&mut self, context: &Context, limit: Duration) -> Result<bool, Error> {
+        let kernel = &self.kernel;
+        let heartbeats = kernel.heartbeats();
+        if heartbeats != self.heartbeats {
+            self.heartbeats = heartbeats;
+            kernel.show_life();
+        }
+        if let Some(failure) = kernel.fault()
+            && !kernel.signals.gate.state().is_final()
+        {
+            kernel.fail(failure);
+        }
+        let runs = match &mut self.slices {
+            None => match kernel.query() {
+                CUresult::CUDA_ERROR_NOT_READY => true,
+                code => {
+                    context.check(super::driver::check("run a kernel", code))?;
+                    false
+                }
+            },
+            Some(slices) => slices.keep_coming(kernel, context)?,
+        };
+        if runs {
+            if !kernel.must_terminate() {
+                self.ending = None;
+            } else if self.ending.get_or_insert_with(Instant::now).elapsed() > limit {
+                context.abandon(format!(
+                    "kernel '{}' did not end within {limit:?}: a handler that never ends",
+                    kernel.signals.name
+                ));
+                return context.check_lost().map(|()| false);
+            }
+            return Ok(false);
+        }
+        if self.slices.is_some() && !kernel.must_terminate() {
+            // Deactivated, or about to get its first slice.
+            return Ok(false);
+        }
+        if !kernel.must_terminate() && kernel.fault().is_none() {
+            // It is gone although nobody told it to end.
+            context.lose(format!("kernel '{}' ended by itself", kernel.signals.name));
+            return context.check_lost().map(|()| false);
+        }
+        kernel.answer_end();
+        Launched::finish(Arc::clone(kernel));
+        Ok(true)
+    }
+}
+
+impl Slices {
+    /// Launches what is missing. Whether any slice is in flight.
+    fn keep_coming(&mut self, kernel: &Arc<Launched>, context: &Context) -> Result<bool, Error> {
+        while let Some(&oldest) = self.in_flight.front() {
+            match kernel.query_slice(oldest) {
+                CUresult::CUDA_ERROR_NOT_READY => break,
+                code => context.check(super::driver::check("run a slice", code))?,
+            }
+            self.in_flight.pop_front();
+            self.adapt(kernel);
+        }
+        if kernel.is_wanted() {
+            for block in &kernel.blocks {
+                block.control().set_budgets(self.polls, u32::MAX);
+            }
+            while self.in_flight.len() < kernel.slices() {
+                let free = (0..kernel.slices()).find(|index| !self.in_flight.contains(index));
+                let Some(index) = free else { break };
+                context.check(kernel.launch_slice(index))?;
+                self.in_flight.push_back(index);
+            }
+        } else if self.in_flight.is_empty() && !kernel.must_terminate() {
+            for block in &kernel.blocks {
+                if block.control().state() == Some(BlockState::Polling) {
+                    block.control().store_state(BlockState::Idle);
+                }
+            }
+        }
+        Ok(!self.in_flight.is_empty())
+    }
+
+    /// Makes slices as long as they should be, going by how long the last one was in the queue's front.
+    fn adapt(&mut self, kernel: &Launched) {
+        let now = Instant::now();
+        let slice = now.duration_since(std::mem::replace(&mut self.last_done, now));
+        if !kernel.is_wanted() || self.in_flight.is_empty() {
+            return;
+        }
+        if slice > SLICE_TARGET {
+            let ratio = SLICE_TARGET.as_secs_f64() / slice.as_secs_f64();
+            self.polls = ((f64::from(self.polls) * ratio.max(0.1)) as u32).max(FEWEST_POLLS);
+        } else if slice < SLICE_TARGET / 2 {
+            self.polls = (self.polls + self.polls / 2).min(MOST_POLLS);
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! Whether host and running kernel really exchange messages on a device: tried, with verified content, before anything relies
+//! on it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{
+    BlockLayout, Device, DispatchRequest, GridMemory, Handler, HostConsumer, HostProducer,
+};
+use crate::error::Error;
+use crate::kernel::signals::KernelSignals;
+use crate::kernel::{BlockState, Dim3, TypeTable};
+use crate::message::Envelope;
+use crate::ring::RingLayout;
+use crate::thread::KernelWait;
+use crate::time::Deadline;
+
+/// Slots of the probe's rings: few, so that they wrap around many times.
+const CAPACITY: usize = 16;
+
+/// Payload of the probe's messages: more than a line, so that a torn message would show.
+const PAYLOAD: usize = 200;
+
+/// Messages that must come back, and how many are in flight at once at most.
+const MESSAGES: u32 = 256;
+const DEPTH: u32 = 8;
+
+/// How many of them must come back while the slice that took them still runs; the others may have met a seam.
+const MID_SLICE: u32 = MESSAGES / 2;
+
+/// Position of the first one: they cross the wrap-around of positions.
+const START: u32 = u32::MAX - MESSAGES / 2;
+
+/// How long all of them may take. Milliseconds are usual; the rest is for machines without a core to spare.
+const TIMEOUT: Duration = Duration::from_millis(500);
+
+/// Longer than any slice budget.
+const START_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Block sizes that are tried: what most kernels have, and more than one SIMD group. Software drivers run the two differently.
+pub(crate) const BLOCK_SIZES: [u32; 2] = [32, 1];
+
+/// Tries the device. What was seen, or why messages do not reach a running dispatch.
+pub(crate) fn run(device: &dyn Device, echo: &Handler) -> Result<Result<String, String>, Error> {
+    let begin = Instant::now();
+    let mut mid_slice = 0;
+    for block_size in BLOCK_SIZES {
+        match run_block(device, echo, block_size)? {
+            Ok(seen) => mid_slice += seen,
+            Err(reason) => return Ok(Err(reason)),
+        }
+    }
+    Ok(Ok(format!(
+        "the probe saw {} messages echoed, {mid_slice} of them by a running dispatch, in {:.1?}",
+        MESSAGES * BLOCK_SIZES.len() as u32,
+        begin.elapsed()
+    )))
+}
+
+/// How many messages came back from a running dispatch.
+pub(crate) fn run_block(
+    device: &dyn Device,
+    echo: &Handler,
+    block_size: u32,
+) -> Result<Result<u32, String>, Error> {
+    let ring = RingLayout::new(CAPACITY, PAYLOAD, false).map_err(|error| Error::InvalidOption {
+        option: "probe",
+        reason: error.to_string(),
+    })?;
+    let layout = BlockLayout {
+        ring,
+        state_bytes: 0,
+    };
+    let mut ends = GridMemory::new(device, 1, layout, |bytes, placement| {
+        device.allocate(bytes, placement)
+    })?
+    .ends(device, 1, START)?;
+    let Some((producer, consumer, device_ends)) = ends.pop() else {
+        return Ok(Err("the probe has no rings".into()));
+    };
+    let memory = Arc::clone(&device_ends.memory);
+    let mut dispatch = device.dispatch(DispatchRequest {
+        handler: echo.clone(),
+        signals: Arc::new(KernelSignals::new(
+            "rk-probe".into(),
+            1,
+            false,
+            device.doorbell(),
+        )),
+        types: Arc::new(TypeTable::new(&[], true)),
+        grid: Dim3::x(1),
+        block_size: Dim3::x(block_size),
+        blocks: vec![device_ends],
+        wait: KernelWait::Spin,
+        cores: Vec::new(),
+        shared_cores: Vec::new(),
+        telemetry: false,
+        heartbeat_interval: Duration::from_secs(1),
+    })?;
+    memory.control().set_active(true);
+    dispatch.command();
+    let outcome = if wait_for_start(|| memory.control().state() == Some(BlockState::Polling)) {
+        exchange(producer, consumer, || memory.control().slice_number())
+    } else {
+        Err("no slice began within two seconds".into())
+    };
+    dispatch.request_stop();
+    dispatch.join(Deadline::after(START_TIMEOUT));
+    device.check_lost()?;
+    Ok(outcome)
+}
+
+fn wait_for_start(mut has_begun: impl FnMut() -> bool) -> bool {
+    let begin = Instant::now();
+    while !has_begun() {
+        if begin.elapsed() > START_TIMEOUT {
+            return false;
+        }
+        std::thread::sleep(Duration::from_micros(50));
+    }
+    true
+}
+
+/// Exchanges the messages, a few at a time; how many came back within one slice.
+fn exchange(
+    mut producer: HostProducer,
+    mut consumer: HostConsumer,
+    slice_number: impl Fn() -> u32,
+) -> Result<u32, String> {
+    let mut mid_slice = 0;
+    let (mut sent, mut received) = (0_u32, 0_u32);
+    let begin = Instant::now();
+    while received < MESSAGES {
+        if begin.elapsed() > TIMEOUT {
+            return Err(late(received, mid_slice));
+        }
+        let slice = slice_number();
+        let depth = 1 + received % DEPTH;
+        while sent < MESSAGES && sent - received < depth {
+            let envelope = Envelope {
+                correlation: sent + 1,
+                ..Envelope::default()
+            };
+            if producer.try_push(&envelope, &payload(sent)).is_err() {
+                break;
+            }
+            sent += 1;
+        }
+        while received < sent {
+            match consumer.try_next() {
+                Ok(Some(reply)) => {
+                    if reply.header().correlation() != received + 1
+                        || reply.payload() != payload(received)
+                    {
+                        return Err(format!(
+                            "message {received} came back changed or out of order"
+                        ));
+                    }
+                    received += 1;
+                    mid_slice += u32::from(slice_number() == slice);
+                }
+                Ok(None) if begin.elapsed() > TIMEOUT => {
+                    return Err(late(received, mid_slice));
+                }
+                Ok(None) => std::hint::spin_loop(),
+                Err(corruption) => return Err(format!("the reply ring is corrupt: {corruption}")),
+            }
+        }
+    }
+    if mid_slice < MID_SLICE {
+        return Err(format!(
+            "only {mid_slice} of {MESSAGES} messages were answered by the dispatch that was running when they were sent"
+        ));
+    }
+    Ok(mid_slice)
+}
+
+fn late(received: u32, mid_slice: u32) -> String {
+    format!(
+        "{received} of {MESSAGES} messages came back within {TIMEOUT:?}, {mid_slice} of them from the dispatch that was running \
+         when they were sent"
+    )
+}
+
+/// Content that tells its message, and each of its bytes, apart.
+fn payload(message: u32) -> [u8; PAYLOAD] {
+    let mut payload = [0; PAYLOAD];
+    for (index, byte) in payload.iter_mut().enumerate() {
+        *byte = (message as usize * 31 + index * 7) as u8;
+    }
+    payload
+}

@@ -1,0 +1,138 @@
+//! A kernel's code for devices that run C++, and code that all devices run.
+
+use std::borrow::Cow;
+use std::fmt;
+
+/// A handler in the language that all GPU preludes define, `RK_HANDLER { .. }`: compiled at launch for CUDA (by NVRTC), for
+/// Metal, and with the feature `glsl` for Vulkan.
+///
+/// ```
+/// use ringkernel::{KernelRegistration, PortableCode};
+///
+/// let double = PortableCode::new("RK_HANDLER { RK_FOR(i, rk_in_words()) { rk_out(i, 2u * rk_in(i)); } rk_reply(rk_in_bytes()); }");
+/// let registration = KernelRegistration::new("double").portable(double);
+/// # assert_eq!(registration.id(), "double");
+/// ```
+#[derive(Clone, Debug)]
+pub struct PortableCode {
+    pub(crate) handler: Cow<'static, str>,
+    pub(crate) loop_iterations: Option<u32>,
+    pub(crate) replies: u32,
+}
+
+impl PortableCode {
+    /// The source of a handler.
+    #[must_use]
+    pub fn new(handler: impl Into<Cow<'static, str>>) -> Self {
+        Self {
+            handler: handler.into(),
+            loop_iterations: None,
+            replies: 1,
+        }
+    }
+
+    /// As [`ShaderCode::loop_iterations`](super::ShaderCode::loop_iterations).
+    #[must_use]
+    pub fn loop_iterations(mut self, iterations: u32) -> Self {
+        self.loop_iterations = Some(iterations);
+        self
+    }
+
+    /// Most replies that one run of the handler writes; it is run when there is room for so many. Default 1.
+    #[must_use]
+    pub fn replies(mut self, replies: u32) -> Self {
+        self.replies = replies;
+        self
+    }
+}
+
+/// A kernel's code for CUDA, built with or compiled behind `kernels/ringkernel.cuh`.
+///
+/// ```
+/// use ringkernel::{CudaCode, KernelRegistration};
+///
+/// let code = CudaCode::source("RK_HANDLER { rk_out_copy(rk_in_words()); rk_reply(rk_in_bytes()); }");
+/// let registration = KernelRegistration::new("mine").cuda(code);
+/// # assert_eq!(registration.id(), "mine");
+/// ```
+#[derive(Clone)]
+pub struct CudaCode {
+    pub(crate) source: CudaSource,
+    pub(crate) loop_iterations: Option<u32>,
+    pub(crate) replies: u32,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub(crate) enum CudaSource {
+    /// PTX or a cubin: what `cuModuleLoadData` takes.
+    Image(Cow<'static, [u8]>),
+    /// A handler, to be compiled behind the prelude.
+    Handler(Cow<'static, str>),
+}
+
+impl fmt::Debug for CudaCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut debug = f.debug_struct("CudaCode");
+        match &self.source {
+            CudaSource::Image(bytes) => debug.field("image_bytes", &bytes.len()),
+            CudaSource::Handler(text) => debug.field("handler_bytes", &text.len()),
+        }
+        .field("replies", &self.replies)
+        .finish()
+    }
+}
+
+impl CudaCode {
+    /// PTX text that was built with `kernels/ringkernel.cuh`; the driver compiles it at launch.
+    #[must_use]
+    pub fn ptx(text: impl Into<Cow<'static, [u8]>>) -> Self {
+        Self::from_source(CudaSource::Image(text.into()))
+    }
+
+    /// A cubin that was built with `kernels/ringkernel.cuh`, for the device's very architecture.
+    #[must_use]
+    pub fn cubin(image: impl Into<Cow<'static, [u8]>>) -> Self {
+        Self::from_source(CudaSource::Image(image.into()))
+    }
+
+    /// The source of a handler, portable or in CUDA C++, which NVRTC compiles behind `kernels/ringkernel.cuh` at launch. An error
+    /// there is [`Error::Compile`](crate::Error::Compile) with the compiler's log, whose line numbers are those of this
+    /// source.
+    #[must_use]
+    pub fn source(handler: impl Into<Cow<'static, str>>) -> Self {
+        Self::from_source(CudaSource::Handler(handler.into()))
+    }
+
+    fn from_source(source: CudaSource) -> Self {
+        Self {
+            source,
+            loop_iterations: None,
+            replies: 1,
+        }
+    }
+
+    /// Loop iterations that one run of the handler is charged with, on devices whose launches are sliced because the driver has a
+    /// watchdog. Default: enough for five loops over the largest message.
+    #[must_use]
+    pub fn loop_iterations(mut self, iterations: u32) -> Self {
+        self.loop_iterations = Some(iterations);
+        self
+    }
+
+    /// Most replies that one run of the handler writes; it is run when there is room for so many. Default 1.
+    #[must_use]
+    pub fn replies(mut self, replies: u32) -> Self {
+        self.replies = replies;
+        self
+    }
+}
+
+impl From<&PortableCode> for CudaCode {
+    fn from(code: &PortableCode) -> Self {
+        Self {
+            source: CudaSource::Handler(code.handler.clone()),
+            loop_iterations: code.loop_iterations,
+            replies: code.replies,
+        }
+    }
+}

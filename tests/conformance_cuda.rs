@@ -1,0 +1,589 @@
+//! The conformance suite on the first CUDA device, and what only that backend has.
+//!
+//! Where there is no GPU, `on_the_fake_driver` runs all of it in a process of its own, against a driver and compiler that run
+//! the kernels' sources on this CPU (`tests/fake_cuda`). What the suite leaves out for Vulkan it leaves out here for the same
+//! reasons; and that kernels which spin leave cores to others: they take none.
+
+#![cfg(feature = "cuda")]
+
+// Some of the suite is for other backends.
+#[allow(dead_code)]
+mod conformance;
+
+use std::ffi::{CStr, c_void};
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use conformance::{LONG, Subject, active, eventually, one_at_a_time, runtime_from, small};
+use ringkernel::error::{CallError, RecvTimeoutError, SendTimeoutError, Unavailable};
+use ringkernel::kernel::FailureReason;
+use ringkernel::{
+    BackendType, CudaCode, CudaConfig, Error, KernelRegistration, KernelState, LaunchOptions,
+    PortableCode, RingKernelRuntime, RuntimeBuilder, RuntimeConfig,
+};
+
+/// Names the folder in which the fake driver compiles kernels; set where it is in use.
+const FAKE: &str = "RINGKERNEL_FAKE_CUDA";
+
+/// Set where a real device must be there: a test that is skipped fails then.
+const REQUIRED: &str = "RINGKERNEL_REQUIRE_CUDA";
+
+pub struct Cuda;
+
+impl Subject for Cuda {
+    const ECHO_BYTES: u64 = 1 << 20;
+    const PING_PONGS: u32 = 20_000;
+
+    fn builder_with(config: RuntimeConfig) -> RuntimeBuilder {
+        RingKernelRuntime::builder()
+            .backend(BackendType::Cuda)
+            .device(0)
+            .config(config)
+    }
+
+    fn missing() -> Option<String> {
+        static MISSING: Mutex<Option<Option<String>>> = Mutex::new(None);
+        let mut missing = MISSING.lock().unwrap_or_else(PoisonError::into_inner);
+        missing
+            .get_or_insert_with(|| {
+                let missing = Self::builder().build().err().map(|error| error.to_string());
+                let required = std::env::var_os(REQUIRED).or(std::env::var_os(FAKE));
+                assert!(missing.is_none() || required.is_none(), "{missing:?}");
+                missing
+            })
+            .clone()
+    }
+}
+
+conformance! { crate::Cuda:
+    messages::{
+        echo_returns_every_size_unchanged_and_in_order,
+        a_payload_one_byte_too_long_is_refused_and_loses_nothing,
+        typed_messages_travel_there_and_back,
+        a_message_of_another_type_stays_where_it_is,
+        a_type_that_was_not_registered_is_refused,
+        a_corrupt_archive_is_an_error_of_that_message_alone,
+        handler_errors_reach_the_caller_and_are_counted,
+        a_handler_may_reply_any_number_of_times,
+        a_full_reply_ring_holds_requests_back,
+        a_quarter_of_a_busy_ring_comes_back,
+        a_message_before_the_deadline_is_never_missed,
+        a_receive_without_timeout_is_a_try,
+        timestamps_of_one_kernel_strictly_increase,
+        extensions_travel_with_their_message,
+        saxpy_computes_what_it_says,
+        batches_arrive_whole_and_in_order,
+        messages_are_read_and_written_in_place,
+        bad_correlations_are_refused,
+        state_is_kept_between_messages,
+        an_error_in_a_batch_is_not_lost,
+        a_message_in_place_is_checked_for_its_type,
+    }
+    sharing::{
+        cloned_handles_lose_and_double_nothing,
+        calls_from_many_threads_never_mix,
+        replies_put_aside_by_calls_can_be_received,
+        an_inbox_that_nobody_empties_overflows_into_the_dead_letters,
+        split_is_exclusive_and_gives_back,
+        a_grid_spreads_messages_and_keeps_keys_together,
+        every_wait_strategy_delivers,
+        received_messages_make_room_in_the_inbox,
+        a_message_that_stays_is_found_again_on_a_grid,
+        split_is_refused_while_another_thread_waits,
+    }
+    life::{
+        an_unknown_kernel_is_refused_with_a_list,
+        bad_launch_options_are_refused,
+        bad_configurations_are_refused,
+        transitions_are_enforced,
+        each_state_refuses_sends_with_an_error_of_its_own,
+        deactivation_keeps_state_and_queue,
+        a_kernel_blocked_on_a_full_reply_ring_can_be_deactivated_and_terminated,
+        terminate_wakes_those_who_wait_for_room_and_for_replies,
+        handles_endpoints_and_runtime_may_be_dropped_in_any_order,
+        drain_delivers_what_is_in_flight_and_its_report_adds_up,
+        what_is_queued_at_shutdown_is_returned,
+        the_life_of_a_runtime_only_goes_forward,
+        nothing_can_be_committed_after_the_end,
+        names_are_unique_and_clean,
+    }
+    numbers::{
+        many_launches_leave_nothing_behind,
+        a_default_echo_takes_little_memory,
+    }
+    faults::{
+        memory_that_is_not_there_is_an_error,
+    }
+}
+
+fn symlink(target: &std::path::Path, link: &std::path::Path) {
+    #[cfg(unix)]
+    std::os::unix::fs::symlink(target, link).unwrap();
+    #[cfg(not(unix))]
+    let _ = (target, link);
+}
+
+/// Runs every other test of this file in a process of its own, on the fake driver.
+fn run_on_the_fake(variables: &[(&str, &str)]) {
+    if std::env::var_os(FAKE).is_some() {
+        return;
+    }
+    if !cfg!(target_os = "linux") {
+        println!("skipped: the fake driver is for Linux");
+        return;
+    }
+    if Command::new("c++").arg("--version").output().is_err() {
+        println!("skipped: no C++ compiler (c++)");
+        return;
+    }
+    let test = std::env::current_exe().unwrap();
+    let folder = test.parent().unwrap().parent().unwrap();
+    let fake = folder.join("examples/libfake_cuda.so");
+    if !fake.exists() {
+        println!("skipped: the fake driver is not built (cargo build --example fake_cuda)");
+        return;
+    }
+    let name = variables.iter().map(|(name, _)| *name).collect::<String>();
+    let folder = std::env::temp_dir().join(format!("rk-cuda-{}{name}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    symlink(&fake, &folder.join("libcuda.so"));
+    symlink(&fake, &folder.join("libnvrtc.so"));
+    let output = Command::new(&test)
+        .args(["--test-threads=1", "--nocapture"])
+        .env(FAKE, &folder)
+        .env("LD_LIBRARY_PATH", &folder)
+        .envs(variables.iter().copied())
+        .output()
+        .unwrap();
+    let _ = std::fs::remove_dir_all(&folder);
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(output.status.success(), "{}: {text}", output.status);
+    assert!(!text.contains("skipped:"), "{text}");
+    assert!(!text.contains("fake CUDA:"), "{text}");
+    let passed = text.lines().find(|line| line.starts_with("test result"));
+    println!("on the fake driver: {}", passed.unwrap_or("no result"));
+}
+
+#[test]
+fn on_the_fake_driver() {
+    run_on_the_fake(&[]);
+}
+
+#[test]
+fn on_the_fake_driver_behind_the_prelude_of_metal() {
+    run_on_the_fake(&[("RINGKERNEL_FAKE_METAL", "1")]);
+}
+
+/// The fake driver, which this process has loaded; `None`, and the reason printed, where a real one may be.
+struct Fake {
+    _one: MutexGuard<'static, ()>,
+}
+
+const NO_MEMORY: u32 = 1;
+const FAULTY_KERNEL: u32 = 2;
+const NO_DEVICES: u32 = 3;
+const WATCHDOG: u32 = 4;
+const OLD_DEVICE: u32 = 5;
+
+fn fake() -> Option<Fake> {
+    let one = one_at_a_time();
+    if std::env::var_os(FAKE).is_none() {
+        println!("only on the fake driver");
+        return None;
+    }
+    Some(Fake { _one: one })
+}
+
+impl Fake {
+    fn function(name: &CStr) -> *mut c_void {
+        let library = std::env::var(FAKE).unwrap() + "/libcuda.so\0";
+        // SAFETY: the library is the fake driver, whose initialisers do nothing.
+        unsafe {
+            let library = libc::dlopen(library.as_ptr().cast(), libc::RTLD_NOW);
+            assert!(!library.is_null());
+            let function = libc::dlsym(library, name.as_ptr());
+            assert!(!function.is_null());
+            function
+        }
+    }
+
+    fn arm(&self, fault: u32) {
+        // SAFETY: this is its signature.
+        let arm: extern "C" fn(u32) =
+            unsafe { std::mem::transmute(Self::function(c"rk_fake_arm")) };
+        arm(fault);
+    }
+
+    fn live(&self) -> usize {
+        // SAFETY: this is its signature.
+        let live: extern "C" fn() -> usize =
+            unsafe { std::mem::transmute(Self::function(c"rk_fake_live")) };
+        live()
+    }
+}
+
+impl Drop for Fake {
+    fn drop(&mut self) {
+        self.arm(0);
+    }
+}
+
+fn unavailable(outcome: Result<RingKernelRuntime, Error>) -> String {
+    match outcome {
+        Err(Error::BackendUnavailable { backend, reason }) => {
+            assert_eq!(backend, "cuda");
+            reason
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_missing_driver_is_an_error_with_its_reason_and_not_the_choice() {
+    let _one = one_at_a_time();
+    if Cuda::missing().is_none() {
+        println!("there is a driver");
+        return;
+    }
+    let reason = unavailable(Cuda::builder().build());
+    assert!(!reason.is_empty());
+    let best = RingKernelRuntime::builder().build().unwrap();
+    assert_ne!(best.backend(), BackendType::Cuda);
+}
+
+#[test]
+fn devices_are_described_and_chosen() {
+    let Some(_fake) = fake() else { return };
+    let best = RingKernelRuntime::builder().build().unwrap();
+    assert_eq!(
+        best.backend(),
+        BackendType::Cuda,
+        "the best that passes the probe"
+    );
+    let devices = best.devices();
+    assert_eq!(devices.len(), 2);
+    assert_eq!(devices[0].name, "Fake GPU 0");
+    let cuda = devices[1].cuda.as_ref().unwrap();
+    assert_eq!(
+        (cuda.driver_version, cuda.compute_capability),
+        ((12, 9), (9, 0))
+    );
+    assert_eq!((cuda.memory_bytes, cuda.multiprocessors), (1 << 30, 4));
+    assert_eq!(cuda.pci_address.as_deref(), Some("ffff:01:00.0"));
+    assert_eq!(
+        (cuda.nvlink_peers.as_slice(), cuda.watchdog),
+        ([0].as_slice(), false)
+    );
+    let named = RingKernelRuntime::builder()
+        .backend(BackendType::Cuda)
+        .device_name("gpu 1")
+        .build()
+        .unwrap();
+    assert_eq!(named.default_device(), 1);
+}
+
+#[test]
+fn devices_that_cannot_be_used_say_why() {
+    let Some(fake) = fake() else { return };
+    for (fault, expected) in [
+        (NO_DEVICES, "has no device"),
+        (OLD_DEVICE, "compute capability is 6.0"),
+        (NO_MEMORY, "OUT_OF_MEMORY"),
+    ] {
+        fake.arm(fault);
+        let reason = unavailable(Cuda::builder().build());
+        assert!(reason.contains(expected), "{reason}");
+    }
+    fake.arm(0);
+    assert_eq!(fake.live(), 0, "left behind");
+    Cuda::builder().build().unwrap();
+}
+
+#[test]
+fn everything_is_given_back() {
+    let Some(fake) = fake() else { return };
+    assert_eq!(fake.live(), 0);
+    let runtime = runtime_from(Cuda::builder());
+    let kernels: Vec<_> = (0..4)
+        .map(|_| active(&runtime, "test.count", small()))
+        .collect();
+    for kernel in &kernels {
+        assert_eq!(kernel.call_bytes(b"x", &mut [0; 16], LONG), Ok(12));
+    }
+    assert!(fake.live() > 4);
+    drop(runtime);
+    drop(kernels);
+    assert_eq!(fake.live(), 0);
+}
+
+#[test]
+fn runtimes_of_one_process_stay_out_of_each_others_way() {
+    let Some(fake) = fake() else { return };
+    let (first, second) = (runtime_from(Cuda::builder()), runtime_from(Cuda::builder()));
+    let kernel = active(&first, "echo", small());
+    assert!(matches!(
+        Cuda::builder().build(),
+        Err(Error::DeviceBusy { .. })
+    ));
+    // What the second has taken is given back when nothing runs any more.
+    let live = fake.live();
+    drop(second);
+    assert_eq!(fake.live(), live);
+    assert_eq!(kernel.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
+    kernel.terminate().unwrap();
+    assert!(fake.live() < live);
+    drop((first, kernel));
+    assert_eq!(fake.live(), 0);
+}
+
+#[test]
+fn what_cannot_be_resident_at_once_is_refused() {
+    let Some(_fake) = fake() else { return };
+    let runtime = runtime_from(Cuda::builder());
+    // Room for four times thirty-two blocks of two threads.
+    let kernel = runtime.launch("echo", 100, 1, small()).unwrap();
+    let refused = |outcome: Result<ringkernel::KernelHandle, Error>, expected: &str| match outcome {
+        Err(Error::InvalidOption { option, reason }) => {
+            assert_eq!(option, expected);
+            reason
+        }
+        other => panic!("{other:?}"),
+    };
+    let reason = refused(runtime.launch("echo", 29, 1, small()), "grid");
+    assert!(
+        reason.contains("28 beside the kernels that run"),
+        "{reason}"
+    );
+    refused(runtime.launch("echo", 129, 1, small()), "grid");
+    refused(runtime.launch("echo", 1, 600, small()), "block size");
+    kernel.terminate().unwrap();
+    runtime.launch("echo", 128, 1, small()).unwrap();
+}
+
+#[test]
+fn what_would_wait_for_running_kernels_is_refused() {
+    let Some(_fake) = fake() else { return };
+    let config = RuntimeConfig {
+        cuda: CudaConfig {
+            host_arena_bytes: 64 << 10,
+            device_arena_bytes: 1 << 10,
+            max_kernels: 3,
+            ..CudaConfig::default()
+        },
+        ..RuntimeConfig::default()
+    };
+    let runtime = runtime_from(Cuda::builder_with(config));
+    let busy = |outcome: Result<ringkernel::KernelHandle, Error>, expected: &str| match outcome {
+        Err(Error::DeviceBusy { reason, .. }) => {
+            assert!(reason.contains(expected), "{reason}");
+        }
+        other => panic!("{other:?}"),
+    };
+    let first = active(&runtime, "echo", small());
+    // Memory, more than is left; code that is not loaded; streams.
+    busy(
+        runtime.launch("echo", 1, 1, LaunchOptions::default()),
+        "host_arena_bytes",
+    );
+    let late = CudaCode::source("RK_HANDLER { rk_reply_raw(0u); } // Late.");
+    runtime
+        .register(KernelRegistration::new("late").cuda(late))
+        .unwrap();
+    busy(
+        runtime.launch("late", 1, 1, small()),
+        "before the first launch",
+    );
+    let others = [
+        active(&runtime, "echo", small()),
+        active(&runtime, "echo", small()),
+    ];
+    busy(runtime.launch("echo", 1, 1, small()), "max_kernels");
+    assert_eq!(first.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
+    // While nothing runs all of it works.
+    for kernel in others.iter().chain([&first]) {
+        kernel.terminate().unwrap();
+    }
+    active(&runtime, "echo", LaunchOptions::default())
+        .terminate()
+        .unwrap();
+    active(&runtime, "late", small());
+}
+
+#[test]
+fn code_that_is_none_and_source_that_does_not_compile_say_why() {
+    let Some(_fake) = fake() else { return };
+    let wrong = "RK_HANDLER {\n    uint n = rk_in_words();\n    rk_reply(m);\n}\n";
+    let double = "RK_HANDLER { RK_FOR(i, rk_in_words()) { rk_out(i, 2u * rk_in(i)); } rk_reply(rk_in_bytes()); }";
+    let kernel = KernelRegistration::new;
+    let runtime = Cuda::builder()
+        .register(kernel("noise").cuda(CudaCode::cubin(vec![7; 100])))
+        .register(kernel("foreign").cuda(CudaCode::ptx(b".version 7.0".as_slice())))
+        .register(kernel("wrong").cuda(CudaCode::source(wrong)))
+        .register(kernel("double").portable(PortableCode::new(double)))
+        .register(kernel("cpu").cpu_handler(|_, _| Ok(())))
+        .build()
+        .unwrap();
+    for (id, expected) in [("noise", "INVALID_IMAGE"), ("foreign", "rk_main")] {
+        match runtime.launch(id, 1, 1, small()) {
+            Err(Error::InvalidCode { reason, .. }) => {
+                assert!(reason.contains(expected), "{reason}")
+            }
+            other => panic!("{id}: {other:?}"),
+        }
+    }
+    match runtime.launch("wrong", 1, 1, small()) {
+        Err(Error::Compile { kernel, log }) => {
+            assert_eq!(kernel, "wrong");
+            // The third line of the handler, whatever stands before it.
+            assert!(log.contains("handler:3:") && log.contains('m'), "{log}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(matches!(
+        runtime.launch("cpu", 1, 1, small()),
+        Err(Error::NoHandler {
+            backend: "cuda",
+            ..
+        })
+    ));
+    let kernel = active(&runtime, "double", small());
+    let mut reply = [0; 8];
+    kernel
+        .call_bytes(&[1, 0, 0, 0, 21, 0, 0, 0], &mut reply, LONG)
+        .unwrap();
+    assert_eq!(reply, [2, 0, 0, 0, 42, 0, 0, 0]);
+}
+
+#[test]
+fn an_error_that_sticks_ends_every_wait_and_says_what_helps() {
+    let Some(fake) = fake() else { return };
+    let runtime = runtime_from(Cuda::builder());
+    let (kernel, silent) = (
+        active(&runtime, "echo", small()),
+        active(&runtime, "sink", small()),
+    );
+    assert_eq!(kernel.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
+    let lost = Unavailable::DeviceLost;
+    std::thread::scope(|scope| {
+        let receiver = scope.spawn(|| kernel.recv_bytes_timeout(&mut [0; 8], LONG));
+        let caller = scope.spawn(|| silent.call_bytes(b"z", &mut [0; 8], LONG));
+        std::thread::sleep(Duration::from_millis(20));
+        let begin = Instant::now();
+        fake.arm(FAULTY_KERNEL);
+        assert_eq!(
+            receiver.join().unwrap(),
+            Err(RecvTimeoutError::Unavailable(lost))
+        );
+        assert_eq!(caller.join().unwrap(), Err(CallError::Unavailable(lost)));
+        assert!(begin.elapsed() < LONG / 10, "{:?}", begin.elapsed());
+    });
+    assert_eq!(
+        silent.send_bytes(b"x"),
+        Err(SendTimeoutError::Unavailable(lost))
+    );
+    let failure = kernel.status().failure.unwrap();
+    assert_eq!(failure.reason, FailureReason::DeviceLost);
+    for text in ["ILLEGAL_ADDRESS", "must be restarted"] {
+        assert!(failure.message.contains(text), "{failure}");
+    }
+    assert!(matches!(
+        runtime.launch("echo", 1, 1, small()),
+        Err(Error::DeviceLost { .. })
+    ));
+    let report = runtime.complete_shutdown().unwrap();
+    assert_eq!(report.failed_kernels.len(), 2);
+    assert!(report.requests.adds_up(), "{report}");
+}
+
+#[test]
+fn devices_with_a_watchdog_run_slices() {
+    let Some(fake) = fake() else { return };
+    fake.arm(WATCHDOG);
+    let runtime = runtime_from(Cuda::builder());
+    let kernel = active(&runtime, "test.count", small());
+    let mut reply = [0; 16];
+    let mut count = 0_u64;
+    let mut call = |kernel: &ringkernel::KernelHandle| {
+        count += 1;
+        kernel.call_bytes(b"x", &mut reply, LONG).unwrap();
+        assert_eq!(reply[..8], count.to_ne_bytes());
+    };
+    // State goes from slice to slice.
+    let begin = Instant::now();
+    while kernel.metrics().slices < 20 {
+        call(&kernel);
+        assert!(begin.elapsed() < LONG);
+    }
+    for _ in 0..5 {
+        kernel.deactivate().unwrap();
+        let slices = kernel.metrics().slices;
+        std::thread::sleep(Duration::from_millis(5));
+        assert_eq!(kernel.metrics().slices, slices, "none while it is inactive");
+        kernel.activate().unwrap();
+        call(&kernel);
+    }
+    kernel.terminate().unwrap();
+    drop((runtime, kernel));
+    fake.arm(0);
+    assert_eq!(fake.live(), 0);
+}
+
+#[test]
+fn a_resident_kernel_stays_while_it_is_deactivated() {
+    let Some(_fake) = fake() else { return };
+    let runtime = runtime_from(Cuda::builder());
+    let kernel = active(&runtime, "test.count", small());
+    for round in 1..=20_u64 {
+        let mut reply = [0; 16];
+        kernel.call_bytes(b"x", &mut reply, LONG).unwrap();
+        assert_eq!(reply[..8], round.to_ne_bytes());
+        kernel.deactivate().unwrap();
+        kernel.activate().unwrap();
+    }
+    eventually("signs of life", || kernel.metrics().heartbeats > 20);
+    assert!(kernel.metrics().heartbeat_age.is_some());
+}
+
+#[test]
+fn a_handler_that_replies_too_often_fails_its_kernel_and_no_other() {
+    let Some(_fake) = fake() else { return };
+    let runtime = runtime_from(Cuda::builder());
+    let other = active(&runtime, "echo", small());
+    let kernel = active(&runtime, "test.panic", small());
+    assert_eq!(kernel.call_bytes(b"fine", &mut [0; 8], LONG), Ok(4));
+    kernel.send_bytes(b"panic").unwrap();
+    eventually("the failure", || {
+        kernel.status().state == KernelState::Failed
+    });
+    let failure = kernel.status().failure.unwrap();
+    assert!(failure.message.contains("more replies"), "{failure}");
+    assert_eq!(other.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
+}
+
+// The last one by name: it leaves a thread behind that never ends, as a GPU would.
+#[test]
+fn z_a_handler_that_never_ends_is_reported_in_time() {
+    let Some(_fake) = fake() else { return };
+    let timeout = Duration::from_millis(300);
+    let config = RuntimeConfig {
+        termination_timeout: timeout,
+        ..RuntimeConfig::default()
+    };
+    let runtime = runtime_from(Cuda::builder_with(config));
+    let kernel = active(&runtime, "test.stuck", small());
+    kernel.send_bytes(b"for ever").unwrap();
+    eventually("the request in its hands", || {
+        kernel.try_send_bytes(b"more").is_err()
+    });
+    let begin = Instant::now();
+    assert!(matches!(kernel.terminate(), Err(Error::Timeout { .. })));
+    drop(runtime);
+    assert!(begin.elapsed() < timeout * 20, "{:?}", begin.elapsed());
+    let message = kernel.status().failure.unwrap().message;
+    assert!(!message.is_empty());
+}

@@ -1,0 +1,772 @@
+//! A CUDA driver and compiler that run kernels on this CPU: the backend's host side and the very sources of its kernels are then
+//! tested where there is no GPU. Loaded as `libcuda` and `libnvrtc` by `tests/conformance_cuda.rs` alone.
+//!
+//! "PTX" of its compiler names a library that the C++ compiler made of the same source (`tests/on_cpu/`); the committed PTX of the
+//! built-in kernels is recognised, and stands for their sources. Calls that a real driver lets wait for running kernels fail
+//! here instead, as do calls without a current context.
+//!
+//! Names and numbers are those of the CUDA Driver API and of NVRTC.
+
+#![allow(missing_docs, non_snake_case, clippy::missing_safety_doc)]
+
+use std::alloc::{Layout, alloc, dealloc};
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+
+type Code = c_int;
+const SUCCESS: Code = 0;
+const INVALID_VALUE: Code = 1;
+const OUT_OF_MEMORY: Code = 2;
+const INVALID_IMAGE: Code = 200;
+const INVALID_CONTEXT: Code = 201;
+const NOT_FOUND: Code = 500;
+const NOT_READY: Code = 600;
+const ILLEGAL_ADDRESS: Code = 700;
+const DEADLOCK: Code = 999;
+
+/// What is to fail, as in `tests/conformance_cuda.rs`.
+const NO_MEMORY: u32 = 1;
+const FAULTY_KERNEL: u32 = 2;
+const NO_DEVICES: u32 = 3;
+const WATCHDOG: u32 = 4;
+const OLD_DEVICE: u32 = 5;
+
+static FAULT: AtomicU32 = AtomicU32::new(0);
+
+fn faulty(fault: u32) -> bool {
+    FAULT.load(Ordering::SeqCst) == fault
+}
+
+/// Launches that are not done.
+static RUNNING: AtomicUsize = AtomicUsize::new(0);
+/// What was taken and not given back: memory, streams, events, modules, contexts.
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+
+thread_local! {
+    static CURRENT: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Fails a call that needs a current context, and one that a real driver would let wait for running kernels.
+fn ready(operation: &str, waits: bool) -> Result<(), Code> {
+    if CURRENT.get() == 0 {
+        eprintln!("fake CUDA: {operation} without a current context");
+        return Err(INVALID_CONTEXT);
+    }
+    if waits && RUNNING.load(Ordering::SeqCst) > 0 && !faulty(FAULTY_KERNEL) {
+        eprintln!("fake CUDA: {operation} while kernels run: this waits for them for ever");
+        return Err(DEADLOCK);
+    }
+    Ok(())
+}
+
+macro_rules! tri {
+    ($result:expr) => {
+        match $result {
+            Ok(value) => value,
+            Err(code) => return code,
+        }
+    };
+}
+
+type Done = Mutex<bool>;
+
+struct Stream {
+    last: Mutex<Option<Arc<Done>>>,
+}
+
+struct Event {
+    marks: Mutex<Weak<Done>>,
+}
+
+fn is_done(done: &Done) -> bool {
+    *done.lock().unwrap()
+}
+
+type RunBlock =
+    unsafe extern "C" fn(*const c_void, *mut u32, *mut u32, *mut u32, c_uint, c_uint, c_uint);
+
+struct Module {
+    library: usize,
+    run_block: Option<RunBlock>,
+}
+
+fn new_handle<T>(value: T) -> *mut c_void {
+    LIVE.fetch_add(1, Ordering::SeqCst);
+    Box::into_raw(Box::new(value)).cast()
+}
+
+/// # Safety
+/// The handle must be one of `new_handle` for this type, given back once.
+unsafe fn drop_handle<T>(handle: *mut c_void) {
+    LIVE.fetch_sub(1, Ordering::SeqCst);
+    // SAFETY: the caller's promise.
+    drop(unsafe { Box::from_raw(handle.cast::<T>()) });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The driver. Callers pass valid pointers and handles of the functions here, as the real driver demands.
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuInit(_flags: c_uint) -> Code {
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDriverGetVersion(version: *mut c_int) -> Code {
+    // SAFETY: see above.
+    unsafe { *version = 12_090 };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetCount(count: *mut c_int) -> Code {
+    // SAFETY: see above.
+    unsafe { *count = if faulty(NO_DEVICES) { 0 } else { 2 } };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGet(device: *mut c_int, ordinal: c_int) -> Code {
+    // SAFETY: see above.
+    unsafe { *device = ordinal };
+    SUCCESS
+}
+
+/// # Safety
+/// `to` must have this room.
+unsafe fn write_text(to: *mut c_char, room: c_int, text: &str) -> Code {
+    if text.len() >= room as usize {
+        return INVALID_VALUE;
+    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        to.cast::<u8>().copy_from(text.as_ptr(), text.len());
+        *to.add(text.len()) = 0;
+    }
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetName(to: *mut c_char, room: c_int, device: c_int) -> Code {
+    // SAFETY: see above.
+    unsafe { write_text(to, room, &format!("Fake GPU {device}")) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetPCIBusId(to: *mut c_char, room: c_int, device: c_int) -> Code {
+    // SAFETY: see above.
+    unsafe { write_text(to, room, &format!("FFFF:0{device}:00.0")) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, _device: c_int) -> Code {
+    // SAFETY: see above.
+    unsafe { *bytes = 1 << 30 };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetAttribute(
+    value: *mut c_int,
+    attribute: c_int,
+    _device: c_int,
+) -> Code {
+    let found = match attribute {
+        // Threads of a block, of a warp (each is a context of its own here), multiprocessors.
+        1 => 1024,
+        10 => 2,
+        16 => 4,
+        // Whether there is a watchdog, and whether host memory can be mapped.
+        17 => c_int::from(faulty(WATCHDOG)),
+        19 => 1,
+        // Compute capability, major.
+        75 if faulty(OLD_DEVICE) => 6,
+        75 => 9,
+        _ => 0,
+    };
+    // SAFETY: see above.
+    unsafe { *value = found };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceCanAccessPeer(can: *mut c_int, from: c_int, to: c_int) -> Code {
+    // SAFETY: see above.
+    unsafe { *can = c_int::from(from != to) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetP2PAttribute(
+    value: *mut c_int,
+    _attribute: c_int,
+    _from: c_int,
+    _to: c_int,
+) -> Code {
+    // SAFETY: see above.
+    unsafe { *value = 1 };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut usize, device: c_int) -> Code {
+    LIVE.fetch_add(1, Ordering::SeqCst);
+    // SAFETY: see above.
+    unsafe { *context = 0x1000 + device as usize };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuDevicePrimaryCtxRelease_v2(_device: c_int) -> Code {
+    LIVE.fetch_sub(1, Ordering::SeqCst);
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuCtxSetCurrent(context: usize) -> Code {
+    CURRENT.set(context);
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamCreate(stream: *mut *mut c_void, flags: c_uint) -> Code {
+    tri!(ready("cuStreamCreate", true));
+    if flags != 1 {
+        eprintln!("fake CUDA: a stream that waits for the legacy one");
+        return INVALID_VALUE;
+    }
+    let last = Mutex::new(None);
+    // SAFETY: see above.
+    unsafe { *stream = new_handle(Stream { last }) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamDestroy_v2(stream: *mut c_void) -> Code {
+    tri!(ready("cuStreamDestroy", true));
+    // SAFETY: see above.
+    unsafe { drop_handle::<Stream>(stream) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamQuery(stream: *mut c_void) -> Code {
+    tri!(ready("cuStreamQuery", false));
+    if faulty(FAULTY_KERNEL) {
+        return ILLEGAL_ADDRESS;
+    }
+    // SAFETY: see above.
+    let stream = unsafe { &*stream.cast::<Stream>() };
+    match &*stream.last.lock().unwrap() {
+        Some(last) if !is_done(last) => NOT_READY,
+        _ => SUCCESS,
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventCreate(event: *mut *mut c_void, _flags: c_uint) -> Code {
+    tri!(ready("cuEventCreate", false));
+    let marks = Mutex::new(Weak::new());
+    // SAFETY: see above.
+    unsafe { *event = new_handle(Event { marks }) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventDestroy_v2(event: *mut c_void) -> Code {
+    // SAFETY: see above.
+    unsafe { drop_handle::<Event>(event) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventRecord(event: *mut c_void, stream: *mut c_void) -> Code {
+    tri!(ready("cuEventRecord", false));
+    // SAFETY: see above.
+    let (event, stream) = unsafe { (&*event.cast::<Event>(), &*stream.cast::<Stream>()) };
+    let last = stream.last.lock().unwrap();
+    *event.marks.lock().unwrap() = last.as_ref().map_or_else(Weak::new, Arc::downgrade);
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventQuery(event: *mut c_void) -> Code {
+    tri!(ready("cuEventQuery", false));
+    if faulty(FAULTY_KERNEL) {
+        return ILLEGAL_ADDRESS;
+    }
+    // SAFETY: see above.
+    let event = unsafe { &*event.cast::<Event>() };
+    let marks = event.marks.lock().unwrap().upgrade();
+    match marks {
+        Some(done) if !is_done(&done) => NOT_READY,
+        _ => SUCCESS,
+    }
+}
+
+/// Bytes of each piece of memory.
+static PIECES: Mutex<Option<HashMap<usize, Layout>>> = Mutex::new(None);
+
+fn take(bytes: usize) -> Result<usize, Code> {
+    if faulty(NO_MEMORY) || bytes > 1 << 30 {
+        return Err(OUT_OF_MEMORY);
+    }
+    let layout = Layout::from_size_align(bytes.max(1), 4096).map_err(|_| INVALID_VALUE)?;
+    // SAFETY: the size is not zero; memory of a driver holds anything.
+    let start = unsafe {
+        let start = alloc(layout);
+        if start.is_null() {
+            return Err(OUT_OF_MEMORY);
+        }
+        start.write_bytes(0xcd, layout.size());
+        start as usize
+    };
+    LIVE.fetch_add(1, Ordering::SeqCst);
+    let mut pieces = PIECES.lock().unwrap();
+    pieces.get_or_insert_default().insert(start, layout);
+    Ok(start)
+}
+
+fn give_back(start: usize) -> Code {
+    let taken = PIECES
+        .lock()
+        .unwrap()
+        .get_or_insert_default()
+        .remove(&start);
+    let Some(layout) = taken else {
+        return INVALID_VALUE;
+    };
+    LIVE.fetch_sub(1, Ordering::SeqCst);
+    // SAFETY: allocated by `take` with this layout, and removed from the list.
+    unsafe { dealloc(start as *mut u8, layout) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemHostAlloc(to: *mut usize, bytes: usize, flags: c_uint) -> Code {
+    tri!(ready("cuMemHostAlloc", true));
+    if flags != 3 {
+        eprintln!("fake CUDA: host memory that is not mapped, or write-combined: {flags}");
+        return INVALID_VALUE;
+    }
+    let taken = tri!(take(bytes));
+    // SAFETY: see above.
+    unsafe { *to = taken };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemHostGetDevicePointer_v2(
+    to: *mut usize,
+    host: usize,
+    _flags: c_uint,
+) -> Code {
+    // SAFETY: see above.
+    unsafe { *to = host };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemFreeHost(start: usize) -> Code {
+    tri!(ready("cuMemFreeHost", true));
+    give_back(start)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemAlloc_v2(to: *mut usize, bytes: usize) -> Code {
+    tri!(ready("cuMemAlloc", true));
+    let taken = tri!(take(bytes));
+    // SAFETY: see above.
+    unsafe { *to = taken };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemFree_v2(start: usize) -> Code {
+    tri!(ready("cuMemFree", true));
+    give_back(start)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemsetD8Async(
+    start: usize,
+    value: u8,
+    bytes: usize,
+    stream: *mut c_void,
+) -> Code {
+    tri!(ready("cuMemsetD8Async", false));
+    if stream.is_null() {
+        return DEADLOCK;
+    }
+    // SAFETY: see above.
+    unsafe { (start as *mut u8).write_bytes(value, bytes) };
+    SUCCESS
+}
+
+/// The built-in kernels by their committed PTX.
+const BUILT_IN: [(&str, &[u8]); 3] = [
+    ("echo", include_bytes!("../../kernels/ptx/echo.ptx")),
+    ("saxpy", include_bytes!("../../kernels/ptx/saxpy.ptx")),
+    ("sink", include_bytes!("../../kernels/ptx/sink.ptx")),
+];
+
+/// What the "PTX" of a compiled handler begins with.
+const MARK: &[u8] = b"rk-fake:";
+
+fn repository() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Compiles a kernel for this CPU, in the folder that whoever loads this library names: the library's path, or the compiler's
+/// log.
+fn compile(handler: &str) -> Result<String, String> {
+    static KNOWN: Mutex<Option<HashMap<String, String>>> = Mutex::new(None);
+    let mut known = KNOWN.lock().unwrap();
+    let known = known.get_or_insert_default();
+    if let Some(path) = known.get(handler) {
+        return Ok(path.clone());
+    }
+    let folder = PathBuf::from(std::env::var_os("RINGKERNEL_FAKE_CUDA").expect("a folder"));
+    let source = folder.join(format!("kernel{}.cu", known.len()));
+    let library = source.with_extension("so");
+    // The same handler behind the other prelude in C++.
+    let prelude = match std::env::var_os("RINGKERNEL_FAKE_METAL") {
+        Some(_) => "ringkernel.metal",
+        None => "ringkernel.cuh",
+    };
+    let text = format!("#include \"{prelude}\"\n#line 1 \"handler\"\n{handler}\n");
+    std::fs::write(&source, text).map_err(|error| error.to_string())?;
+    let root = repository();
+    let output = Command::new("c++")
+        .args([
+            "-std=c++17",
+            "-O2",
+            "-shared",
+            "-fPIC",
+            "-ffp-contract=off",
+            "-w",
+            "-I",
+        ])
+        .arg(root.join("kernels"))
+        .arg("-I")
+        .arg(root.join("tests/on_cpu"))
+        .arg(format!("-DRK_SOURCE=\"{}\"", source.display()))
+        .arg(root.join("tests/on_cpu/block.cpp"))
+        .arg("-o")
+        .arg(&library)
+        .output()
+        .map_err(|error| error.to_string())?;
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+    }
+    let path = library.display().to_string();
+    known.insert(handler.to_owned(), path.clone());
+    Ok(path)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleLoadDataEx(
+    module: *mut *mut c_void,
+    image: *const c_char,
+    _count: c_uint,
+    _options: *mut c_void,
+    _values: *mut c_void,
+) -> Code {
+    tri!(ready("cuModuleLoadDataEx", true));
+    // SAFETY: see above; images end with a zero.
+    let text = unsafe { CStr::from_ptr(image) }.to_bytes();
+    let path = if let Some(path) = text.strip_prefix(MARK) {
+        String::from_utf8_lossy(path).into_owned()
+    } else if let Some((name, _)) = BUILT_IN.iter().find(|(_, ptx)| *ptx == text) {
+        let source = repository().join(format!("kernels/{name}.rk"));
+        let handler = std::fs::read_to_string(source).expect("the built-in kernels' sources");
+        compile(&handler).expect("the built-in kernels compile")
+    } else if text.starts_with(b".version") {
+        // PTX of somebody else: a module without our functions.
+        String::new()
+    } else {
+        return INVALID_IMAGE;
+    };
+    let mut made = Module {
+        library: 0,
+        run_block: None,
+    };
+    if !path.is_empty() {
+        let path = CString::new(path).unwrap();
+        // SAFETY: the library was made by `compile`, and its function has this type.
+        unsafe {
+            let library = libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
+            if library.is_null() {
+                return INVALID_IMAGE;
+            }
+            let run_block = libc::dlsym(library, c"rk_run_block".as_ptr());
+            made.library = library as usize;
+            made.run_block = std::mem::transmute::<*mut c_void, Option<RunBlock>>(run_block);
+        }
+    }
+    // SAFETY: see above.
+    unsafe { *module = new_handle(made) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleUnload(module: *mut c_void) -> Code {
+    tri!(ready("cuModuleUnload", true));
+    // The library stays: it may be loaded again.
+    // SAFETY: see above.
+    unsafe { drop_handle::<Module>(module) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleGetFunction(
+    function: *mut *mut c_void,
+    module: *mut c_void,
+    name: *const c_char,
+) -> Code {
+    tri!(ready("cuModuleGetFunction", true));
+    // SAFETY: see above.
+    unsafe {
+        let library = (*module.cast::<Module>()).library;
+        if library == 0 || libc::dlsym(library as *mut c_void, name).is_null() {
+            return NOT_FOUND;
+        }
+        *function = module;
+    }
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuFuncGetAttribute(
+    value: *mut c_int,
+    _attribute: c_int,
+    _function: *mut c_void,
+) -> Code {
+    // SAFETY: see above.
+    unsafe { *value = 512 };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
+    blocks: *mut c_int,
+    _function: *mut c_void,
+    threads: c_int,
+    _shared: usize,
+) -> Code {
+    // SAFETY: see above.
+    unsafe { *blocks = (2048 / threads.max(1)).min(32) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuLaunchKernel(
+    function: *mut c_void,
+    blocks: c_uint,
+    _grid_y: c_uint,
+    _grid_z: c_uint,
+    threads: c_uint,
+    _block_y: c_uint,
+    _block_z: c_uint,
+    _shared: c_uint,
+    stream: *mut c_void,
+    arguments: *mut *mut c_void,
+    _extra: *mut *mut c_void,
+) -> Code {
+    tri!(ready("cuLaunchKernel", false));
+    if stream.is_null() {
+        return DEADLOCK;
+    }
+    // SAFETY: see above. `rk_main` has a structure of twelve words and three addresses, which are copied here.
+    let (words, addresses, run_block, stream) = unsafe {
+        let words = *(*arguments).cast::<[u32; 12]>();
+        let addresses = [1, 2, 3].map(|index| *(*arguments.add(index)).cast::<u64>() as usize);
+        let run_block = (*function.cast::<Module>()).run_block;
+        (words, addresses, run_block, &*stream.cast::<Stream>())
+    };
+    let Some(run_block) = run_block else {
+        return NOT_FOUND;
+    };
+    RUNNING.fetch_add(1, Ordering::SeqCst);
+    let done = Arc::new(Mutex::new(false));
+    let before = stream.last.lock().unwrap().replace(Arc::clone(&done));
+    std::thread::spawn(move || {
+        while before.as_ref().is_some_and(|before| !is_done(before)) {
+            std::thread::yield_now();
+        }
+        std::thread::scope(|scope| {
+            for block in 0..blocks {
+                scope.spawn(move || {
+                    let [requests, replies, state] = addresses.map(|at| at as *mut u32);
+                    let words = (&raw const words).cast();
+                    // SAFETY: the host holds this memory until the kernel has ended.
+                    unsafe { run_block(words, requests, replies, state, block, blocks, threads) };
+                });
+            }
+        });
+        RUNNING.fetch_sub(1, Ordering::SeqCst);
+        *done.lock().unwrap() = true;
+    });
+    SUCCESS
+}
+
+fn name_of(code: Code) -> &'static CStr {
+    match code {
+        OUT_OF_MEMORY => c"CUDA_ERROR_OUT_OF_MEMORY",
+        ILLEGAL_ADDRESS => c"CUDA_ERROR_ILLEGAL_ADDRESS",
+        INVALID_IMAGE => c"CUDA_ERROR_INVALID_IMAGE",
+        _ => c"CUDA_ERROR_OF_THE_FAKE",
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGetErrorName(code: Code, text: *mut *const c_char) -> Code {
+    // SAFETY: see above.
+    unsafe { *text = name_of(code).as_ptr() };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGetErrorString(code: Code, text: *mut *const c_char) -> Code {
+    // SAFETY: see above.
+    unsafe { *text = name_of(code).as_ptr() };
+    SUCCESS
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The compiler; callers as above.
+
+struct Program {
+    source: String,
+    headers: HashMap<String, String>,
+    outcome: Result<String, String>,
+}
+
+impl Program {
+    fn ptx(&self) -> Vec<u8> {
+        let path = self.outcome.as_deref().unwrap_or_default();
+        [MARK, path.as_bytes(), &[0]].concat()
+    }
+
+    fn log(&self) -> Vec<u8> {
+        let log = self.outcome.as_ref().err().map_or("", String::as_str);
+        [log.as_bytes(), &[0]].concat()
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcCreateProgram(
+    program: *mut *mut c_void,
+    source: *const c_char,
+    _name: *const c_char,
+    count: c_int,
+    headers: *const *const c_char,
+    names: *const *const c_char,
+) -> Code {
+    // SAFETY: see above; there are `count` of each.
+    unsafe {
+        let text = |at: *const c_char| CStr::from_ptr(at).to_string_lossy().into_owned();
+        let headers = (0..count as usize)
+            .map(|index| (text(*names.add(index)), text(*headers.add(index))))
+            .collect();
+        *program = new_handle(Program {
+            source: text(source),
+            headers,
+            outcome: Err("not compiled".into()),
+        });
+    }
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcDestroyProgram(program: *mut *mut c_void) -> Code {
+    // SAFETY: see above.
+    unsafe { drop_handle::<Program>(*program) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcCompileProgram(
+    program: *mut c_void,
+    count: c_int,
+    options: *const *const c_char,
+) -> Code {
+    // SAFETY: see above; there are `count` options.
+    let (program, options) = unsafe {
+        let text = |at: *const c_char| CStr::from_ptr(at).to_string_lossy().into_owned();
+        let options: Vec<String> = (0..count as usize)
+            .map(|index| text(*options.add(index)))
+            .collect();
+        (&mut *program.cast::<Program>(), options)
+    };
+    assert!(
+        options.contains(&"--gpu-architecture=compute_90".to_owned()),
+        "{options:?}"
+    );
+    for (name, text) in &program.headers {
+        let own = std::fs::read_to_string(repository().join("kernels").join(name));
+        assert_eq!(own.ok().as_ref(), Some(text), "{name}");
+    }
+    let lines = program.source.split_once("#line 1 \"handler\"\n");
+    program.outcome = compile(lines.expect("lines are counted anew").1);
+    if program.outcome.is_ok() { SUCCESS } else { 6 }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcGetPTXSize(program: *mut c_void, size: *mut usize) -> Code {
+    // SAFETY: see above.
+    unsafe { *size = (*program.cast::<Program>()).ptx().len() };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcGetPTX(program: *mut c_void, to: *mut u8) -> Code {
+    // SAFETY: see above; the caller asked for the size.
+    unsafe {
+        let text = (*program.cast::<Program>()).ptx();
+        to.copy_from(text.as_ptr(), text.len());
+    }
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcGetProgramLogSize(program: *mut c_void, size: *mut usize) -> Code {
+    // SAFETY: see above.
+    unsafe { *size = (*program.cast::<Program>()).log().len() };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcGetProgramLog(program: *mut c_void, to: *mut u8) -> Code {
+    // SAFETY: see above; the caller asked for the size.
+    unsafe {
+        let text = (*program.cast::<Program>()).log();
+        to.copy_from(text.as_ptr(), text.len());
+    }
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn nvrtcGetErrorString(_code: Code) -> *const c_char {
+    c"an error of the fake".as_ptr()
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// For tests.
+
+/// Makes calls fail from now on.
+#[unsafe(no_mangle)]
+pub extern "C" fn rk_fake_arm(fault: u32) {
+    FAULT.store(fault, Ordering::SeqCst);
+}
+
+/// What was taken and not given back.
+#[unsafe(no_mangle)]
+pub extern "C" fn rk_fake_live() -> usize {
+    LIVE.load(Ordering::SeqCst) + RUNNING.load(Ordering::SeqCst)
+}
