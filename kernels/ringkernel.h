@@ -234,11 +234,11 @@ RK_FN void rk_copy_words(RK_THREAD Rk& rk, uint n) {
     RK_FN type name(RK_THREAD Rk& rk, type value) {                                    \
         rk.group->scratch[rk.thread] = to(value);                                      \
         rk_group_sync(rk.threads);                                                     \
-        for (uint half = RK_MAX_THREADS / 2u; half > 0u; half >>= 1) {                 \
-            if (half < rk.threads) {                                                   \
-                if (rk.thread < half && rk.thread + half < rk.threads) {               \
+        for (uint span = RK_MAX_THREADS / 2u; span > 0u; span >>= 1) {                 \
+            if (span < rk.threads) {                                                   \
+                if (rk.thread < span && rk.thread + span < rk.threads) {               \
                     type a = from(rk.group->scratch[rk.thread]);                       \
-                    type b = from(rk.group->scratch[rk.thread + half]);                \
+                    type b = from(rk.group->scratch[rk.thread + span]);                \
                     rk.group->scratch[rk.thread] = to(combine);                        \
                 }                                                                      \
                 rk_group_sync(rk.threads);                                             \

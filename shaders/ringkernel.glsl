@@ -13,6 +13,18 @@
 // function marked [all] must be called by all of them alike.
 
 #extension GL_KHR_shader_subgroup_shuffle : require
+// Handlers that need 64-bit values define these before this file is included; only devices that have them take such a module.
+#ifdef RK_USE_U64
+#extension GL_ARB_gpu_shader_int64 : require
+#define rk_u64 uint64_t
+#define RK_HAS_U64
+#endif
+#ifdef RK_USE_F64
+#define RK_HAS_F64
+#endif
+#ifdef RK_USE_TIME
+#error "Vulkan shaders have no clock that counts nanoseconds"
+#endif
 
 // Layouts. Sizes and offsets are in words of 4 bytes; a test compares each with the Rust structures of the same name.
 const uint RK_HEADER_WORDS = 4u;
@@ -64,6 +76,9 @@ const uint RK_FAULT_TOO_MANY_REPLIES = 3u;
 // Codes of error replies, as in `HandlerError`.
 const uint RK_BAD_REQUEST = 0xffffffffu;
 const uint RK_REPLY_TOO_LARGE = 0xfffffffeu;
+// Most threads of a block, and words that they share.
+const uint RK_MAX_THREADS = 1024u;
+const uint RK_SHARED_WORDS = 1024u;
 
 // Declares to the host which layout this module was built for: the default of specialization constant 31.
 layout(constant_id = 31) const uint RK_LAYOUT_VERSION = 1u;
@@ -168,6 +183,7 @@ uint rk_in_bytes() { return rk_bytes; }
 uint rk_in_words() { return (rk_bytes + 3u) >> 2; }
 uint rk_in_kind() { return rk_kind_lane & 0xffffu; }
 uint rk_in(uint i) { return rk_h2d[rk_request + i]; }
+int rk_in_i32(uint i) { return int(rk_h2d[rk_request + i]); }
 float rk_in_f32(uint i) { return uintBitsToFloat(rk_h2d[rk_request + i]); }
 // Words that a reply can hold.
 uint rk_out_words() { return rk_reply_limit >> 2; }
@@ -175,7 +191,25 @@ uint rk_out_words() { return rk_reply_limit >> 2; }
 void rk_out(uint i, uint value) {
     if (i < (rk_reply_limit >> 2) && rk_left != 0u) rk_d2h[rk_reply_payload + i] = value;
 }
+void rk_out_i32(uint i, int value) { rk_out(i, uint(value)); }
 void rk_out_f32(uint i, float value) { rk_out(i, floatBitsToUint(value)); }
+// 64-bit values in two words, low word first.
+#ifdef RK_USE_U64
+rk_u64 rk_in_u64(uint i) { return packUint2x32(uvec2(rk_in(i), rk_in(i + 1u))); }
+void rk_out_u64(uint i, rk_u64 value) {
+    uvec2 words = unpackUint2x32(value);
+    rk_out(i, words.x);
+    rk_out(i + 1u, words.y);
+}
+#endif
+#ifdef RK_USE_F64
+double rk_in_f64(uint i) { return packDouble2x32(uvec2(rk_in(i), rk_in(i + 1u))); }
+void rk_out_f64(uint i, double value) {
+    uvec2 words = unpackDouble2x32(value);
+    rk_out(i, words.x);
+    rk_out(i + 1u, words.y);
+}
+#endif
 // Copies `n` words of the request, from the first on, to the reply, shared by the threads of the block. What it leaves in
 // the up to three words behind them, to the next multiple of four, is not defined.
 void rk_out_copy(uint n) {
@@ -201,6 +235,39 @@ float rk_add_f32(float a, float b) {
 // The block's state words, zero at launch.
 uint rk_state(uint i) { return rk_state_words[rk_state_base + i]; }
 void rk_set_state(uint i, uint value) { rk_state_words[rk_state_base + i] = value; }
+
+// Words that the block's threads share during one run of the handler.
+shared uint rk_shared_words[RK_SHARED_WORDS];
+uint rk_shared(uint i) { return rk_shared_words[i]; }
+void rk_set_shared(uint i, uint value) { rk_shared_words[i] = value; }
+
+// Over the values of all threads, the same for each: sum, least, greatest. Floats are added in the order of a tree over the
+// threads' indices. A reduction takes as many loop iterations as the block's size has bits. [all]
+shared uint rk_scratch[RK_MAX_THREADS];
+#define RK_REDUCTION(name, type, to, from, combine) \
+type name(type value) { \
+    rk_scratch[rk_thread()] = to(value); \
+    RK_SYNC \
+    uint span = rk_threads() > 1u ? 1u << findMSB(rk_threads() - 1u) : 0u; \
+    while (span > 0u) { \
+        if (rk_thread() < span && rk_thread() + span < rk_threads()) { \
+            type a = from(rk_scratch[rk_thread()]); \
+            type b = from(rk_scratch[rk_thread() + span]); \
+            rk_scratch[rk_thread()] = to(combine); \
+        } \
+        RK_SYNC \
+        span >>= 1; \
+    } \
+    type result = from(rk_scratch[0]); \
+    RK_SYNC \
+    return result; \
+}
+RK_REDUCTION(rk_sum_u32, uint, uint, uint, a + b)
+RK_REDUCTION(rk_min_u32, uint, uint, uint, min(a, b))
+RK_REDUCTION(rk_max_u32, uint, uint, uint, max(a, b))
+RK_REDUCTION(rk_sum_f32, float, floatBitsToUint, uintBitsToFloat, rk_add_f32(a, b))
+RK_REDUCTION(rk_min_f32, float, floatBitsToUint, uintBitsToFloat, b < a ? b : a)
+RK_REDUCTION(rk_max_f32, float, floatBitsToUint, uintBitsToFloat, b > a ? b : a)
 
 // How often the handler has been run for this request already; above 0 only after `rk_again`.
 uint rk_step() { return rk_step_number; }

@@ -16,7 +16,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use conformance::{LONG, Subject, active, eventually, one_at_a_time, runtime_from, small};
-use ringkernel::error::{CallError, RecvTimeoutError, SendTimeoutError, Unavailable};
+use ringkernel::error::{
+    CallError, HandlerError, MessageError, RecvTimeoutError, SendTimeoutError, Unavailable,
+};
 use ringkernel::kernel::FailureReason;
 use ringkernel::{
     BackendType, CudaCode, CudaConfig, Error, KernelRegistration, KernelState, LaunchOptions,
@@ -73,6 +75,7 @@ conformance! { crate::Cuda:
         timestamps_of_one_kernel_strictly_increase,
         extensions_travel_with_their_message,
         saxpy_computes_what_it_says,
+        all_devices_calculate_alike,
         batches_arrive_whole_and_in_order,
         messages_are_read_and_written_in_place,
         bad_correlations_are_refused,
@@ -129,6 +132,7 @@ fn run_on_the_fake(variables: &[(&str, &str)]) {
     if std::env::var_os(FAKE).is_some() {
         return;
     }
+    let _one = one_at_a_time();
     if !cfg!(target_os = "linux") {
         println!("skipped: the fake driver is for Linux");
         return;
@@ -546,7 +550,9 @@ fn a_resident_kernel_stays_while_it_is_deactivated() {
         kernel.activate().unwrap();
     }
     eventually("signs of life", || kernel.metrics().heartbeats > 20);
-    assert!(kernel.metrics().heartbeat_age.is_some());
+    eventually("somebody who noted them", || {
+        kernel.metrics().heartbeat_age.is_some()
+    });
 }
 
 #[test]
@@ -586,4 +592,70 @@ fn z_a_handler_that_never_ends_is_reported_in_time() {
     assert!(begin.elapsed() < timeout * 20, "{:?}", begin.elapsed());
     let message = kernel.status().failure.unwrap().message;
     assert!(!message.is_empty());
+}
+
+/// The kernel that `docs/writing-kernels.md` shows, on the CPU and here.
+#[test]
+fn the_kernel_of_the_documentation_does_the_same_on_both() {
+    let _one = one_at_a_time();
+    let text = include_str!("../docs/writing-kernels.md");
+    let source = text.split("```glsl\n").nth(1).unwrap();
+    let source = source.split("```").next().unwrap();
+    let stats = || {
+        KernelRegistration::new("stats")
+            .largest_message(1024)
+            .state_size(4)
+            .portable(PortableCode::new(source))
+            .cpu_handler(|request, context| {
+                let floats: &[f32] = bytemuck::try_cast_slice(request.payload())
+                    .map_err(|_| HandlerError::new(HandlerError::BAD_REQUEST, "not floats"))?;
+                let [first, ..] = floats else {
+                    return Err(HandlerError::new(HandlerError::BAD_REQUEST, "no floats"));
+                };
+                let count = context.state_as::<u32>()?;
+                *count += floats.len() as u32;
+                let count = *count;
+                let (least, greatest) =
+                    floats.iter().fold((*first, *first), |(low, high), value| {
+                        (low.min(*value), high.max(*value))
+                    });
+                let mut reply = [0; 12];
+                reply[..4].copy_from_slice(&count.to_ne_bytes());
+                reply[4..8].copy_from_slice(&least.to_ne_bytes());
+                reply[8..].copy_from_slice(&greatest.to_ne_bytes());
+                context.reply_bytes(&reply)
+            })
+    };
+    let mut backends = vec![BackendType::Cpu];
+    match Cuda::missing() {
+        None => backends.push(BackendType::Cuda),
+        Some(reason) => println!("skipped: {reason}"),
+    }
+    for backend in backends {
+        let runtime = RingKernelRuntime::builder()
+            .backend(backend)
+            .register(stats())
+            .build()
+            .unwrap();
+        let kernel = runtime.launch("stats", 1, 32, small()).unwrap();
+        kernel.activate().unwrap();
+        let mut reply = [0; 12];
+        for (round, floats) in [[3.5_f32, -2.0, 8.25], [0.0, 1e9, -1e-9]]
+            .iter()
+            .enumerate()
+        {
+            let request: Vec<u8> = floats.iter().flat_map(|f| f.to_ne_bytes()).collect();
+            assert_eq!(kernel.call_bytes(&request, &mut reply, LONG), Ok(12));
+            let count = 3 * (round as u32 + 1);
+            let least = floats.iter().copied().fold(f32::INFINITY, f32::min);
+            let greatest = floats.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            assert_eq!(reply[..4], count.to_ne_bytes());
+            assert_eq!(reply[4..8], least.to_ne_bytes());
+            assert_eq!(reply[8..], greatest.to_ne_bytes());
+        }
+        assert!(matches!(
+            kernel.call_bytes(b"odd", &mut reply, LONG),
+            Err(CallError::Message(MessageError::Handler(_)))
+        ));
+    }
 }

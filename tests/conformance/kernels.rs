@@ -4,7 +4,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ringkernel::error::HandlerError;
-use ringkernel::{CudaCode, KernelRegistration, ShaderCode, ring_message};
+use ringkernel::{
+    CudaCode, HandlerResult, KernelContext, KernelRegistration, Request, ShaderCode, ring_message,
+};
 use rkyv::{Archive, Deserialize, Serialize};
 
 #[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,6 +147,11 @@ pub fn all() -> Vec<KernelRegistration> {
                 );
                 context.reply_bytes(text.as_bytes())
             }),
+        // What all devices count, add and compare alike; see its source.
+        KernelRegistration::new("test.numbers")
+            .shader(module!("numbers").loop_iterations(200))
+            .cuda(source!("numbers"))
+            .cpu_handler(numbers),
         // A device that writes what it should not, in shaders alone.
         KernelRegistration::new("test.hostile")
             .any_message()
@@ -168,6 +175,69 @@ pub fn all() -> Vec<KernelRegistration> {
             .cuda(source!("too_large"))
             .cpu_handler(|_, context| context.reply_bytes(&[0; 1 << 16])),
     ]
+}
+
+/// `tests/kernels/numbers.rk` for one thread.
+fn numbers(request: &Request<'_>, context: &mut KernelContext<'_, '_>) -> HandlerResult {
+    let words: Vec<u32> = request
+        .payload()
+        .chunks_exact(4)
+        .map(|word| u32::from_ne_bytes(word.try_into().unwrap()))
+        .collect();
+    context.reply_bytes(&numbers_of(&words, 1, true))
+}
+
+/// What `test.numbers` answers on a block of so many threads, with or without 64-bit floats.
+pub fn numbers_of(words: &[u32], threads: usize, has_f64: bool) -> [u8; 56] {
+    let wide = |index: usize| u64::from(words[index]) | u64::from(words[index + 1]) << 32;
+    let bits = &words[5..];
+    let floats: Vec<f32> = bits.iter().map(|bits| f32::from_bits(*bits)).collect();
+    // Each thread adds every `threads`-th; then halves are added to halves.
+    let mut sums: Vec<f32> = (0..threads)
+        .map(|thread| {
+            floats
+                .iter()
+                .skip(thread)
+                .step_by(threads)
+                .fold(0.0, |sum, value| sum + value)
+        })
+        .collect();
+    let mut span = threads.next_power_of_two() / 2;
+    while span > 0 {
+        for thread in 0..span {
+            if thread + span < threads {
+                sums[thread] += sums[thread + span];
+            }
+        }
+        span /= 2;
+    }
+    let c = f64::from_bits(wide(3));
+    let b = wide(1).wrapping_mul(3).wrapping_add(1);
+    let least = floats.iter().copied().fold(f32::INFINITY, f32::min);
+    let greatest = floats.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let square = if has_f64 { (c * c).to_bits() } else { 0 };
+    let answer = [
+        threads as u32,
+        words[0].wrapping_neg(),
+        b as u32,
+        (b >> 32) as u32,
+        square as u32,
+        (square >> 32) as u32,
+        sums[0].to_bits(),
+        least.to_bits(),
+        greatest.to_bits(),
+        bits.iter()
+            .fold(0, |sum: u32, bits| sum.wrapping_add(*bits)),
+        bits.iter().copied().min().unwrap_or(u32::MAX),
+        bits.iter().copied().max().unwrap_or(0),
+        1000 + threads as u32 - 1,
+        has_f64.into(),
+    ];
+    let mut bytes = [0; 56];
+    for (to, word) in bytes.chunks_exact_mut(4).zip(answer) {
+        to.copy_from_slice(&word.to_ne_bytes());
+    }
+    bytes
 }
 
 /// Opens a gate for as long as it lives, also when a test fails.

@@ -9,7 +9,7 @@ use ringkernel::error::{
 use ringkernel::kernel::{saxpy_reply, saxpy_request};
 use ringkernel::{LaunchOptions, Priority, SendOptions, WaitStrategy};
 
-use super::kernels::{Add, GATE_OPEN, OVERFLOW, Opened, Stranger, Sum};
+use super::kernels::{Add, GATE_OPEN, OVERFLOW, Opened, Stranger, Sum, numbers_of};
 use super::{LONG, Subject, active, eventually, runtime};
 
 fn sized(bytes: usize) -> LaunchOptions {
@@ -514,6 +514,43 @@ pub fn saxpy_computes_what_it_says<S: Subject>() {
             }
             other => panic!("{bad:?}: {other:?}"),
         }
+    }
+}
+
+/// Integers and floats, 64-bit ones, reductions over the threads of blocks of several sizes: to the last bit.
+pub fn all_devices_calculate_alike<S: Subject>() {
+    let runtime = runtime::<S>();
+    let mut seed = 0x9e37_79b9_u32;
+    let mut random = || {
+        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        seed
+    };
+    for threads in [1, 8, 32, 100] {
+        let options = LaunchOptions {
+            message_size: Some(1024),
+            queue_capacity: Some(16),
+            ..LaunchOptions::default()
+        };
+        let kernel = runtime.launch("test.numbers", 1, threads, options).unwrap();
+        kernel.activate().unwrap();
+        for count in [1, 2, 7, 31, 64, 250] {
+            let c = f64::from(random()) / 1e5;
+            let c = c.to_bits();
+            let mut words = vec![random(), random(), random(), c as u32, (c >> 32) as u32];
+            // Sums whose last bits depend on their order.
+            words.extend((0..count).map(|_| (random() as f32 / 1e3 - 1e6).to_bits()));
+            let request: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+            let mut reply = [0; 56];
+            assert_eq!(kernel.call_bytes(&request, &mut reply, LONG), Ok(56));
+            let ran = u32::from_ne_bytes(reply[..4].try_into().unwrap());
+            assert!(ran > 0 && ran <= 1024);
+            assert_eq!(
+                reply,
+                numbers_of(&words, ran as usize, reply[52] == 1),
+                "{count} floats, {ran} threads"
+            );
+        }
+        kernel.terminate().unwrap();
     }
 }
 

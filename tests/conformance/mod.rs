@@ -120,6 +120,7 @@ macro_rules! conformance {
                 timestamps_of_one_kernel_strictly_increase,
                 extensions_travel_with_their_message,
                 saxpy_computes_what_it_says,
+                all_devices_calculate_alike,
                 batches_arrive_whole_and_in_order,
                 messages_are_read_and_written_in_place,
                 bad_correlations_are_refused,

@@ -57,7 +57,11 @@ fn ready(operation: &str, waits: bool) -> Result<(), Code> {
         eprintln!("fake CUDA: {operation} without a current context");
         return Err(INVALID_CONTEXT);
     }
-    if waits && RUNNING.load(Ordering::SeqCst) > 0 && !faulty(FAULTY_KERNEL) {
+    // After an error that sticks a GPU runs nothing any more; here kernels still have to see that they shall end.
+    while waits && faulty(FAULTY_KERNEL) && RUNNING.load(Ordering::SeqCst) > 0 {
+        std::thread::yield_now();
+    }
+    if waits && RUNNING.load(Ordering::SeqCst) > 0 {
         eprintln!("fake CUDA: {operation} while kernels run: this waits for them for ever");
         return Err(DEADLOCK);
     }

@@ -145,7 +145,12 @@ impl Context {
         if physical.portability_subset {
             extensions.push(ash::khr::portability_subset::NAME.as_ptr());
         }
+        // What handlers may use where the device has it.
+        let features = vk::PhysicalDeviceFeatures::default()
+            .shader_int64(physical.features.int64)
+            .shader_float64(physical.features.float64);
         let info = vk::DeviceCreateInfo::default()
+            .enabled_features(&features)
             .queue_create_infos(&queues)
             .enabled_extension_names(&extensions);
         // SAFETY: the physical device came from this instance, its family has that many queues.
@@ -315,6 +320,12 @@ impl Context {
             #[cfg(feature = "glsl")]
             ShaderSource::Glsl(text) => super::glsl::compile(kernel, text)?,
         };
+        if let Some(lacks) = spirv::lacks(&words, &self.physical.features) {
+            return Err(Error::InvalidCode {
+                kernel: kernel.to_owned(),
+                reason: format!("'{}' has no {lacks}", self.name()),
+            });
+        }
         let info = vk::ShaderModuleCreateInfo::default().code(&words);
         // SAFETY: the words were checked to be a module; they live until the call returns.
         let module = self.check("create a shader module", unsafe {
@@ -419,6 +430,8 @@ mod tests {
             "RK_LOOKS_PER_BEAT",
             "RK_LOOK_COST",
             "RK_HOUSEKEEPING_COST",
+            "RK_MAX_THREADS",
+            "RK_SHARED_WORDS",
         ] {
             assert!(constants.remove(name).is_some(), "{name}");
         }

@@ -14,9 +14,15 @@ pub(super) fn compile(kernel: &str, handler: &str) -> Result<Vec<u32>, Error> {
         kernel: kernel.to_owned(),
         log: log.trim().to_owned(),
     };
+    // Extensions must be asked for before anything else.
+    let uses: String = ["RK_USE_U64", "RK_USE_F64", "RK_USE_TIME"]
+        .into_iter()
+        .filter(|name| handler.contains(name))
+        .map(|name| format!("#define {name}\n"))
+        .collect();
     // Lines are counted anew where the handler begins.
     let text = format!(
-        "#version 450\n{}\n#line 1\n{handler}\n",
+        "#version 450\n{uses}{}\n#line 1\n{handler}\n",
         ShaderCode::PRELUDE
     );
     let compiler =

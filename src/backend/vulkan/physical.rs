@@ -13,6 +13,13 @@ use crate::error::Error;
 /// Most queues that are used of a device: each has a thread.
 const MAX_QUEUES: u32 = 8;
 
+/// What only some devices have, and only some handlers use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Features {
+    pub(super) int64: bool,
+    pub(super) float64: bool,
+}
+
 /// A device that can be opened.
 #[derive(Clone, Debug)]
 pub(super) struct Physical {
@@ -29,6 +36,8 @@ pub(super) struct Physical {
     /// Whether shaders run on this machine's CPU, whatever kind the driver claims: loops are cut short, and a subgroup is one
     /// thread.
     pub(super) software: bool,
+    /// What handlers may use.
+    pub(super) features: Features,
     /// What the shaders need and the device lacks, if anything.
     pub(super) lacks: Option<String>,
     /// Whether the driver demands that the subset of Vulkan it lacks is acknowledged.
@@ -111,6 +120,8 @@ fn describe(
         vk::PhysicalDeviceType::CPU => DeviceKind::SoftwareGpu,
         _ => DeviceKind::Other,
     };
+    // SAFETY: the handle came from this instance.
+    let features = unsafe { raw.get_physical_device_features(handle) };
     let software = kind == DeviceKind::SoftwareGpu
         || matches!(
             driver.driver_id,
@@ -164,6 +175,10 @@ fn describe(
         max_buffer_bytes,
         subgroup_size: subgroups.subgroup_size,
         software,
+        features: Features {
+            int64: features.shader_int64 != vk::FALSE,
+            float64: features.shader_float64 != vk::FALSE,
+        },
         lacks: lacks(core.api_version, &subgroups),
         portability_subset: has(ash::khr::portability_subset::NAME),
         info: DeviceInfo {

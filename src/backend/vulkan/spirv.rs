@@ -1,5 +1,7 @@
 //! What is checked of a module before a driver sees it: drivers may crash on what is not SPIR-V.
 
+use super::physical::Features;
+
 /// The layout that the prelude in `shaders/ringkernel.glsl` declares, as the default of specialization constant 31.
 pub(super) const LAYOUT_VERSION: u32 = 1;
 
@@ -9,6 +11,9 @@ const LAYOUT_CONSTANT: u32 = 31;
 const MAGIC: u32 = 0x0723_0203;
 const HEADER_WORDS: usize = 5;
 const OP_ENTRY_POINT: u32 = 15;
+const OP_CAPABILITY: u32 = 17;
+const CAPABILITY_FLOAT64: u32 = 10;
+const CAPABILITY_INT64: u32 = 11;
 const OP_SPEC_CONSTANT: u32 = 50;
 const OP_DECORATE: u32 = 71;
 const DECORATION_SPEC_ID: u32 = 1;
@@ -81,6 +86,27 @@ pub(super) fn check(bytes: &[u8]) -> Result<Vec<u32>, String> {
     }
 }
 
+/// What a module needs that the device does not have, if anything.
+pub(super) fn lacks(words: &[u32], features: &Features) -> Option<&'static str> {
+    let mut rest = words.get(HEADER_WORDS..).unwrap_or_default();
+    while let [first, ..] = rest {
+        let (length, opcode) = ((first >> 16) as usize, first & 0xffff);
+        match (opcode, rest.get(1)) {
+            (OP_CAPABILITY, Some(&CAPABILITY_INT64)) if !features.int64 => {
+                return Some("64-bit integers");
+            }
+            (OP_CAPABILITY, Some(&CAPABILITY_FLOAT64)) if !features.float64 => {
+                return Some("64-bit floats");
+            }
+            // Capabilities come first.
+            (OP_CAPABILITY, _) => {}
+            _ => return None,
+        }
+        rest = rest.get(length.max(1)..).unwrap_or_default();
+    }
+    None
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -136,12 +162,33 @@ mod tests {
     }
 
     #[test]
+    fn what_a_device_lacks_is_told() {
+        let words = check(include_bytes!("../../../tests/shaders/numbers.spv")).unwrap();
+        let features = |int64, float64| Features { int64, float64 };
+        assert_eq!(lacks(&words, &features(true, true)), None);
+        assert_eq!(
+            lacks(&words, &features(false, true)),
+            Some("64-bit integers")
+        );
+        assert_eq!(lacks(&words, &features(true, false)), Some("64-bit floats"));
+        let plain = check(ECHO).unwrap();
+        assert_eq!(lacks(&plain, &features(false, false)), None);
+    }
+
+    #[test]
     fn no_truncation_and_no_flipped_word_panics() {
         for length in (0..ECHO.len()).step_by(4) {
             let _ = check(&ECHO[..length]);
         }
         for index in 0..ECHO.len() / 4 {
             let _ = check(&with_word(index, u32::MAX));
+            let mut words = check(ECHO).unwrap();
+            words[index] = 0;
+            let features = Features {
+                int64: false,
+                float64: false,
+            };
+            let _ = lacks(&words, &features);
         }
     }
 }
