@@ -79,6 +79,8 @@ struct RkLaunch {
     uint kinds;                 // Kinds that the kernel takes, beside raw bytes.
     uint telemetry;             // Whether counters are kept.
     uint resident;              // Whether it stays until it is told to end; a slice otherwise.
+    uint fresh;                 // Whether the state is to be zeroed first.
+    uint slice_ns;              // How long a slice may take, on devices with a clock.
     uint nap_ns;                // Between two empty polls.
 };
 
@@ -308,6 +310,8 @@ RK_FN void rk_advance(RK_THREAD Rk& rk) {
 
 // Answers the request in hand with an error. A reply's place was kept for it.
 RK_FN void rk_fail_request(RK_THREAD Rk& rk, bool counted) {
+    // Whatever the handler's threads wrote to the reply comes before the code.
+    rk_group_sync(rk.threads);
     rk.left = 1u;
     if (rk.thread == 0u) {
         rk_store(rk.reply, rk.error_code);
@@ -366,8 +370,10 @@ RK_FN void rk_store_telemetry(RK_THREAD const Rk& rk) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The loop.
 
-// Polls between two looks at the host's commands, and messages in between.
+// Polls between two looks at the host's commands (fewer if there are pauses, which shall not add up to more than a millisecond),
+// and messages in between.
 #define RK_POLLS 64u
+#define RK_LOOK_NS 1000000u
 #define RK_MESSAGES 128u
 // Looks between two signs of life.
 #define RK_LOOKS_PER_BEAT 8u
@@ -472,6 +478,16 @@ RK_FN void rk_run(RK_THREAD Rk& rk) {
     uint beats = rk_load(rk.device_line + RK_DEVICE_HEARTBEAT);
     uint given_back = rk.position, stored = rk.position, idle = 0u, spent = 0u, looks = 0u, commands = 0u;
     bool polling = false;
+    uint polls = RK_POLLS;
+    if (rk.launch.nap_ns > RK_LOOK_NS / RK_POLLS) {
+        polls = RK_LOOK_NS / rk.launch.nap_ns > 0u ? RK_LOOK_NS / rk.launch.nap_ns : 1u;
+    }
+#ifdef RK_HAS_CLOCK
+    rk_u64 begin = rk_clock_ns();
+#endif
+    if (rk.launch.fresh) {
+        for (uint i = rk.thread; i < rk.launch.state_words; i += rk.threads) rk.state[i] = 0u;
+    }
     if (leader) {
         uint state = rk_load(rk.device_line + RK_DEVICE_STATE);
         rk.group->seen[0][0] = state == RK_STATE_FAULTED || state == RK_STATE_ENDED ? RK_STALE : 0u;
@@ -488,10 +504,18 @@ RK_FN void rk_run(RK_THREAD Rk& rk) {
             rk_load4_acquire(rk.host_line, news);
             news[RK_HOST_IDLE_BUDGET] = rk_load(rk.host_line + RK_HOST_IDLE_BUDGET);
             news[7] = rk_load_acquire(rk.reply_cursor);
+#ifdef RK_HAS_CLOCK
+            news[6] = rk_clock_ns() - begin > rk.launch.slice_ns ? 1u : 0u;
+#endif
         }
         rk_group_sync(rk.threads);
         commands = rk_commands(rk, news);
         uint unread = rk.out_position - news[7];
+        bool late = false;
+#ifdef RK_HAS_CLOCK
+        // Each thread has a clock of its own: what the first one saw counts.
+        late = news[6] != 0u;
+#endif
         uint budget = news[RK_HOST_SLICE_BUDGET], idle_budget = news[RK_HOST_IDLE_BUDGET];
         uint room = unread <= capacity ? capacity - unread : 0u;
         rk.turn++;
@@ -523,7 +547,7 @@ RK_FN void rk_run(RK_THREAD Rk& rk) {
                     sequence = seen[RK_HEADER_SEQUENCE];
                     rk.turn++;
                     poll++;
-                } while (sequence != expected && poll < RK_POLLS);
+                } while (sequence != expected && poll < polls);
                 spent += poll;
                 if (sequence != expected) {
                     idle += poll;
@@ -537,6 +561,7 @@ RK_FN void rk_run(RK_THREAD Rk& rk) {
                 } else if (room < needed) {
                     idle += RK_POLLS;
                     quiet = true;
+                    if (leader) rk_nap(rk.launch.nap_ns);
                 } else {
                     idle = 0u;
                     uint before = rk.out_position;
@@ -556,7 +581,7 @@ RK_FN void rk_run(RK_THREAD Rk& rk) {
             if (leader) rk_nap(rk.launch.nap_ns > 1000u ? rk.launch.nap_ns : 1000u);
         }
         ended = commands == RK_STALE || commands == RK_TERMINATE || rk.fault != RK_FAULT_NONE ||
-                (!rk.launch.resident && (commands != RK_RUN || spent >= budget || idle >= idle_budget));
+                (!rk.launch.resident && (commands != RK_RUN || late || spent >= budget || idle >= idle_budget));
         if (ended || rk.position - given_back >= give_back || (quiet && stored != rk.position) ||
             looks >= RK_LOOKS_PER_BEAT) {
             looks = 0u;

@@ -34,7 +34,7 @@ static inline void rk_fence() {
 #if __METAL_VERSION__ >= 320
     atomic_thread_fence(mem_flags::mem_device, memory_order_seq_cst);
 #else
-    simdgroup_barrier(mem_flags::mem_device);
+    // None that one thread can make alone.
 #endif
 }
 // ORDERING: publish, give-back, control. Pairs with the host's release stores.
@@ -61,10 +61,10 @@ static inline void rk_group_sync(uint) { threadgroup_barrier(mem_flags::mem_devi
 static inline void rk_nap(uint) {}
 static inline float rk_as_f32(uint bits) { return as_type<float>(bits); }
 static inline uint rk_from_f32(float value) { return as_type<uint>(value); }
-// Rounded after each operation, as on the CPU: the library is compiled without fast math, and `fma` is never implied for
-// values that pass through an integer.
-static inline float rk_mul_f32(float a, float b) { return as_type<float>(as_type<uint>(a * b)); }
-static inline float rk_add_f32(float a, float b) { return as_type<float>(as_type<uint>(a + b)); }
+// Rounded after each operation, as on the CPU: the library is to be compiled without fast math.
+#pragma METAL fp contract(off)
+static inline float rk_mul_f32(float a, float b) { return a * b; }
+static inline float rk_add_f32(float a, float b) { return a + b; }
 #endif
 #define RK_HAS_U64
 

@@ -22,7 +22,7 @@ use ringkernel::error::{
 use ringkernel::kernel::FailureReason;
 use ringkernel::{
     BackendType, CudaCode, CudaConfig, Error, KernelRegistration, KernelState, LaunchOptions,
-    PortableCode, RingKernelRuntime, RuntimeBuilder, RuntimeConfig,
+    PortableCode, RingKernelRuntime, RuntimeBuilder, RuntimeConfig, WaitStrategy,
 };
 
 /// Names the folder in which the fake driver compiles kernels; set where it is in use.
@@ -193,6 +193,7 @@ const FAULTY_KERNEL: u32 = 2;
 const NO_DEVICES: u32 = 3;
 const WATCHDOG: u32 = 4;
 const OLD_DEVICE: u32 = 5;
+const OLD_COMPILER: u32 = 6;
 
 fn fake() -> Option<Fake> {
     let one = one_at_a_time();
@@ -221,6 +222,14 @@ impl Fake {
         let arm: extern "C" fn(u32) =
             unsafe { std::mem::transmute(Self::function(c"rk_fake_arm")) };
         arm(fault);
+    }
+
+    /// Contexts that are current on this thread.
+    fn pushed(&self) -> usize {
+        // SAFETY: this is its signature.
+        let pushed: extern "C" fn() -> usize =
+            unsafe { std::mem::transmute(Self::function(c"rk_fake_pushed")) };
+        pushed()
     }
 
     fn live(&self) -> usize {
@@ -263,13 +272,12 @@ fn a_missing_driver_is_an_error_with_its_reason_and_not_the_choice() {
 #[test]
 fn devices_are_described_and_chosen() {
     let Some(_fake) = fake() else { return };
-    let best = RingKernelRuntime::builder().build().unwrap();
-    assert_eq!(
-        best.backend(),
-        BackendType::Cuda,
-        "the best that passes the probe"
-    );
-    let devices = best.devices();
+    let runtime = RingKernelRuntime::builder()
+        .backend(BackendType::Cuda)
+        .build()
+        .unwrap();
+    assert_eq!(runtime.default_device(), 0);
+    let devices = runtime.devices();
     assert_eq!(devices.len(), 2);
     assert_eq!(devices[0].name, "Fake GPU 0");
     let cuda = devices[1].cuda.as_ref().unwrap();
@@ -277,7 +285,7 @@ fn devices_are_described_and_chosen() {
         (cuda.driver_version, cuda.compute_capability),
         ((12, 9), (9, 0))
     );
-    assert_eq!((cuda.memory_bytes, cuda.multiprocessors), (1 << 30, 4));
+    assert_eq!((cuda.memory_bytes, cuda.multiprocessors), (1 << 30, 16));
     assert_eq!(cuda.pci_address.as_deref(), Some("ffff:01:00.0"));
     assert_eq!(
         (cuda.nvlink_peers.as_slice(), cuda.watchdog),
@@ -323,6 +331,34 @@ fn everything_is_given_back() {
     drop(runtime);
     drop(kernels);
     assert_eq!(fake.live(), 0);
+    assert_eq!(fake.pushed(), 0, "a caller's context is its own again");
+}
+
+#[test]
+fn an_older_compiler_is_good_enough() {
+    let Some(fake) = fake() else { return };
+    fake.arm(OLD_COMPILER);
+    let runtime = runtime_from(Cuda::builder());
+    let kernel = active(&runtime, "test.sleep", small());
+    assert_eq!(kernel.call_bytes(b"\0x", &mut [0; 8], LONG), Ok(2));
+}
+
+#[test]
+fn runtimes_may_be_built_at_the_same_time() {
+    let Some(_fake) = fake() else { return };
+    std::thread::scope(|scope| {
+        let built: Vec<_> = (0..3)
+            .map(|_| scope.spawn(|| runtime_from(Cuda::builder())))
+            .collect();
+        let runtimes: Vec<_> = built
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect();
+        for runtime in &runtimes {
+            let kernel = active(runtime, "test.count", small());
+            assert_eq!(kernel.call_bytes(b"x", &mut [0; 16], LONG), Ok(12));
+        }
+    });
 }
 
 #[test]
@@ -349,8 +385,8 @@ fn runtimes_of_one_process_stay_out_of_each_others_way() {
 fn what_cannot_be_resident_at_once_is_refused() {
     let Some(_fake) = fake() else { return };
     let runtime = runtime_from(Cuda::builder());
-    // Room for four times thirty-two blocks of two threads.
-    let kernel = runtime.launch("echo", 100, 1, small()).unwrap();
+    // Room for sixteen times thirty-two blocks of two threads.
+    let kernel = runtime.launch("echo", 484, 1, small()).unwrap();
     let refused = |outcome: Result<ringkernel::KernelHandle, Error>, expected: &str| match outcome {
         Err(Error::InvalidOption { option, reason }) => {
             assert_eq!(option, expected);
@@ -363,10 +399,17 @@ fn what_cannot_be_resident_at_once_is_refused() {
         reason.contains("28 beside the kernels that run"),
         "{reason}"
     );
-    refused(runtime.launch("echo", 129, 1, small()), "grid");
+    refused(runtime.launch("echo", 513, 1, small()), "grid");
+    // Of another shape none is certain: any multiprocessor may be taken.
+    refused(runtime.launch("echo", 1, 4, small()), "grid");
     refused(runtime.launch("echo", 1, 600, small()), "block size");
     kernel.terminate().unwrap();
-    runtime.launch("echo", 128, 1, small()).unwrap();
+    let kernel = runtime.launch("echo", 512, 1, small()).unwrap();
+    kernel.terminate().unwrap();
+    let few = runtime.launch("echo", 15, 1, small()).unwrap();
+    runtime.launch("echo", 1, 500, small()).unwrap();
+    refused(runtime.launch("echo", 1, 400, small()), "grid");
+    few.terminate().unwrap();
 }
 
 #[test]
@@ -507,9 +550,19 @@ fn an_error_that_sticks_ends_every_wait_and_says_what_helps() {
 #[test]
 fn devices_with_a_watchdog_run_slices() {
     let Some(fake) = fake() else { return };
+    for wait in [WaitStrategy::Spin, WaitStrategy::Park] {
+        run_slices(&fake, wait);
+    }
+}
+
+fn run_slices(fake: &Fake, wait: WaitStrategy) {
     fake.arm(WATCHDOG);
     let runtime = runtime_from(Cuda::builder());
-    let kernel = active(&runtime, "test.count", small());
+    let options = LaunchOptions {
+        wait: Some(wait),
+        ..small()
+    };
+    let kernel = active(&runtime, "test.count", options);
     let mut reply = [0; 16];
     let mut count = 0_u64;
     let mut call = |kernel: &ringkernel::KernelHandle| {
@@ -569,29 +622,6 @@ fn a_handler_that_replies_too_often_fails_its_kernel_and_no_other() {
     let failure = kernel.status().failure.unwrap();
     assert!(failure.message.contains("more replies"), "{failure}");
     assert_eq!(other.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
-}
-
-// The last one by name: it leaves a thread behind that never ends, as a GPU would.
-#[test]
-fn z_a_handler_that_never_ends_is_reported_in_time() {
-    let Some(_fake) = fake() else { return };
-    let timeout = Duration::from_millis(300);
-    let config = RuntimeConfig {
-        termination_timeout: timeout,
-        ..RuntimeConfig::default()
-    };
-    let runtime = runtime_from(Cuda::builder_with(config));
-    let kernel = active(&runtime, "test.stuck", small());
-    kernel.send_bytes(b"for ever").unwrap();
-    eventually("the request in its hands", || {
-        kernel.try_send_bytes(b"more").is_err()
-    });
-    let begin = Instant::now();
-    assert!(matches!(kernel.terminate(), Err(Error::Timeout { .. })));
-    drop(runtime);
-    assert!(begin.elapsed() < timeout * 20, "{:?}", begin.elapsed());
-    let message = kernel.status().failure.unwrap().message;
-    assert!(!message.is_empty());
 }
 
 /// The kernel that `docs/writing-kernels.md` shows, on the CPU and here.
@@ -657,5 +687,34 @@ fn the_kernel_of_the_documentation_does_the_same_on_both() {
             kernel.call_bytes(b"odd", &mut reply, LONG),
             Err(CallError::Message(MessageError::Handler(_)))
         ));
+    }
+}
+
+// The last one by name: it leaves a thread behind that never ends, as a GPU would.
+#[test]
+fn z_a_handler_that_never_ends_is_reported_in_time() {
+    let Some(_fake) = fake() else { return };
+    let timeout = Duration::from_millis(300);
+    let config = RuntimeConfig {
+        termination_timeout: timeout,
+        ..RuntimeConfig::default()
+    };
+    let runtime = runtime_from(Cuda::builder_with(config));
+    let kernel = active(&runtime, "test.stuck", small());
+    kernel.send_bytes(b"for ever").unwrap();
+    eventually("the request in its hands", || {
+        kernel.try_send_bytes(b"more").is_err()
+    });
+    let begin = Instant::now();
+    assert!(matches!(kernel.terminate(), Err(Error::Timeout { .. })));
+    drop(runtime);
+    assert!(begin.elapsed() < timeout * 20, "{:?}", begin.elapsed());
+    assert!(kernel.status().failure.is_some());
+    // Whatever waits for running kernels would wait for this one.
+    match Cuda::builder().build() {
+        Err(Error::DeviceLost { reason, .. }) => {
+            assert!(reason.contains("must be restarted"), "{reason}");
+        }
+        other => panic!("{other:?}"),
     }
 }

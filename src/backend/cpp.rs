@@ -1,6 +1,11 @@
 //! What the host knows of device code in C++ (`kernels/ringkernel.h`), which CUDA and Metal share.
 
+use std::time::Duration;
+
 use super::{BlockLayout, DispatchRequest};
+
+/// How long a slice may take: far below every watchdog (from 2 s on Windows), even with another one queued.
+const SLICE_LIMIT: Duration = Duration::from_millis(25);
 
 /// The loop and the accessors, common to both.
 pub(crate) const PRELUDE: &str = include_str!("../../kernels/ringkernel.h");
@@ -20,6 +25,8 @@ pub(crate) struct LaunchWords {
     kinds: u32,
     telemetry: u32,
     resident: u32,
+    pub(crate) fresh: u32,
+    slice_ns: u32,
     nap_ns: u32,
 }
 
@@ -47,6 +54,8 @@ impl LaunchWords {
             kinds: request.types.last_kind(),
             telemetry: request.telemetry.into(),
             resident: resident.into(),
+            fresh: 1,
+            slice_ns: SLICE_LIMIT.as_nanos() as u32,
             nap_ns,
         }
     }
@@ -72,6 +81,7 @@ mod tests {
             "RK_POLLS",
             "RK_MESSAGES",
             "RK_LOOKS_PER_BEAT",
+            "RK_LOOK_NS",
             "RK_MAX_THREADS",
             "RK_SHARED_WORDS",
         ] {
@@ -92,6 +102,8 @@ mod tests {
             kinds: 0,
             telemetry: 0,
             resident: 0,
+            fresh: 0,
+            slice_ns: 0,
             nap_ns: 0,
         };
         let debug = format!("{words:?}");
@@ -99,6 +111,6 @@ mod tests {
             layouts::fields(PRELUDE, "struct RkLaunch {"),
             layouts::debug_fields(&debug)
         );
-        assert_eq!(size_of::<LaunchWords>(), 12 * 4);
+        assert_eq!(size_of::<LaunchWords>(), 14 * 4);
     }
 }

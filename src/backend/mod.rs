@@ -179,6 +179,11 @@ pub(crate) trait Device: Send + Sync + fmt::Debug {
         true
     }
 
+    /// Whether somebody must be told of a request that is written while nobody polls.
+    fn needs_bell(&self) -> bool {
+        true
+    }
+
     /// Whether callers that sleep are woken when a reply is written; they look for themselves otherwise.
     fn wakes_callers(&self) -> bool {
         true

@@ -29,7 +29,8 @@ pub struct CudaConfig {
     pub host_arena_bytes: u64,
     /// The same of the device's own memory, for state. Default 16 MiB, 1 KiB to 1 TiB.
     pub device_arena_bytes: u64,
-    /// Most kernels that run on a device at once; each has a stream, made when the device is opened. Default 64, 1 to 1024.
+    /// Most kernels that run on a device at once; each has a stream, made when the device is opened. Default 64, 1 to 128: no device
+    /// holds more grids (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
     pub max_kernels: usize,
     /// Pause of a kernel between two empty polls (`nanosleep`), which leaves the bus and its multiprocessor to others and adds up to
     /// that much latency. Default 100 ns; at most 1 ms. Kernels that park pause for 10 us at least.
@@ -62,8 +63,8 @@ impl CudaConfig {
                 return invalid(option, format!("{bytes} is not within 2^10 to 2^40"));
             }
         }
-        if !(1..=1024).contains(&self.max_kernels) {
-            let reason = format!("{} is not within 1 to 1024", self.max_kernels);
+        if !(1..=128).contains(&self.max_kernels) {
+            let reason = format!("{} is not within 1 to 128", self.max_kernels);
             return invalid("cuda.max_kernels", reason);
         }
         if self.poll_nap > Duration::from_millis(1) {

@@ -37,8 +37,8 @@ const TIMEOUT: Duration = Duration::from_millis(500);
 /// Longer than any slice budget.
 const START_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Block sizes that are tried: what most kernels have, and more than one SIMD group. Software drivers run the two differently.
-pub(crate) const BLOCK_SIZES: [u32; 2] = [32, 1];
+/// Block sizes that are tried: more than one SIMD group or warp, and the least. They are held together differently.
+pub(crate) const BLOCK_SIZES: [u32; 2] = [64, 1];
 
 /// Tries the device. What was seen, or why messages do not reach a running dispatch.
 pub(crate) fn run(device: &dyn Device, echo: &Handler) -> Result<Result<String, String>, Error> {

@@ -117,6 +117,13 @@ pub enum Error {
         /// What it cannot do, and what would help.
         reason: String,
     },
+    /// The driver refused a call for a reason of its own.
+    DriverFailed {
+        /// Name of the device.
+        device: String,
+        /// What it said.
+        reason: String,
+    },
     /// Memory that the device, or the limit set for it, does not have.
     OutOfMemory {
         /// Name of the device.
@@ -213,6 +220,7 @@ impl fmt::Display for Error {
                 write!(f, "device '{device}' is lost: {reason}")
             }
             Self::DeviceBusy { device, reason } => write!(f, "device '{device}' is busy: {reason}"),
+            Self::DriverFailed { device, reason } => write!(f, "device '{device}': {reason}"),
             Self::OutOfMemory {
                 device,
                 asked,

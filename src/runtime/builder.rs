@@ -47,7 +47,8 @@ impl RingKernelRuntime {
 
 impl RuntimeBuilder {
     /// The backend to use. Without it, the best that this machine has: Vulkan if there is a hardware GPU that passes the
-    /// probe (or a Vulkan device is asked for by name) and every registered kernel has code for it, else the CPU.
+    /// probe (or a Vulkan device is asked for by name) and every registered kernel has code for it, else the CPU. CUDA must be
+    /// asked for.
     pub fn backend(mut self, backend: BackendType) -> Self {
         self.backend = Some(backend);
         self

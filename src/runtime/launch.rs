@@ -102,7 +102,7 @@ pub(super) fn launch(
         types,
         blocks: memories,
         capacity: layout.ring.capacity().into(),
-        needs_wake: placement.wait.needs_wake(),
+        needs_wake: placement.wait.needs_wake() && device.needs_bell(),
         host_wait,
         longest_sleep: if device.wakes_callers() {
             Duration::MAX

@@ -423,20 +423,18 @@ impl Devices {
         })
     }
 
-    /// The best backend: CUDA, else Vulkan, if it has hardware that keeps kernels resident and all kernels have code for it.
+    /// The best backend: Vulkan, if it has hardware that keeps kernels resident and all kernels have code for it. CUDA is for those
+    /// who ask for it, until it has been seen to work on a GPU.
     fn best(
         config: &RuntimeConfig,
         choice: &DeviceChoice,
         runs_on: impl Fn(BackendType) -> bool,
     ) -> Result<(BackendType, Self, usize), Error> {
-        for backend in [BackendType::Cuda, BackendType::Vulkan] {
-            if !runs_on(backend) {
-                continue;
-            }
-            match Self::good(backend, config, choice) {
-                Ok(Some((devices, index))) => return Ok((backend, devices, index)),
+        if runs_on(BackendType::Vulkan) {
+            match Self::good(BackendType::Vulkan, config, choice) {
+                Ok(Some((devices, index))) => return Ok((BackendType::Vulkan, devices, index)),
                 Ok(None) => {
-                    log::debug!("no {backend} device keeps kernels resident without taking cores")
+                    log::debug!("no Vulkan device keeps kernels resident without taking cores");
                 }
                 Err(error) => log::debug!("not chosen: {error}"),
             }
@@ -520,7 +518,7 @@ impl Devices {
     fn best_hardware(&self, backend: BackendType) -> Result<usize, Error> {
         let mut fallback = None;
         let mut reasons = Vec::new();
-        // They are sorted by kind.
+        // Vulkan's are sorted by kind, CUDA's are the driver's order.
         for (index, info) in self.described.iter().enumerate() {
             if !info.kind.is_hardware() {
                 reasons.push(format!(

@@ -169,6 +169,38 @@ pub(crate) fn confine_current_thread(cores: &[usize]) -> Result<(), Error> {
     Ok(())
 }
 
+/// Runs `body` on a thread of its own, which may run on `cores` only (anywhere, with a warning, if it may not).
+///
+/// # Errors
+/// [`Error::Os`] if there can be no thread, or `body` panics.
+#[cfg(any(feature = "vulkan", feature = "cuda"))]
+pub(crate) fn on_cores<T: Send>(
+    name: &'static str,
+    cores: &[usize],
+    body: impl FnOnce() -> T + Send,
+) -> Result<T, Error> {
+    let failed = |source| Error::Os {
+        operation: "run a thread to open a driver",
+        source,
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new()
+            .name(name.into())
+            .spawn_scoped(scope, || {
+                if !cores.is_empty()
+                    && let Err(error) = confine_current_thread(cores)
+                {
+                    log::warn!("{name}: driver threads run anywhere: {error}");
+                }
+                body()
+            })
+            .map_err(failed)?;
+        thread
+            .join()
+            .map_err(|_| failed(std::io::Error::other("the driver panicked")))
+    })
+}
+
 /// What `core_affinity` lists. On Linux it leaves isolated cores out, hence the other sources above.
 fn listed_cores() -> Vec<usize> {
     core_affinity::get_core_ids()

@@ -10,7 +10,7 @@
 #![allow(missing_docs, non_snake_case, clippy::missing_safety_doc)]
 
 use std::alloc::{Layout, alloc, dealloc};
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::path::PathBuf;
@@ -35,6 +35,7 @@ const FAULTY_KERNEL: u32 = 2;
 const NO_DEVICES: u32 = 3;
 const WATCHDOG: u32 = 4;
 const OLD_DEVICE: u32 = 5;
+const OLD_COMPILER: u32 = 6;
 
 static FAULT: AtomicU32 = AtomicU32::new(0);
 
@@ -48,12 +49,13 @@ static RUNNING: AtomicUsize = AtomicUsize::new(0);
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 
 thread_local! {
-    static CURRENT: Cell<usize> = const { Cell::new(0) };
+    /// The contexts that were pushed, the current one last.
+    static CURRENT: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Fails a call that needs a current context, and one that a real driver would let wait for running kernels.
 fn ready(operation: &str, waits: bool) -> Result<(), Code> {
-    if CURRENT.get() == 0 {
+    if CURRENT.with_borrow(Vec::is_empty) {
         eprintln!("fake CUDA: {operation} without a current context");
         return Err(INVALID_CONTEXT);
     }
@@ -184,7 +186,7 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(
         // Threads of a block, of a warp (each is a context of its own here), multiprocessors.
         1 => 1024,
         10 => 2,
-        16 => 4,
+        16 => 16,
         // Whether there is a watchdog, and whether host memory can be mapped.
         17 => c_int::from(faulty(WATCHDOG)),
         19 => 1,
@@ -232,9 +234,21 @@ pub extern "C" fn cuDevicePrimaryCtxRelease_v2(_device: c_int) -> Code {
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuCtxSetCurrent(context: usize) -> Code {
-    CURRENT.set(context);
+pub extern "C" fn cuCtxPushCurrent_v2(context: usize) -> Code {
+    CURRENT.with_borrow_mut(|current| current.push(context));
     SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxPopCurrent_v2(context: *mut usize) -> Code {
+    match CURRENT.with_borrow_mut(Vec::pop) {
+        Some(popped) => {
+            // SAFETY: see above.
+            unsafe { *context = popped };
+            SUCCESS
+        }
+        None => INVALID_CONTEXT,
+    }
 }
 
 #[unsafe(no_mangle)]
@@ -394,22 +408,6 @@ pub unsafe extern "C" fn cuMemAlloc_v2(to: *mut usize, bytes: usize) -> Code {
 pub extern "C" fn cuMemFree_v2(start: usize) -> Code {
     tri!(ready("cuMemFree", true));
     give_back(start)
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemsetD8Async(
-    start: usize,
-    value: u8,
-    bytes: usize,
-    stream: *mut c_void,
-) -> Code {
-    tri!(ready("cuMemsetD8Async", false));
-    if stream.is_null() {
-        return DEADLOCK;
-    }
-    // SAFETY: see above.
-    unsafe { (start as *mut u8).write_bytes(value, bytes) };
-    SUCCESS
 }
 
 /// The built-in kernels by their committed PTX.
@@ -586,9 +584,9 @@ pub unsafe extern "C" fn cuLaunchKernel(
     if stream.is_null() {
         return DEADLOCK;
     }
-    // SAFETY: see above. `rk_main` has a structure of twelve words and three addresses, which are copied here.
+    // SAFETY: see above. `rk_main` has a structure of fourteen words and three addresses, which are copied here.
     let (words, addresses, run_block, stream) = unsafe {
-        let words = *(*arguments).cast::<[u32; 12]>();
+        let words = *(*arguments).cast::<[u32; 14]>();
         let addresses = [1, 2, 3].map(|index| *(*arguments.add(index)).cast::<u64>() as usize);
         let run_block = (*function.cast::<Module>()).run_block;
         (words, addresses, run_block, &*stream.cast::<Stream>())
@@ -708,10 +706,15 @@ pub unsafe extern "C" fn nvrtcCompileProgram(
             .collect();
         (&mut *program.cast::<Program>(), options)
     };
-    assert!(
-        options.contains(&"--gpu-architecture=compute_90".to_owned()),
-        "{options:?}"
+    let own = format!(
+        "--gpu-architecture={}",
+        if faulty(OLD_COMPILER) {
+            "compute_80"
+        } else {
+            "sm_90"
+        }
     );
+    assert!(options.contains(&own), "{options:?}");
     for (name, text) in &program.headers {
         let own = std::fs::read_to_string(repository().join("kernels").join(name));
         assert_eq!(own.ok().as_ref(), Some(text), "{name}");
@@ -719,6 +722,37 @@ pub unsafe extern "C" fn nvrtcCompileProgram(
     let lines = program.source.split_once("#line 1 \"handler\"\n");
     program.outcome = compile(lines.expect("lines are counted anew").1);
     if program.outcome.is_ok() { SUCCESS } else { 6 }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcGetNumSupportedArchs(count: *mut c_int) -> Code {
+    // SAFETY: see above.
+    unsafe { *count = if faulty(OLD_COMPILER) { 2 } else { 3 } };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcGetSupportedArchs(to: *mut c_int) -> Code {
+    let known: &[c_int] = if faulty(OLD_COMPILER) {
+        &[70, 80]
+    } else {
+        &[70, 80, 90]
+    };
+    // SAFETY: see above; the caller asked for the number.
+    unsafe { to.copy_from(known.as_ptr(), known.len()) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcGetCUBINSize(program: *mut c_void, size: *mut usize) -> Code {
+    // SAFETY: the caller's promise.
+    unsafe { nvrtcGetPTXSize(program, size) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcGetCUBIN(program: *mut c_void, to: *mut u8) -> Code {
+    // SAFETY: the caller's promise.
+    unsafe { nvrtcGetPTX(program, to) }
 }
 
 #[unsafe(no_mangle)]
@@ -767,6 +801,12 @@ pub extern "C" fn nvrtcGetErrorString(_code: Code) -> *const c_char {
 #[unsafe(no_mangle)]
 pub extern "C" fn rk_fake_arm(fault: u32) {
     FAULT.store(fault, Ordering::SeqCst);
+}
+
+/// Contexts that are current on the calling thread.
+#[unsafe(no_mangle)]
+pub extern "C" fn rk_fake_pushed() -> usize {
+    CURRENT.with_borrow(Vec::len)
 }
 
 /// What was taken and not given back.

@@ -127,16 +127,16 @@ impl Arena {
         match self.place {
             Place::Host => {
                 let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP | sys::CU_MEMHOSTALLOC_PORTABLE;
-                // SAFETY: the context is current; the pointers are to locals.
+                // SAFETY: the context is current; the pointers are to locals; what was pinned is given back once.
                 unsafe {
                     check(
                         "pin host memory",
                         sys::cuMemHostAlloc(&raw mut host, size, flags),
                     )?;
-                    check(
-                        "map host memory",
-                        sys::cuMemHostGetDevicePointer_v2(&raw mut device, host, 0),
-                    )?;
+                    let mapped = sys::cuMemHostGetDevicePointer_v2(&raw mut device, host, 0);
+                    check("map host memory", mapped).inspect_err(|_| {
+                        let _ = sys::cuMemFreeHost(host);
+                    })?;
                 }
             }
             // SAFETY: as above.

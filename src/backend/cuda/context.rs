@@ -3,10 +3,10 @@
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
 
 use cudarc::driver::sys::{self, CUcontext, CUdevice, CUresult, CUstream, CUstream_flags};
 use parking_lot::Mutex;
@@ -20,21 +20,12 @@ use crate::backend::{Account, CudaConfig, DeviceMemory, Placement};
 use crate::error::Error;
 use crate::kernel::CudaSource;
 use crate::ring::WriteCombining;
-use crate::time::Deadline;
-
-/// How long a copy or a fill on our own stream may take; microseconds are usual.
-const COPY_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Between two looks at a stream.
-const LOOK_INTERVAL: Duration = Duration::from_micros(20);
 
 /// An open device.
 pub(super) struct Context {
     pub(super) physical: Physical,
     pub(super) account: Arc<Account>,
     raw: CUcontext,
-    /// For fills and copies.
-    stream: CUstream,
     /// Streams for kernels, made before any runs.
     streams: Mutex<Vec<CUstream>>,
     memory: Mutex<Memory>,
@@ -61,17 +52,43 @@ struct Memory {
 /// wait for running kernels.
 #[derive(Debug, Default)]
 struct Residents {
-    kernels: usize,
-    /// How much of the room for resident blocks is taken: 1.0 is all of it.
-    share: f64,
+    kernels: Vec<Shape>,
     /// What runtimes left that ended while kernels of others ran.
     remains: Vec<Remains>,
+    /// Why nothing can be taken or given back any more: a kernel that never ends.
+    abandoned: Option<String>,
+}
+
+/// What a kernel takes of the multiprocessors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Shape {
+    blocks: u32,
+    threads: u32,
+    /// Blocks of it that one multiprocessor holds, alone.
+    each: u32,
 }
 
 impl Residents {
     fn of(device: CUdevice) -> Arc<Mutex<Self>> {
         static ALL: Mutex<BTreeMap<CUdevice, Arc<Mutex<Residents>>>> = Mutex::new(BTreeMap::new());
         Arc::clone(ALL.lock().entry(device).or_default())
+    }
+
+    /// How many more blocks of a shape are certain to be resident at once. Blocks of another shape may each lie on a
+    /// multiprocessor of its own, of which then nothing is counted.
+    fn room(&self, shape: Shape, multiprocessors: u32) -> u32 {
+        let (mut alike, mut others) = (0, 0);
+        for kernel in &self.kernels {
+            if (kernel.threads, kernel.each) == (shape.threads, shape.each) {
+                alike += kernel.blocks;
+            } else {
+                others += kernel.blocks;
+            }
+        }
+        let room = multiprocessors
+            .saturating_sub(others)
+            .saturating_mul(shape.each);
+        room.saturating_sub(alike)
     }
 }
 
@@ -90,15 +107,12 @@ struct Remains {
 unsafe impl Send for Remains {}
 
 impl Remains {
-    /// Takes what must be there before a kernel runs: memory, a stream for each kernel and one for fills.
+    /// Takes what must be there before a kernel runs: memory, and a stream for each.
     fn take(&mut self, kernels: usize) -> Result<(), CallFailed> {
-        // SAFETY: the context is live.
-        check("make its context current", unsafe {
-            sys::cuCtxSetCurrent(self.raw)
-        })?;
+        let _current = Current::push(self.raw)?;
         self.host.grow(0)?;
         self.state.grow(0)?;
-        for _ in 0..=kernels {
+        for _ in 0..kernels {
             let mut stream: CUstream = ptr::null_mut();
             let flags = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
             // SAFETY: the context is current; the pointer is to a local.
@@ -115,9 +129,9 @@ impl Remains {
     /// # Safety
     /// No kernel that uses any of it may run, nor any other kernel on the device: the calls would wait for it.
     unsafe fn free(mut self) {
+        let current = Current::push(self.raw);
         // SAFETY: the caller's promise; each is given back once. A lost context refuses, which is no loss.
         unsafe {
-            let _ = sys::cuCtxSetCurrent(self.raw);
             for module in self.modules {
                 module.unload();
             }
@@ -126,7 +140,7 @@ impl Remains {
             }
             self.host.free();
             self.state.free();
-            let _ = sys::cuCtxSetCurrent(ptr::null_mut());
+            drop(current);
             let _ = sys::cuDevicePrimaryCtxRelease_v2(self.device);
         }
     }
@@ -141,19 +155,54 @@ impl fmt::Debug for Context {
     }
 }
 
+/// A context that is the calling thread's as long as this lives; then the one before is it again.
+#[must_use]
+#[derive(Debug)]
+pub(super) struct Current {
+    /// It belongs to the thread.
+    _not_send: PhantomData<*const ()>,
+}
+
+impl Current {
+    fn push(context: CUcontext) -> Result<Self, CallFailed> {
+        // SAFETY: the context is live.
+        check("make a context current", unsafe {
+            sys::cuCtxPushCurrent_v2(context)
+        })?;
+        Ok(Self {
+            _not_send: PhantomData,
+        })
+    }
+}
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        let mut popped: CUcontext = ptr::null_mut();
+        // SAFETY: `push` has pushed one, on this thread.
+        unsafe {
+            let _ = sys::cuCtxPopCurrent_v2(&raw mut popped);
+        }
+    }
+}
+
 /// What a running kernel takes of the device; given back when dropped.
 #[derive(Debug)]
 pub(super) struct Residency {
     context: Arc<Context>,
-    share: f64,
+    shape: Shape,
 }
 
 impl Drop for Residency {
     fn drop(&mut self) {
         let mut residents = self.context.residents.lock();
-        residents.kernels -= 1;
-        residents.share -= self.share;
-        if residents.kernels == 0 && !self.context.is_abandoned() {
+        if let Some(index) = residents
+            .kernels
+            .iter()
+            .position(|shape| *shape == self.shape)
+        {
+            residents.kernels.swap_remove(index);
+        }
+        if residents.kernels.is_empty() && residents.abandoned.is_none() {
             for remains in residents.remains.drain(..) {
                 // SAFETY: nothing runs, and nothing starts while the lock is held; whoever left this had ended its own kernels.
                 unsafe { remains.free() };
@@ -182,7 +231,13 @@ impl Context {
         };
         let residents = Residents::of(physical.handle);
         let lock = residents.lock();
-        if lock.kernels > 0 {
+        if let Some(reason) = &lock.abandoned {
+            return Err(Error::DeviceLost {
+                device: physical.info.name.clone(),
+                reason: reason.clone(),
+            });
+        }
+        if !lock.kernels.is_empty() {
             return Err(Error::DeviceBusy {
                 device: physical.info.name.clone(),
                 reason: "kernels of another runtime of this process run on it, and taking memory would wait for them: build every runtime \
@@ -226,7 +281,7 @@ impl Context {
             }
         }
         let Remains {
-            mut streams,
+            streams,
             host,
             state,
             ..
@@ -235,7 +290,6 @@ impl Context {
             physical: physical.clone(),
             account,
             raw,
-            stream: streams.pop().unwrap_or(ptr::null_mut()),
             streams: Mutex::new(streams),
             memory: Mutex::new(Memory {
                 host,
@@ -252,13 +306,15 @@ impl Context {
         &self.physical.info.name
     }
 
-    /// Makes the context the calling thread's. To be called before every other driver call.
-    pub(super) fn enter(&self) -> Result<(), Error> {
+    /// Makes the context the calling thread's for a while. To be called before every other driver call.
+    pub(super) fn enter(&self) -> Result<Current, Error> {
         self.check_lost()?;
-        // SAFETY: the context is live as long as `self`.
-        self.check(check("make its context current", unsafe {
-            sys::cuCtxSetCurrent(self.raw)
-        }))
+        self.check(Current::push(self.raw))
+    }
+
+    /// The same of a context that may be lost.
+    pub(super) fn enter_anyway(&self) -> Result<Current, CallFailed> {
+        Current::push(self.raw)
     }
 
     /// What a driver's answer means for this device. Errors after which nothing works any more are latched.
@@ -267,19 +323,15 @@ impl Context {
             Ok(value) => return Ok(value),
             Err(error) => error,
         };
-        if error.code == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-            return Err(self.out_of_memory(0));
+        let device = self.name().to_owned();
+        if !error.is_sticky() {
+            let reason = error.to_string();
+            return Err(Error::DriverFailed { device, reason });
         }
-        let reason = if error.is_sticky() {
-            format!("{error}; this process must be restarted before it can use the device again")
-        } else {
-            error.to_string()
-        };
+        let reason =
+            format!("{error}; this process must be restarted before it can use the device again");
         self.lose(reason.clone());
-        Err(Error::DeviceLost {
-            device: self.name().to_owned(),
-            reason,
-        })
+        Err(Error::DeviceLost { device, reason })
     }
 
     pub(super) fn out_of_memory(&self, asked: u64) -> Error {
@@ -303,6 +355,12 @@ impl Context {
 
     /// Marks the device as one on which a kernel is left that never ends, so that nothing it may use is ever freed.
     pub(super) fn abandon(&self, reason: String) {
+        let reason =
+            format!("{reason}; this process must be restarted before it can use the device again");
+        self.residents
+            .lock()
+            .abandoned
+            .get_or_insert(reason.clone());
         self.abandoned.store(true, Ordering::Release);
         self.lose(reason);
     }
@@ -332,32 +390,35 @@ impl Context {
         }
     }
 
-    /// Room for a kernel's blocks, of which one multiprocessor holds `blocks_each`: all of them must be resident at once,
-    /// beside those of the other kernels.
+    /// Room for a kernel's blocks of so many threads, of which one multiprocessor holds `each`: all of them must be resident at
+    /// once, beside those of the other kernels.
     pub(super) fn reserve(
         self: &Arc<Self>,
         blocks: u32,
-        blocks_each: u32,
+        threads: u32,
+        each: u32,
     ) -> Result<Residency, Error> {
-        let room = u64::from(blocks_each) * u64::from(self.physical.multiprocessors);
-        let share = f64::from(blocks) / room.max(1) as f64;
+        let shape = Shape {
+            blocks,
+            threads,
+            each,
+        };
         let mut residents = self.residents.lock();
-        // Shares are sums of fractions.
-        if residents.share + share > 1.0 + 1e-9 {
-            let left = ((1.0 - residents.share) * room as f64 + 1e-6) as u64;
+        let room = residents.room(shape, self.physical.multiprocessors);
+        if blocks > room {
             return Err(Error::InvalidOption {
                 option: "grid",
                 reason: format!(
-                    "{blocks} blocks cannot be resident at once: '{}' has room for {room} of them, {left} beside the kernels that run",
-                    self.name()
+                    "{blocks} blocks are not certain to be resident at once: '{}' has room for {}, for {room} beside the kernels that run",
+                    self.name(),
+                    each.saturating_mul(self.physical.multiprocessors)
                 ),
             });
         }
-        residents.kernels += 1;
-        residents.share += share;
+        residents.kernels.push(shape);
         Ok(Residency {
             context: Arc::clone(self),
-            share,
+            shape,
         })
     }
 
@@ -373,14 +434,14 @@ impl Context {
         self.streams.lock().push(stream);
     }
 
-    /// Zeroed memory.
+    /// Memory for a kernel; what the host sees of it is zeroed.
     pub(super) fn allocate(
         self: &Arc<Self>,
         bytes: usize,
         placement: Placement,
     ) -> Result<Buffer, Error> {
         let asked = bytes as u64;
-        self.enter()?;
+        let _current = self.enter()?;
         if !self.account.take(asked) {
             return Err(self.out_of_memory(asked));
         }
@@ -398,7 +459,7 @@ impl Context {
             bytes: asked,
             piece: Some(piece),
         };
-        buffer.zero()?;
+        buffer.zero();
         Ok(buffer)
     }
 
@@ -413,45 +474,45 @@ impl Context {
         if let Some(piece) = arena.take(bytes) {
             return Ok(piece);
         }
-        if residents.kernels > 0 {
+        self.check_abandoned(&residents)?;
+        if !residents.kernels.is_empty() {
             return Err(self.busy(format!(
                 "{bytes} bytes do not fit into the {} that are left in one piece, and no memory can be taken from the driver while kernels \
                  run: raise `CudaConfig::{option}`",
                 arena.largest()
             )));
         }
-        self.check(arena.grow(bytes))?;
+        match arena.grow(bytes) {
+            Err(error) if error.code == CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                return Err(self.out_of_memory(bytes));
+            }
+            grown => self.check(grown)?,
+        }
         arena.take(bytes).ok_or_else(|| self.out_of_memory(bytes))
     }
 
-    /// Waits until everything on a stream is done.
-    fn wait(&self, stream: CUstream, operation: &'static str) -> Result<(), Error> {
-        let deadline = Deadline::after(COPY_TIMEOUT);
-        loop {
-            // SAFETY: the stream is the context's, which is current.
-            match unsafe { sys::cuStreamQuery(stream) } {
-                CUresult::CUDA_ERROR_NOT_READY if !deadline.has_passed() => {
-                    std::thread::sleep(LOOK_INTERVAL);
-                }
-                CUresult::CUDA_ERROR_NOT_READY => {
-                    self.abandon(format!("{operation} did not end within {COPY_TIMEOUT:?}"));
-                    return self.check_lost();
-                }
-                code => return self.check(check(operation, code)),
-            }
+    /// Fails if nothing can be taken from the driver any more.
+    fn check_abandoned(&self, residents: &Residents) -> Result<(), Error> {
+        match &residents.abandoned {
+            None => Ok(()),
+            Some(reason) => Err(Error::DeviceLost {
+                device: self.name().to_owned(),
+                reason: reason.clone(),
+            }),
         }
     }
 
     /// The module of a kernel's code, loaded once.
     pub(super) fn module(&self, kernel: &str, source: &CudaSource) -> Result<Arc<Module>, Error> {
-        self.enter()?;
+        let _current = self.enter()?;
         // Held while a module is loaded, so that no kernel starts meanwhile.
         let residents = self.residents.lock();
         let mut modules = self.modules.lock();
         if let Some(module) = modules.get(source) {
             return Ok(Arc::clone(module));
         }
-        if residents.kernels > 0 {
+        self.check_abandoned(&residents)?;
+        if !residents.kernels.is_empty() {
             return Err(self.busy(format!(
                 "the code of kernel '{kernel}' is not loaded yet, and loading it would wait for the kernels that run: register it before the \
                  first launch"
@@ -470,8 +531,7 @@ impl Drop for Context {
             return;
         }
         let memory = self.memory.get_mut();
-        let mut streams = std::mem::take(self.streams.get_mut());
-        streams.push(self.stream);
+        let streams = std::mem::take(self.streams.get_mut());
         let remains = Remains {
             device: self.physical.handle,
             raw: self.raw,
@@ -486,7 +546,10 @@ impl Drop for Context {
             state: memory.device.take_all(),
         };
         let mut residents = self.residents.lock();
-        if residents.kernels > 0 {
+        if residents.abandoned.is_some() {
+            // Every call would wait for a kernel that never ends.
+            std::mem::forget(remains);
+        } else if !residents.kernels.is_empty() {
             // Those of other runtimes; the last of them gives this back.
             residents.remains.push(remains);
         } else {
@@ -519,19 +582,12 @@ impl Buffer {
         self.piece.as_ref().map_or(0, |piece| piece.device)
     }
 
-    fn zero(&self) -> Result<(), Error> {
-        let bytes = self.bytes as usize;
+    /// Zeroes what the host sees. State is zeroed by the kernel itself: a fill by the driver might wait for others.
+    fn zero(&self) {
         if let Some(start) = self.host_ptr() {
             // SAFETY: the piece has at least these bytes, and nobody else knows of it yet.
-            unsafe { start.write_bytes(0, bytes) };
-            return Ok(());
+            unsafe { start.write_bytes(0, self.bytes as usize) };
         }
-        let context = &self.context;
-        // SAFETY: the context is current; the piece has these bytes.
-        context.check(check("zero device memory", unsafe {
-            sys::cuMemsetD8Async(self.device(), 0, bytes, context.stream)
-        }))?;
-        context.wait(context.stream, "zero device memory")
     }
 }
 

@@ -32,6 +32,9 @@ const PARKED_NAP: Duration = Duration::from_micros(10);
 /// Longest pause that a multiprocessor makes at all (PTX ISA, `nanosleep`).
 const LONGEST_NAP: Duration = Duration::from_millis(1);
 
+/// Held while a device is opened and probed, and while code is made ready.
+static OPENING: Mutex<()> = Mutex::new(());
+
 /// The CUDA backend.
 #[derive(Debug)]
 pub(crate) struct CudaBackend {
@@ -48,18 +51,22 @@ impl CudaBackend {
         reserved_cores: &[usize],
         termination_timeout: Duration,
     ) -> Result<Self, Error> {
-        driver::load()?;
         let usable = affinity::usable_cores();
         let cores: Vec<usize> = usable
             .iter()
             .copied()
             .filter(|core| !reserved_cores.contains(core))
             .collect();
+        let cores = if cores.is_empty() { usable } else { cores };
+        let devices = affinity::on_cores("rk-cuda-open", &cores, || {
+            driver::load()?;
+            physical::enumerate(config)
+        })??;
         Ok(Self {
             config: config.clone(),
-            cores: if cores.is_empty() { usable } else { cores },
+            cores,
             termination_timeout,
-            devices: physical::enumerate(config)?,
+            devices,
         })
     }
 }
@@ -73,13 +80,18 @@ impl Backend for CudaBackend {
     }
 
     fn open(&self, index: usize) -> Result<Arc<dyn Device>, Error> {
+        // Another runtime that opens the device at the same time would meet a running probe.
+        let _opening = OPENING.lock();
         let physical = self.devices.get(index).ok_or(Error::DeviceNotFound {
             backend: crate::backend::BackendType::Cuda.name(),
             index,
             available: self.devices.len(),
         })?;
         let account = Arc::new(Account::new(physical.info.memory_limit));
-        let context = Context::open(physical, &self.config, account)?;
+        // Drivers start threads, which inherit the cores of the thread that calls them.
+        let context = affinity::on_cores("rk-cuda-open", &self.cores, || {
+            Context::open(physical, &self.config, account)
+        })??;
         let monitor = Monitor::start(&context, self.cores.clone(), self.termination_timeout)?;
         let device = CudaDevice {
             info: physical.info.clone(),
@@ -158,6 +170,11 @@ impl Device for CudaDevice {
         false
     }
 
+    fn needs_bell(&self) -> bool {
+        // Kernels poll, and the monitor is not on a message's path.
+        false
+    }
+
     fn wakes_callers(&self) -> bool {
         false
     }
@@ -168,7 +185,10 @@ impl Device for CudaDevice {
 
     fn prepare(&self, kernel: &str, handler: &Handler) -> Result<(), Error> {
         match handler {
-            Handler::Cuda(code) => self.context.module(kernel, &code.source).map(|_| ()),
+            Handler::Cuda(code) => {
+                let _opening = OPENING.lock();
+                self.context.module(kernel, &code.source).map(|_| ())
+            }
             _ => Ok(()),
         }
     }
@@ -217,8 +237,9 @@ impl Device for CudaDevice {
         }
         let threads = threads as u32;
         let blocks = request.blocks.len() as u32;
+        let _current = self.context.enter()?;
         let each = module.blocks_each(&self.context, threads)?;
-        let residency = self.context.reserve(blocks, each)?;
+        let residency = self.context.reserve(blocks, threads, each)?;
         let words = (ring.stride() / 4) as u32;
         let cost = code
             .loop_iterations

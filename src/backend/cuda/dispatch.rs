@@ -5,6 +5,7 @@ use std::fmt;
 use std::ops::Deref;
 use std::ptr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::driver::sys::{self, CUdeviceptr, CUevent, CUevent_flags, CUresult, CUstream};
 use parking_lot::Mutex;
@@ -38,6 +39,8 @@ pub(super) struct Launched {
     grid: Arc<GridMemory>,
     /// Given back when the kernel has ended.
     residency: Mutex<Option<Residency>>,
+    /// Whether a slice was launched already: the first one zeroes the state.
+    launched: AtomicBool,
 }
 
 // SAFETY: handles of the driver, which may be used by any thread that makes the context current, as the monitor does.
@@ -93,6 +96,7 @@ impl Launched {
             threads,
             grid,
             residency: Mutex::new(Some(residency)),
+            launched: AtomicBool::new(false),
         };
         if sliced {
             for _ in 0..SLICES {
@@ -120,6 +124,7 @@ impl Launched {
 
     fn launch(&self) -> Result<(), CallFailed> {
         let mut words = self.words;
+        words.fresh = u32::from(!self.launched.load(Ordering::Relaxed));
         let mut pointers = [
             address(Some(&self.grid.host_to_device)),
             address(Some(&self.grid.device_to_host)),
@@ -148,7 +153,9 @@ impl Launched {
                 arguments.as_mut_ptr(),
                 ptr::null_mut(),
             )
-        })
+        })?;
+        self.launched.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Launches a slice, and marks its end by the event of this index. The context must be current.
@@ -174,9 +181,16 @@ impl Launched {
         unsafe { sys::cuStreamQuery(self.stream) }
     }
 
-    /// Lets go of a kernel of which nothing runs any more, and says so.
+    /// Lets go of a kernel of which nothing runs any more (or, of an abandoned device, never will end), and says so.
     pub(super) fn finish(kernel: Arc<Self>) {
-        drop(kernel.residency.lock().take());
+        let residency = kernel.residency.lock().take();
+        if kernel.context.is_abandoned() {
+            // It still runs.
+            std::mem::forget(residency);
+        } else {
+            // Before anybody hears of the end, and takes what needs it.
+            drop(residency);
+        }
         let end = kernel.end();
         drop(kernel);
         end.set();
@@ -188,7 +202,10 @@ impl Drop for Launched {
         if self.context.is_abandoned() {
             return;
         }
-        // Unless the device is lost, nothing of the kernel runs: its monitor held it until then.
+        // Nothing of the kernel runs: its monitor held it until then.
+        let Ok(_current) = self.context.enter_anyway() else {
+            return;
+        };
         for event in self.events.drain(..) {
             // SAFETY: made by `new`, destroyed once.
             unsafe {

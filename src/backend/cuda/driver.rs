@@ -11,7 +11,8 @@ use crate::error::Error;
 /// Every driver function that this backend calls. They are looked up here, once: cudarc would look each up on its first call, and
 /// panic where the driver lacks it.
 const FUNCTIONS: [&str; 33] = [
-    "cuCtxSetCurrent",
+    "cuCtxPopCurrent_v2",
+    "cuCtxPushCurrent_v2",
     "cuDeviceCanAccessPeer",
     "cuDeviceGet",
     "cuDeviceGetAttribute",
@@ -37,7 +38,6 @@ const FUNCTIONS: [&str; 33] = [
     "cuMemFree_v2",
     "cuMemHostAlloc",
     "cuMemHostGetDevicePointer_v2",
-    "cuMemsetD8Async",
     "cuModuleGetFunction",
     "cuModuleLoadDataEx",
     "cuModuleUnload",
@@ -113,6 +113,11 @@ impl fmt::Display for CallFailed {
 
 /// Opens the driver's library and initialises it.
 pub(super) fn load() -> Result<(), Error> {
+    if std::env::var_os("CUDA_LAUNCH_BLOCKING").is_some_and(|value| value != "0") {
+        return Err(unavailable(
+            "CUDA_LAUNCH_BLOCKING is set: a launch would wait for the end of a kernel that stays",
+        ));
+    }
     // SAFETY: opening a library runs its initialisers; the names are those of the CUDA driver.
     if !unsafe { sys::is_culib_present() } {
         return Err(unavailable("there is no CUDA driver (libcuda)"));

@@ -130,22 +130,13 @@ impl Module {
     }
 }
 
-/// What it means that a module is not loaded: most answers are about the module alone.
+/// What it means that a module is not loaded: nearly every answer is about the module alone.
 fn refuse(context: &Context, kernel: &str, error: CallFailed) -> Result<(), Error> {
-    use CUresult as Code;
-    match error.code {
-        Code::CUDA_ERROR_INVALID_IMAGE
-        | Code::CUDA_ERROR_INVALID_PTX
-        | Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
-        | Code::CUDA_ERROR_NO_BINARY_FOR_GPU
-        | Code::CUDA_ERROR_INVALID_SOURCE
-        | Code::CUDA_ERROR_INVALID_VALUE
-        | Code::CUDA_ERROR_JIT_COMPILER_NOT_FOUND
-        | Code::CUDA_ERROR_JIT_COMPILATION_DISABLED
-        | Code::CUDA_ERROR_SHARED_OBJECT_SYMBOL_NOT_FOUND => Err(Error::InvalidCode {
-            kernel: kernel.to_owned(),
-            reason: error.to_string(),
-        }),
-        _ => context.check(Err(error)),
+    if error.is_sticky() {
+        return context.check(Err(error));
     }
+    Err(Error::InvalidCode {
+        kernel: kernel.to_owned(),
+        reason: error.to_string(),
+    })
 }

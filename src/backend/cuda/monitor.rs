@@ -27,13 +27,11 @@ const BUSY_INTERVAL: Duration = Duration::from_micros(50);
 /// Longest sleep of a device without kernels.
 const IDLE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long slices should take: far below every watchdog (from 2 s on Windows).
-const SLICE_TARGET: Duration = Duration::from_millis(25);
+/// Polls of a slice at most; over PCIe its time (`LaunchWords`) is over before.
+const SLICE_POLLS: u32 = 50_000;
 
-/// Bounds of a slice's polls, and where they begin: some 20 ms over PCIe.
-const FEWEST_POLLS: u32 = 1_000;
-const FIRST_POLLS: u32 = 20_000;
-const MOST_POLLS: u32 = 1 << 26;
+/// How long a kernel may take to end at least, whatever the termination timeout is: looks and pauses take milliseconds.
+const SHORTEST_LIMIT: Duration = Duration::from_millis(500);
 
 /// What everybody may ask of a monitor.
 #[derive(Debug)]
@@ -75,7 +73,7 @@ impl Monitor {
             handle: Arc::clone(&handle),
             kernels: Vec::new(),
             // Whoever waits for the kernel's end is told first that it did not come.
-            limit: 2 * termination_timeout,
+            limit: (2 * termination_timeout).max(SHORTEST_LIMIT),
         };
         let thread = std::thread::Builder::new()
             .name(format!("rk-bridge-{}", context.physical.info.index))
@@ -117,6 +115,8 @@ struct Watched {
     heartbeats: u32,
     /// When it was told to end.
     ending: Option<Instant>,
+    /// Whether it was told that its device is lost.
+    lost: bool,
     slices: Option<Slices>,
 }
 
@@ -124,8 +124,6 @@ struct Watched {
 struct Slices {
     /// Those that were launched and are not done, the oldest first.
     in_flight: VecDeque<usize>,
-    polls: u32,
-    last_done: Instant,
 }
 
 /// The thread's own.
@@ -145,19 +143,13 @@ impl Watch {
                 .extend(admitted.into_iter().map(|kernel| Watched {
                     heartbeats: 0,
                     ending: None,
+                    lost: false,
                     slices: kernel.is_sliced().then(|| Slices {
                         in_flight: VecDeque::new(),
-                        polls: FIRST_POLLS,
-                        last_done: Instant::now(),
                     }),
                     kernel,
                 }));
-            if let Err(error) = self.look() {
-                self.context.lose(error.to_string());
-            }
-            if self.context.lost().is_some() {
-                self.lose_all();
-            }
+            self.look();
             if self.handle.stop.load(Ordering::Acquire) {
                 if self.kernels.is_empty() && self.handle.inbox.lock().is_empty() {
                     return;
@@ -171,30 +163,39 @@ impl Watch {
     }
 
     /// Looks at every kernel once.
-    fn look(&mut self) -> Result<(), Error> {
+    fn look(&mut self) {
         if self.kernels.is_empty() {
-            return self.context.check_lost();
+            return;
         }
-        self.context.enter()?;
-        let mut failure = Ok(());
-        let limit = self.limit;
         let context = Arc::clone(&self.context);
-        self.kernels
-            .retain_mut(|watched| match watched.look(&context, limit) {
+        let Ok(_current) = context.enter_anyway() else {
+            // Not even that: nothing can run in a context that is no more.
+            context.lose("its context cannot be made current any more".into());
+            for watched in self.kernels.drain(..) {
+                watched.kernel.lose(context.lost().unwrap_or("lost"));
+                Launched::finish(watched.kernel);
+            }
+            return;
+        };
+        let limit = self.limit;
+        self.kernels.retain_mut(|watched| {
+            if let Some(reason) = context.lost() {
+                watched.lose(reason);
+            }
+            match watched.look(&context, limit) {
                 Ok(ended) => !ended,
                 Err(error) => {
-                    failure = Err(error);
+                    context.lose(error.to_string());
                     true
                 }
-            });
-        failure
-    }
-
-    fn lose_all(&mut self) {
-        let reason = self.context.lost().unwrap_or("lost").to_owned();
-        for watched in self.kernels.drain(..) {
-            watched.kernel.lose(&reason);
-            Launched::finish(watched.kernel);
+            }
+        });
+        if context.is_abandoned() {
+            // Whatever runs is left behind.
+            for watched in self.kernels.drain(..) {
+                watched.kernel.lose(context.lost().unwrap_or("lost"));
+                Launched::finish(watched.kernel);
+            }
         }
     }
 
@@ -203,7 +204,7 @@ impl Watch {
             .kernels
             .iter()
             .map(|watched| {
-                if watched.kernel.must_terminate() || watched.has_slices() {
+                if watched.kernel.must_terminate() || watched.has_slices() || watched.lost {
                     BUSY_INTERVAL
                 } else {
                     LOOK_INTERVAL
@@ -227,49 +228,66 @@ impl Watched {
             .is_some_and(|slices| !slices.in_flight.is_empty())
     }
 
+    /// Fails a kernel whose device is lost, once: every wait for it ends, it is told to end, and it is watched until it has.
+    fn lose(&mut self, reason: &str) {
+        if !self.lost {
+            self.lost = true;
+            self.kernel.lose(reason);
+        }
+    }
+
+    /// Reports a fault that the kernel has found in itself.
+    fn report(&self) {
+        if let Some(failure) = self.kernel.fault()
+            && !self.kernel.signals.gate.state().is_final()
+        {
+            self.kernel.fail(failure);
+        }
+    }
+
     /// Whether the kernel has ended, and nothing of it is left.
     fn look(&mut self, context: &Context, limit: Duration) -> Result<bool, Error> {
-        let kernel = &self.kernel;
-        let heartbeats = kernel.heartbeats();
+        let heartbeats = self.kernel.heartbeats();
         if heartbeats != self.heartbeats {
             self.heartbeats = heartbeats;
-            kernel.show_life();
+            self.kernel.show_life();
         }
-        if let Some(failure) = kernel.fault()
-            && !kernel.signals.gate.state().is_final()
-        {
-            kernel.fail(failure);
-        }
+        self.report();
+        let kernel = &self.kernel;
         let runs = match &mut self.slices {
             None => match kernel.query() {
                 CUresult::CUDA_ERROR_NOT_READY => true,
+                // After an error that sticks nothing runs any more.
+                _ if self.lost => false,
                 code => {
                     context.check(super::driver::check("run a kernel", code))?;
                     false
                 }
             },
-            Some(slices) => slices.keep_coming(kernel, context)?,
+            Some(slices) => slices.keep_coming(kernel, context, self.lost)?,
         };
         if runs {
             if !kernel.must_terminate() {
                 self.ending = None;
             } else if self.ending.get_or_insert_with(Instant::now).elapsed() > limit {
                 context.abandon(format!(
-                    "kernel '{}' did not end within {limit:?}: a handler that never ends",
+                    "kernel '{}' did not end within {limit:?}: a handler that never ends, or blocks that never began",
                     kernel.signals.name
                 ));
-                return context.check_lost().map(|()| false);
             }
             return Ok(false);
         }
+        // What it said before it ended.
+        self.report();
+        let kernel = &self.kernel;
         if self.slices.is_some() && !kernel.must_terminate() {
             // Deactivated, or about to get its first slice.
             return Ok(false);
         }
-        if !kernel.must_terminate() && kernel.fault().is_none() {
+        if !kernel.must_terminate() {
             // It is gone although nobody told it to end.
             context.lose(format!("kernel '{}' ended by itself", kernel.signals.name));
-            return context.check_lost().map(|()| false);
+            return Ok(false);
         }
         kernel.answer_end();
         Launched::finish(Arc::clone(kernel));
@@ -279,18 +297,24 @@ impl Watched {
 
 impl Slices {
     /// Launches what is missing. Whether any slice is in flight.
-    fn keep_coming(&mut self, kernel: &Arc<Launched>, context: &Context) -> Result<bool, Error> {
+    fn keep_coming(
+        &mut self,
+        kernel: &Arc<Launched>,
+        context: &Context,
+        lost: bool,
+    ) -> Result<bool, Error> {
         while let Some(&oldest) = self.in_flight.front() {
             match kernel.query_slice(oldest) {
                 CUresult::CUDA_ERROR_NOT_READY => break,
+                // After an error that sticks nothing runs any more.
+                _ if lost => {}
                 code => context.check(super::driver::check("run a slice", code))?,
             }
             self.in_flight.pop_front();
-            self.adapt(kernel);
         }
         if kernel.is_wanted() {
             for block in &kernel.blocks {
-                block.control().set_budgets(self.polls, u32::MAX);
+                block.control().set_budgets(SLICE_POLLS, u32::MAX);
             }
             while self.in_flight.len() < kernel.slices() {
                 let free = (0..kernel.slices()).find(|index| !self.in_flight.contains(index));
@@ -306,20 +330,5 @@ impl Slices {
             }
         }
         Ok(!self.in_flight.is_empty())
-    }
-
-    /// Makes slices as long as they should be, going by how long the last one was in the queue's front.
-    fn adapt(&mut self, kernel: &Launched) {
-        let now = Instant::now();
-        let slice = now.duration_since(std::mem::replace(&mut self.last_done, now));
-        if !kernel.is_wanted() || self.in_flight.is_empty() {
-            return;
-        }
-        if slice > SLICE_TARGET {
-            let ratio = SLICE_TARGET.as_secs_f64() / slice.as_secs_f64();
-            self.polls = ((f64::from(self.polls) * ratio.max(0.1)) as u32).max(FEWEST_POLLS);
-        } else if slice < SLICE_TARGET / 2 {
-            self.polls = (self.polls + self.polls / 2).min(MOST_POLLS);
-        }
     }
 }

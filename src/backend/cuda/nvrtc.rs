@@ -12,11 +12,15 @@ use crate::error::Error;
 const PRELUDE: &str = include_str!("../../../kernels/ringkernel.cuh");
 
 /// Functions that are called; see `driver::FUNCTIONS`.
-const FUNCTIONS: [&str; 8] = [
+const FUNCTIONS: [&str; 12] = [
     "nvrtcCompileProgram",
     "nvrtcCreateProgram",
     "nvrtcDestroyProgram",
+    "nvrtcGetCUBIN",
+    "nvrtcGetCUBINSize",
     "nvrtcGetErrorString",
+    "nvrtcGetNumSupportedArchs",
+    "nvrtcGetSupportedArchs",
     "nvrtcGetPTX",
     "nvrtcGetPTXSize",
     "nvrtcGetProgramLog",
@@ -35,7 +39,35 @@ impl Drop for Program {
     }
 }
 
-/// A handler's PTX for devices of this compute capability, zero-terminated.
+/// What NVRTC compiles for: the device itself, or else the newest architecture that it knows and the device runs, as PTX.
+fn target(capability: (u32, u32)) -> Result<(bool, u32), String> {
+    let mut count: c_int = 0;
+    // SAFETY: the pointer is to a local.
+    let counted = unsafe { sys::nvrtcGetNumSupportedArchs(&raw mut count) };
+    let mut known = vec![0 as c_int; usize::try_from(count).unwrap_or(0)];
+    // SAFETY: there is room for as many as were counted.
+    let listed = unsafe { sys::nvrtcGetSupportedArchs(known.as_mut_ptr()) };
+    for code in [counted, listed] {
+        if code != nvrtcResult::NVRTC_SUCCESS {
+            return Err(explain(code));
+        }
+    }
+    let own = capability.0 * 10 + capability.1;
+    let best = known
+        .into_iter()
+        .filter_map(|known| u32::try_from(known).ok())
+        .filter(|known| *known <= own)
+        .max();
+    match best {
+        Some(best) => Ok((best == own, best)),
+        None => Err(format!(
+            "NVRTC knows no architecture as old as {}.{}",
+            capability.0, capability.1
+        )),
+    }
+}
+
+/// A handler's code for devices of this compute capability, zero-terminated.
 pub(super) fn compile(
     kernel: &str,
     handler: &str,
@@ -68,10 +100,10 @@ pub(super) fn compile(
     let (own, common) = (c(PRELUDE)?, c(cpp::PRELUDE)?);
     let headers = [own.as_ptr(), common.as_ptr()];
     let names = [c"ringkernel.cuh".as_ptr(), c"ringkernel.h".as_ptr()];
-    let architecture = c(&format!(
-        "--gpu-architecture=compute_{}{}",
-        capability.0, capability.1
-    ))?;
+    // Code for the device itself asks nothing of the driver's own compiler, which may be older than NVRTC.
+    let (is_own, architecture) = target(capability).map_err(failed)?;
+    let kind = if is_own { "sm" } else { "compute" };
+    let architecture = c(&format!("--gpu-architecture={kind}_{architecture}"))?;
     let options: [*const c_char; 2] = [architecture.as_ptr(), c"--std=c++17".as_ptr()];
     let mut raw: nvrtcProgram = ptr::null_mut();
     // SAFETY: every string lives until the program is destroyed; the pointer is to a local.
@@ -109,13 +141,22 @@ pub(super) fn compile(
             _ => explain(compiled),
         }));
     }
-    read(
-        // SAFETY: as above.
-        |size| unsafe { sys::nvrtcGetPTXSize(program.0, size) },
-        // SAFETY: as above.
-        |to| unsafe { sys::nvrtcGetPTX(program.0, to) },
-    )
-    .map_err(|code| failed(explain(code)))
+    let code = if is_own {
+        read(
+            // SAFETY: as above.
+            |size| unsafe { sys::nvrtcGetCUBINSize(program.0, size) },
+            // SAFETY: as above.
+            |to| unsafe { sys::nvrtcGetCUBIN(program.0, to) },
+        )
+    } else {
+        read(
+            // SAFETY: as above.
+            |size| unsafe { sys::nvrtcGetPTXSize(program.0, size) },
+            // SAFETY: as above.
+            |to| unsafe { sys::nvrtcGetPTX(program.0, to) },
+        )
+    };
+    code.map_err(|code| failed(explain(code)))
 }
 
 /// A text that NVRTC writes into a buffer of the size that it asks for.

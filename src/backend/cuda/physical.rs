@@ -50,11 +50,24 @@ pub(super) fn enumerate(config: &CudaConfig) -> Result<Vec<Physical>, Error> {
     if handles.is_empty() {
         return Err(unavailable("the CUDA driver has no device"));
     }
-    handles
+    let mut last = None;
+    let devices: Vec<Physical> = handles
         .iter()
         .enumerate()
-        .map(|(index, handle)| describe(index, *handle, &handles, version, config).map_err(failed))
-        .collect()
+        .filter_map(|(index, handle)| {
+            describe(index, *handle, &handles, version, config)
+                .inspect_err(|error| last = Some(*error))
+                .ok()
+        })
+        .collect();
+    match last {
+        Some(error) if devices.is_empty() => Err(failed(error)),
+        Some(error) => {
+            log::warn!("a CUDA device is left out: {error}");
+            Ok(devices)
+        }
+        None => Ok(devices),
+    }
 }
 
 fn attribute(device: CUdevice, attribute: CUdevice_attribute) -> Result<u32, CallFailed> {

@@ -11,8 +11,8 @@ use super::lane::Lane;
 use super::loader::Instance;
 use super::memory::Buffer;
 use super::physical::{self, Physical};
+use super::probe;
 use super::slice_kernel::SliceKernel;
-use super::{probe, unavailable};
 use crate::backend::{
     Account, Backend, Device, DeviceInfo, DeviceMemory, Dispatch, DispatchRequest, ExecutionMode,
     GridMemory, Placement, VulkanConfig, VulkanMode,
@@ -46,7 +46,8 @@ impl VulkanBackend {
         termination_timeout: Duration,
     ) -> Result<Self, Error> {
         // Drivers start threads, which inherit the cores of the thread that calls them.
-        on_driver_cores(&driver_cores(reserved_cores, true), || {
+        let cores = driver_cores(reserved_cores, true);
+        affinity::on_cores("rk-vulkan-open", &cores, || {
             let instance = Arc::new(Instance::load(config)?);
             let devices = physical::enumerate(&instance, config)?;
             Ok(Self {
@@ -56,7 +57,7 @@ impl VulkanBackend {
                 devices,
                 instance,
             })
-        })
+        })?
     }
 }
 
@@ -85,8 +86,9 @@ impl VulkanBackend {
         let open = |config: &VulkanConfig| {
             let account = Arc::new(Account::new(physical.info.memory_limit));
             let cores = cores.clone();
-            let context =
-                on_driver_cores(&cores, || Context::open(&self.instance, physical, account))?;
+            let context = affinity::on_cores("rk-vulkan-open", &cores, || {
+                Context::open(&self.instance, physical, account)
+            })??;
             // The caller's thread exchanges messages with the probe: the driver's cores are busy.
             VulkanDevice::open(context, config, cores, self.termination_timeout)
         };
@@ -123,32 +125,6 @@ fn driver_cores(reserved: &[usize], software: bool) -> Vec<usize> {
         cores.remove(0);
     }
     cores
-}
-
-/// Runs `body` on a thread of its own, which is confined to `cores`.
-fn on_driver_cores<T: Send>(
-    cores: &[usize],
-    body: impl FnOnce() -> Result<T, Error> + Send,
-) -> Result<T, Error> {
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new()
-            .name("rk-vulkan-open".into())
-            .spawn_scoped(scope, || {
-                if !cores.is_empty()
-                    && let Err(error) = affinity::confine_current_thread(cores)
-                {
-                    log::warn!("Vulkan driver threads run anywhere: {error}");
-                }
-                body()
-            })
-            .map_err(|source| Error::Os {
-                operation: "start a thread to open Vulkan",
-                source,
-            })?;
-        thread
-            .join()
-            .unwrap_or_else(|_| Err(unavailable("the driver panicked")))
-    })
 }
 
 /// An open device.
