@@ -137,7 +137,9 @@ fn run_on_the_fake(variables: &[(&str, &str)]) {
         println!("skipped: the fake driver is for Linux");
         return;
     }
+    let required = std::env::var_os("RINGKERNEL_REQUIRE_CUDA_TOOLS").is_some();
     if Command::new("c++").arg("--version").output().is_err() {
+        assert!(!required, "no C++ compiler (c++)");
         println!("skipped: no C++ compiler (c++)");
         return;
     }
@@ -145,6 +147,7 @@ fn run_on_the_fake(variables: &[(&str, &str)]) {
     let folder = test.parent().unwrap().parent().unwrap();
     let fake = folder.join("examples/libfake_cuda.so");
     if !fake.exists() {
+        assert!(!required, "the fake driver is not built");
         println!("skipped: the fake driver is not built (cargo build --example fake_cuda)");
         return;
     }
