@@ -101,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(RK_MAX_THREADS) rk_main(RkLaunch la
     rk.d2h = device_to_host;
     rk.state = state;
     rk.group = &group;
-    rk.thread = threadIdx.x;
+    rk.index = threadIdx.x;
     rk.threads = blockDim.x;
     rk.block = blockIdx.x;
     rk.blocks = gridDim.x;

@@ -102,7 +102,7 @@ struct Rk {
     RK_GLOBAL uint* d2h;
     RK_GLOBAL uint* state;
     RK_GROUP RkGroup* group;
-    uint thread, threads, block, blocks;
+    uint index, threads, block, blocks;
     // Where the parts of this block's memory begin.
     RK_GLOBAL uint* reply_cursor;
     RK_GLOBAL uint* host_line;
@@ -134,12 +134,12 @@ struct Rk {
 RK_FN void rk_handler(RK_THREAD Rk& rk);
 
 // This thread's index in its block, and their number; this block's index in the grid, and their number.
-#define rk_thread() (rk.thread)
+#define rk_thread() (rk.index)
 #define rk_threads() (rk.threads)
 #define rk_block() (rk.block)
 #define rk_blocks() (rk.blocks)
 // A loop over 0..n, shared by the threads of the block.
-#define RK_FOR(i, n) for (uint i = rk.thread; i < (n); i += rk.threads)
+#define RK_FOR(i, n) for (uint i = rk.index; i < (n); i += rk.threads)
 // Waits for all threads of the block, and shows each what the others wrote to state and shared words. [all]
 #define rk_barrier() rk_group_sync(rk.threads)
 
@@ -229,19 +229,19 @@ RK_FN void rk_copy_words(RK_THREAD Rk& rk, uint n) {
     uint words = rk.reply_limit >> 2;
     uint end = ((n < words ? n : words) + 3u) >> 2;
     if (rk.left == 0u) return;
-    for (uint i = rk.thread; i < end; i += rk.threads) rk_copy4(rk.reply + 4u * i, rk.request + 4u * i);
+    for (uint i = rk.index; i < end; i += rk.threads) rk_copy4(rk.reply + 4u * i, rk.request + 4u * i);
 }
 
 #define RK_REDUCTION(name, type, to, from, combine)                                    \
     RK_FN type name(RK_THREAD Rk& rk, type value) {                                    \
-        rk.group->scratch[rk.thread] = to(value);                                      \
+        rk.group->scratch[rk.index] = to(value);                                      \
         rk_group_sync(rk.threads);                                                     \
         for (uint span = RK_MAX_THREADS / 2u; span > 0u; span >>= 1) {                 \
             if (span < rk.threads) {                                                   \
-                if (rk.thread < span && rk.thread + span < rk.threads) {               \
-                    type a = from(rk.group->scratch[rk.thread]);                       \
-                    type b = from(rk.group->scratch[rk.thread + span]);                \
-                    rk.group->scratch[rk.thread] = to(combine);                        \
+                if (rk.index < span && rk.index + span < rk.threads) {               \
+                    type a = from(rk.group->scratch[rk.index]);                       \
+                    type b = from(rk.group->scratch[rk.index + span]);                \
+                    rk.group->scratch[rk.index] = to(combine);                        \
                 }                                                                      \
                 rk_group_sync(rk.threads);                                             \
             }                                                                          \
@@ -280,7 +280,7 @@ RK_FN void rk_publish(RK_THREAD Rk& rk, uint kind, uint flags, uint bytes) {
     } else {
         // All of the payload is written before its sequence is.
         rk_group_sync(rk.threads);
-        if (rk.thread == 0u) {
+        if (rk.index == 0u) {
             RK_GLOBAL uint* slot = rk_slot(rk, rk.d2h, rk.out_position);
             rk_store(slot + RK_HEADER_CORRELATION, rk.correlation);
             rk_store(slot + RK_HEADER_LENGTH_FLAGS,
@@ -313,7 +313,7 @@ RK_FN void rk_fail_request(RK_THREAD Rk& rk, bool counted) {
     // Whatever the handler's threads wrote to the reply comes before the code.
     rk_group_sync(rk.threads);
     rk.left = 1u;
-    if (rk.thread == 0u) {
+    if (rk.index == 0u) {
         rk_store(rk.reply, rk.error_code);
         rk_store(rk.device_line + RK_DEVICE_LAST_ERROR, rk.error_code);
         RK_GLOBAL uint* dropped = rk.device_line + RK_DEVICE_DROPPED;
@@ -414,7 +414,7 @@ RK_FN void rk_begin(RK_THREAD Rk& rk) {
 RK_FN void rk_housekeeping(RK_THREAD const Rk& rk, uint beats) {
     // Every thread is done with the requests that are given back here.
     rk_group_sync(rk.threads);
-    if (rk.thread == 0u) {
+    if (rk.index == 0u) {
         rk_show_progress(rk);
         rk_store_release(rk.request_cursor, rk.position);
         rk_store(rk.device_line + RK_DEVICE_HEARTBEAT, beats);
@@ -436,7 +436,7 @@ RK_FN void rk_take(RK_THREAD Rk& rk, RK_GROUP const uint* seen) {
 // Gives every reply that the handler may write its request's extension.
 RK_FN void rk_extend_replies(RK_THREAD const Rk& rk, uint replies) {
     RK_GLOBAL uint* from = rk_slot(rk, rk.h2d, rk.position) + RK_HEADER_WORDS;
-    for (uint i = rk.thread; i < RK_EXTENSION_WORDS * replies; i += rk.threads) {
+    for (uint i = rk.index; i < RK_EXTENSION_WORDS * replies; i += rk.threads) {
         uint word = i & (RK_EXTENSION_WORDS - 1u);
         RK_GLOBAL uint* slot = rk_slot(rk, rk.d2h, rk.out_position + i / RK_EXTENSION_WORDS);
         rk_store(slot + RK_HEADER_WORDS + word, rk_load(from + word));
@@ -471,7 +471,7 @@ RK_FN uint rk_handle(RK_THREAD Rk& rk, uint needed) {
 // One block of a slice, or of a launch that stays.
 RK_FN void rk_run(RK_THREAD Rk& rk) {
     rk_begin(rk);
-    bool leader = rk.thread == 0u;
+    bool leader = rk.index == 0u;
     uint capacity = rk.launch.capacity;
     uint give_back = capacity >> 2 > 0u ? capacity >> 2 : 1u;
     uint needed = rk.launch.replies > 0u ? rk.launch.replies : 1u;
@@ -486,7 +486,7 @@ RK_FN void rk_run(RK_THREAD Rk& rk) {
     rk_u64 begin = rk_clock_ns();
 #endif
     if (rk.launch.fresh) {
-        for (uint i = rk.thread; i < rk.launch.state_words; i += rk.threads) rk.state[i] = 0u;
+        for (uint i = rk.index; i < rk.launch.state_words; i += rk.threads) rk.state[i] = 0u;
     }
     if (leader) {
         uint state = rk_load(rk.device_line + RK_DEVICE_STATE);

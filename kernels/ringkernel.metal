@@ -74,11 +74,11 @@ static inline float rk_add_f32(float a, float b) { return a + b; }
 extern "C" void rk_layout_1() {}
 extern "C" void rk_main(RkLaunch launch, uint* host_to_device, uint* device_to_host, uint* state) {
     __shared__ RkGroup group;
-    uint thread = threadIdx.x, threads = blockDim.x, block = blockIdx.x, blocks = gridDim.x;
+    uint index = threadIdx.x, threads = blockDim.x, block = blockIdx.x, blocks = gridDim.x;
 #else
 kernel void rk_main(device uint* host_to_device [[buffer(0)]], device uint* device_to_host [[buffer(1)]],
                     device uint* state [[buffer(2)]], constant RkLaunch& launch [[buffer(3)]],
-                    uint thread [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]],
+                    uint index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]],
                     uint block [[threadgroup_position_in_grid]], uint blocks [[threadgroups_per_grid]]) {
     threadgroup RkGroup group;
 #endif
@@ -88,7 +88,7 @@ kernel void rk_main(device uint* host_to_device [[buffer(0)]], device uint* devi
     rk.d2h = device_to_host;
     rk.state = state;
     rk.group = &group;
-    rk.thread = thread;
+    rk.index = index;
     rk.threads = threads;
     rk.block = block;
     rk.blocks = blocks;

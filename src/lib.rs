@@ -62,11 +62,15 @@
 //! - `vulkan` (default): the Vulkan backend. Loader and drivers are opened at run time; without them
 //!   [`Error::BackendUnavailable`] says so.
 //! - `cuda` (default): the CUDA backend; its driver, and the compiler of handlers in source (NVRTC), are opened at run time.
+//! - `metal` (default): the Metal backend, on macOS; elsewhere it only says that it is unavailable.
 //! - `glsl`: shader handlers as source, compiled at launch. Builds a C++ compiler library, which takes minutes.
 
 #![cfg_attr(not(feature = "std"), no_std)]
 // Control blocks, block memory and kinds have parts for devices other than the CPU.
-#![cfg_attr(not(all(feature = "vulkan", feature = "cuda")), allow(dead_code))]
+#![cfg_attr(
+    not(all(feature = "vulkan", feature = "cuda", feature = "metal")),
+    allow(dead_code)
+)]
 #![warn(missing_docs, missing_debug_implementations)]
 #![warn(clippy::unwrap_used, clippy::expect_used)]
 
@@ -93,10 +97,12 @@ pub use message::{MessageHeader, Priority, RingMessage};
 
 #[cfg(all(feature = "std", not(loom)))]
 pub use crate::{
-    backend::{BackendType, CudaConfig, DeviceInfo, VulkanConfig, VulkanMode},
+    backend::{
+        BackendType, CudaConfig, DeviceInfo, MetalConfig, MetalMode, VulkanConfig, VulkanMode,
+    },
     kernel::{
         ControlBlock, CpuHandler, CudaCode, Dim3, HandlerResult, KernelContext, KernelRegistration,
-        KernelState, LaunchOptions, PortableCode, Request, ShaderCode, TelemetryBuffer,
+        KernelState, LaunchOptions, MetalCode, PortableCode, Request, ShaderCode, TelemetryBuffer,
         find_kernel,
     },
     runtime::{
@@ -106,6 +112,14 @@ pub use crate::{
     },
     thread::WaitStrategy,
 };
+
+// The conformance suite runs on a Metal of our own, which is in this crate: what it asks of Metal is not public.
+#[cfg(all(test, feature = "metal", target_os = "linux", not(loom)))]
+extern crate self as ringkernel;
+#[cfg(all(test, feature = "metal", target_os = "linux", not(loom)))]
+#[allow(dead_code, missing_docs, clippy::unwrap_used, clippy::expect_used)]
+#[path = "../tests/conformance/mod.rs"]
+mod conformance;
 
 #[doc(hidden)]
 pub mod __private {

@@ -1,11 +1,17 @@
 //! What the host knows of device code in C++ (`kernels/ringkernel.h`), which CUDA and Metal share.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use super::{BlockLayout, DispatchRequest};
+use super::{BlockLayout, DispatchRequest, GridMemory};
+use crate::error::Error;
+use crate::ring::RingLayout;
 
 /// How long a slice may take: far below every watchdog (from 2 s on Windows), even with another one queued.
 const SLICE_LIMIT: Duration = Duration::from_millis(25);
+
+/// Passes over the largest message that a handler's loops are charged with by default, in slices.
+const DEFAULT_PASSES: u32 = 5;
 
 /// The loop and the accessors, common to both.
 pub(crate) const PRELUDE: &str = include_str!("../../kernels/ringkernel.h");
@@ -29,6 +35,9 @@ pub(crate) struct LaunchWords {
     slice_ns: u32,
     nap_ns: u32,
 }
+
+// SAFETY: words of 4 bytes each, in C's layout: nothing lies between or behind them.
+unsafe impl bytemuck::NoUninit for LaunchWords {}
 
 impl LaunchWords {
     /// For a kernel whose rings and state have this layout.
@@ -59,6 +68,63 @@ impl LaunchWords {
             nap_ns,
         }
     }
+}
+
+fn invalid<T>(option: &'static str, reason: String) -> Result<T, Error> {
+    Err(Error::InvalidOption { option, reason })
+}
+
+/// The memory of a grid that is to be launched.
+pub(crate) fn grid(request: &DispatchRequest) -> Result<Arc<GridMemory>, Error> {
+    match request.blocks.first() {
+        Some(first) => Ok(Arc::clone(&first.memory.grid)),
+        None => invalid("grid", "it has no blocks".into()),
+    }
+}
+
+/// Fails if a ring has no room for the replies that a kernel declares.
+pub(crate) fn check_replies(kernel: &str, replies: u32, ring: RingLayout) -> Result<(), Error> {
+    if replies > ring.capacity() {
+        return invalid(
+            "queue_capacity",
+            format!(
+                "{} slots are fewer than the {replies} replies that kernel '{kernel}' declares",
+                ring.capacity()
+            ),
+        );
+    }
+    Ok(())
+}
+
+/// A block's threads, rounded up to whole groups of those that run in lockstep, which is what a device runs at least.
+pub(crate) fn whole_groups(
+    request: &DispatchRequest,
+    group: u32,
+    most: u32,
+    device: &str,
+) -> Result<u32, Error> {
+    let threads = request
+        .block_size
+        .count()
+        .next_multiple_of(group.max(1).into());
+    match u32::try_from(threads) {
+        Ok(threads) if threads <= most => Ok(threads),
+        _ => invalid(
+            "block size",
+            format!(
+                "{threads} threads exceed the {most} of kernel '{}' on '{device}'",
+                request.signals.name
+            ),
+        ),
+    }
+}
+
+/// What one run of a handler is charged of a slice's polls.
+pub(crate) fn message_cost(loop_iterations: Option<u32>, ring: RingLayout, threads: u32) -> u32 {
+    let words = (ring.stride() / 4) as u32;
+    loop_iterations
+        .unwrap_or_else(|| words.div_ceil(threads).saturating_mul(DEFAULT_PASSES))
+        .saturating_add(1)
 }
 
 #[cfg(all(test, feature = "vulkan"))]

@@ -21,6 +21,8 @@ pub struct DeviceInfo {
     pub vulkan: Option<VulkanDeviceInfo>,
     /// More, if it is a CUDA device.
     pub cuda: Option<CudaDeviceInfo>,
+    /// More, if it is a Metal device.
+    pub metal: Option<MetalDeviceInfo>,
 }
 
 /// Kinds of device, in the order of an automatic choice.
@@ -51,7 +53,7 @@ impl DeviceKind {
     }
 }
 
-/// How messages reach a kernel on a Vulkan device.
+/// How messages reach a kernel on a Vulkan or Metal device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ExecutionMode {
@@ -128,6 +130,25 @@ pub struct CudaDeviceInfo {
     pub nvlink_peers: Vec<usize>,
     /// Whether the driver ends kernels that run for long: kernels are launched in slices then.
     pub watchdog: bool,
+}
+
+/// What a Metal device says of itself, and what was found out about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MetalDeviceInfo {
+    /// The system's number for it.
+    pub registry_id: u64,
+    /// Whether it shares the host's memory.
+    pub unified_memory: bool,
+    /// Whether it may be unplugged.
+    pub removable: bool,
+    /// Most threads of a block, in its first dimension; a kernel may allow fewer.
+    pub max_block_threads: u32,
+    /// Largest buffer, in bytes: of one placement, for all blocks of a kernel.
+    pub max_buffer_bytes: u64,
+    /// How messages reach its kernels: `Resident` or `Exchange`.
+    pub mode: ExecutionMode,
+    /// Why in that mode: what the probe saw, or who forced it.
+    pub mode_reason: String,
 }
 
 /// The NUMA node of a PCI device; `None` where the system does not tell, or has only one.

@@ -9,7 +9,7 @@
 //! here.
 
 mod block;
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", feature = "metal"))]
 pub(crate) mod cpp;
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
@@ -18,11 +18,15 @@ mod host_memory;
 pub(crate) mod info;
 #[cfg(all(test, feature = "vulkan"))]
 mod layouts;
+#[cfg(feature = "metal")]
+pub(crate) mod metal;
 mod options;
-#[cfg(any(feature = "vulkan", feature = "cuda"))]
+#[cfg(any(feature = "vulkan", feature = "cuda", feature = "metal"))]
 mod probe;
-#[cfg(any(feature = "vulkan", feature = "cuda"))]
+#[cfg(any(feature = "vulkan", feature = "cuda", feature = "metal"))]
 mod resident;
+#[cfg(any(feature = "vulkan", feature = "metal"))]
+mod slices;
 #[cfg(feature = "vulkan")]
 pub(crate) mod vulkan;
 
@@ -40,17 +44,17 @@ pub(crate) use block::{
 pub(crate) use host_memory::{Account, HostMemory};
 pub use info::{
     CudaDeviceInfo, DeviceInfo, DeviceKind, ExecutionMode, MemoryHeap, MemoryPlacement,
-    QueueFamily, VulkanDeviceInfo,
+    MetalDeviceInfo, QueueFamily, VulkanDeviceInfo,
 };
 
-pub use options::{CudaConfig, VulkanConfig, VulkanMode};
-#[cfg(any(feature = "vulkan", feature = "cuda"))]
+pub use options::{CudaConfig, MetalConfig, MetalMode, VulkanConfig, VulkanMode};
+#[cfg(any(feature = "vulkan", feature = "cuda", feature = "metal"))]
 pub(crate) use resident::Resident;
 
 use crate::error::Error;
 use crate::kernel::{
-    CpuHandler, CudaCode, Dim3, KernelFailure, ShaderCode, TypeTable, UndeliveredMessage,
-    signals::KernelSignals,
+    CpuHandler, CudaCode, Dim3, KernelFailure, MetalCode, ShaderCode, TypeTable,
+    UndeliveredMessage, signals::KernelSignals,
 };
 use crate::ring::WriteCombining;
 use crate::thread::KernelWait;
@@ -67,11 +71,13 @@ pub enum BackendType {
     Vulkan,
     /// Persistent launches.
     Cuda,
+    /// Compute dispatches that are kept alive by slices, on macOS.
+    Metal,
 }
 
 impl BackendType {
     /// Every backend that this build knows.
-    pub const ALL: [Self; 3] = [Self::Cpu, Self::Vulkan, Self::Cuda];
+    pub const ALL: [Self; 4] = [Self::Cpu, Self::Vulkan, Self::Cuda, Self::Metal];
 
     /// The name as command lines and errors write it.
     #[must_use]
@@ -80,6 +86,7 @@ impl BackendType {
             Self::Cpu => "cpu",
             Self::Vulkan => "vulkan",
             Self::Cuda => "cuda",
+            Self::Metal => "metal",
         }
     }
 }
@@ -260,6 +267,7 @@ pub(crate) enum Handler {
     Cpu(Arc<dyn CpuHandler>),
     Shader(Arc<ShaderCode>),
     Cuda(Arc<CudaCode>),
+    Metal(Arc<MetalCode>),
 }
 
 impl fmt::Debug for Handler {
@@ -268,6 +276,7 @@ impl fmt::Debug for Handler {
             Self::Cpu(_) => f.write_str("Cpu"),
             Self::Shader(code) => code.fmt(f),
             Self::Cuda(code) => code.fmt(f),
+            Self::Metal(code) => code.fmt(f),
         }
     }
 }

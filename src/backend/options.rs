@@ -75,6 +75,29 @@ impl CudaConfig {
     }
 }
 
+/// How the Metal backend works; a part of [`RuntimeConfig`](crate::RuntimeConfig).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MetalConfig {
+    /// How messages reach kernels. Default: as the probe of the device says.
+    pub mode: MetalMode,
+    /// Bytes that kernels may take on each device; `None` means what the system recommends (`recommendedMaxWorkingSetSize`).
+    pub memory_limit: Option<u64>,
+}
+
+/// How messages reach kernels on a Metal device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum MetalMode {
+    /// `Resident` if the probe succeeds, else `Exchange`.
+    #[default]
+    Auto,
+    /// A running slice polls its rings. Metal does not promise that it sees what the host writes meanwhile; no probe is made. A
+    /// message that it does not see waits for the next slice.
+    Resident,
+    /// A slice for each batch of messages: what was written before it was committed it sees for certain.
+    Exchange,
+}
+
 /// How messages reach kernels on a Vulkan device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]

@@ -6,7 +6,7 @@
 //! | `sink` | anything | none | `u64`: messages counted |
 //! | `saxpy` | words: `a` f32, `n` u32, `x` n f32, `y` n f32 | `n` f32: `a * x + y` | none |
 
-use super::device_code::CudaCode;
+use super::device_code::{CudaCode, MetalCode};
 use super::registration::KernelRegistration;
 use super::shader::ShaderCode;
 use crate::error::HandlerError;
@@ -34,6 +34,13 @@ macro_rules! built_in_ptx {
     };
 }
 
+/// Its source, which Metal compiles at launch.
+macro_rules! built_in_source {
+    ($id:literal) => {
+        MetalCode::source(include_str!(concat!("../../kernels/", $id, ".rk")))
+    };
+}
+
 pub(super) fn all() -> Vec<KernelRegistration> {
     vec![echo(), sink(), saxpy()]
 }
@@ -44,6 +51,7 @@ fn echo() -> KernelRegistration {
         .cpu_handler(|request, context| context.echo(request))
         .shader(built_in!("echo"))
         .cuda(built_in_ptx!("echo"))
+        .metal(built_in_source!("echo"))
 }
 
 fn sink() -> KernelRegistration {
@@ -56,6 +64,7 @@ fn sink() -> KernelRegistration {
         })
         .shader(built_in!("sink"))
         .cuda(built_in_ptx!("sink"))
+        .metal(built_in_source!("sink"))
 }
 
 fn saxpy() -> KernelRegistration {
@@ -64,6 +73,7 @@ fn saxpy() -> KernelRegistration {
         .queue_capacity(SAXPY_CAPACITY)
         .shader(built_in!("saxpy"))
         .cuda(built_in_ptx!("saxpy"))
+        .metal(built_in_source!("saxpy"))
         .cpu_handler(|request, context| {
             let bad = |text| HandlerError::new(HandlerError::BAD_REQUEST, text);
             let words: &[u32] = bytemuck::try_cast_slice(request.payload())

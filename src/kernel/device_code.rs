@@ -127,6 +127,69 @@ impl CudaCode {
     }
 }
 
+/// A kernel's code for Metal, compiled at launch behind `kernels/ringkernel.metal`.
+///
+/// ```
+/// use ringkernel::{KernelRegistration, MetalCode};
+///
+/// let code = MetalCode::source("RK_HANDLER { rk_out_copy(rk_in_words()); rk_reply(rk_in_bytes()); }");
+/// let registration = KernelRegistration::new("mine").metal(code);
+/// # assert_eq!(registration.id(), "mine");
+/// ```
+#[derive(Clone)]
+pub struct MetalCode {
+    pub(crate) handler: Cow<'static, str>,
+    pub(crate) loop_iterations: Option<u32>,
+    pub(crate) replies: u32,
+}
+
+impl fmt::Debug for MetalCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MetalCode")
+            .field("handler_bytes", &self.handler.len())
+            .field("replies", &self.replies)
+            .finish()
+    }
+}
+
+impl MetalCode {
+    /// The source of a handler, portable or in the Metal Shading Language, which the system compiles at launch. An error there is
+    /// [`Error::Compile`](crate::Error::Compile) with the compiler's log, whose line numbers are those of this source.
+    #[must_use]
+    pub fn source(handler: impl Into<Cow<'static, str>>) -> Self {
+        Self {
+            handler: handler.into(),
+            loop_iterations: None,
+            replies: 1,
+        }
+    }
+
+    /// Loop iterations that one run of the handler is charged with: slices end by what they were charged. Default: enough for five
+    /// loops over the largest message.
+    #[must_use]
+    pub fn loop_iterations(mut self, iterations: u32) -> Self {
+        self.loop_iterations = Some(iterations);
+        self
+    }
+
+    /// Most replies that one run of the handler writes; it is run when there is room for so many. Default 1.
+    #[must_use]
+    pub fn replies(mut self, replies: u32) -> Self {
+        self.replies = replies;
+        self
+    }
+}
+
+impl From<&PortableCode> for MetalCode {
+    fn from(code: &PortableCode) -> Self {
+        Self {
+            handler: code.handler.clone(),
+            loop_iterations: code.loop_iterations,
+            replies: code.replies,
+        }
+    }
+}
+
 impl From<&PortableCode> for CudaCode {
     fn from(code: &PortableCode) -> Self {
         Self {

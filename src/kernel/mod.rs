@@ -17,7 +17,7 @@ mod telemetry;
 mod types;
 
 pub use builtin::{saxpy_reply, saxpy_request};
-#[cfg(any(feature = "vulkan", feature = "cuda"))]
+#[cfg(any(feature = "vulkan", feature = "cuda", feature = "metal"))]
 pub(crate) use control_block::BlockFault;
 #[cfg(all(test, feature = "vulkan"))]
 pub(crate) use control_block::CONTROL_VALUES;
@@ -26,7 +26,7 @@ pub use control_block::{CONTROL_BLOCK_BYTES, ControlBlock, DeviceLines, HostLine
 pub use dead_letters::{DeadLetterCounts, DeadLetterReason};
 #[cfg(feature = "cuda")]
 pub(crate) use device_code::CudaSource;
-pub use device_code::{CudaCode, PortableCode};
+pub use device_code::{CudaCode, MetalCode, PortableCode};
 pub use handler::{CpuHandler, HandlerResult, KernelContext, Request};
 pub use options::{Dim3, LaunchOptions};
 pub use registration::KernelRegistration;

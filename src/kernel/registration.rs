@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::device_code::{CudaCode, PortableCode};
+use super::device_code::{CudaCode, MetalCode, PortableCode};
 use super::handler::{CpuHandler, HandlerResult, KernelContext, Request};
 use super::shader::ShaderCode;
 use super::types::TypeTable;
@@ -37,6 +37,7 @@ pub struct KernelRegistration {
     cpu_handler: Option<Arc<dyn CpuHandler>>,
     shader: Option<Arc<ShaderCode>>,
     cuda: Option<Arc<CudaCode>>,
+    metal: Option<Arc<MetalCode>>,
     portable: Option<PortableCode>,
 }
 
@@ -58,6 +59,7 @@ impl fmt::Debug for KernelRegistration {
             .field("cpu_handler", &self.cpu_handler.is_some())
             .field("shader", &self.shader)
             .field("cuda", &self.cuda)
+            .field("metal", &self.metal)
             .field("portable", &self.portable.is_some())
             .finish()
     }
@@ -77,6 +79,7 @@ impl KernelRegistration {
             cpu_handler: None,
             shader: None,
             cuda: None,
+            metal: None,
             portable: None,
         }
     }
@@ -179,8 +182,15 @@ impl KernelRegistration {
         self
     }
 
-    /// The kernel's code on every device that has none of its own by [`cuda`](Self::cuda) or [`shader`](Self::shader), compiled at
-    /// launch. For Vulkan this needs the feature `glsl`.
+    /// The kernel's code on Metal devices.
+    #[must_use]
+    pub fn metal(mut self, code: MetalCode) -> Self {
+        self.metal = Some(Arc::new(code));
+        self
+    }
+
+    /// The kernel's code on every device that has none of its own by [`cuda`](Self::cuda), [`metal`](Self::metal) or
+    /// [`shader`](Self::shader), compiled at launch. For Vulkan this needs the feature `glsl`.
     #[must_use]
     pub fn portable(mut self, code: PortableCode) -> Self {
         self.portable = Some(code);
@@ -228,6 +238,13 @@ impl KernelRegistration {
     pub(crate) fn cuda_code(&self) -> Option<Arc<CudaCode>> {
         match (&self.cuda, &self.portable) {
             (None, Some(portable)) => Some(Arc::new(CudaCode::from(portable))),
+            (own, _) => own.clone(),
+        }
+    }
+
+    pub(crate) fn metal_code(&self) -> Option<Arc<MetalCode>> {
+        match (&self.metal, &self.portable) {
+            (None, Some(portable)) => Some(Arc::new(MetalCode::from(portable))),
             (own, _) => own.clone(),
         }
     }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::backend::{CudaConfig, VulkanConfig};
+use crate::backend::{CudaConfig, MetalConfig, VulkanConfig};
 use crate::error::Error;
 use crate::ring::RingLayout;
 use crate::thread::{WaitStrategy, affinity};
@@ -57,6 +57,8 @@ pub struct RuntimeConfig {
     pub vulkan: VulkanConfig,
     /// How the CUDA backend works.
     pub cuda: CudaConfig,
+    /// How the Metal backend works.
+    pub metal: MetalConfig,
 }
 
 impl Default for RuntimeConfig {
@@ -76,6 +78,7 @@ impl Default for RuntimeConfig {
             cpu_memory_limit: None,
             vulkan: VulkanConfig::default(),
             cuda: CudaConfig::default(),
+            metal: MetalConfig::default(),
         }
     }
 }

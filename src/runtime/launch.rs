@@ -147,6 +147,7 @@ pub(super) fn handler(
             .map(|handler| Handler::Cpu(Arc::clone(handler))),
         BackendType::Vulkan => registration.shader_code().map(Handler::Shader),
         BackendType::Cuda => registration.cuda_code().map(Handler::Cuda),
+        BackendType::Metal => registration.metal_code().map(Handler::Metal),
     };
     handler.ok_or_else(|| Error::NoHandler {
         kernel: registration.id().to_owned(),

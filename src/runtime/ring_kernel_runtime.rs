@@ -415,6 +415,19 @@ impl Devices {
                     reason: "this build lacks the feature `cuda`".into(),
                 });
             }
+            #[cfg(feature = "metal")]
+            BackendType::Metal => Box::new(crate::backend::metal::MetalBackend::load(
+                &config.metal,
+                &config.reserved_cores,
+                config.termination_timeout,
+            )?),
+            #[cfg(not(feature = "metal"))]
+            BackendType::Metal => {
+                return Err(Error::BackendUnavailable {
+                    backend: backend.name(),
+                    reason: "this build lacks the feature `metal`".into(),
+                });
+            }
         };
         Ok(Self {
             described: backend.devices(),
@@ -423,8 +436,8 @@ impl Devices {
         })
     }
 
-    /// The best backend: Vulkan, if it has hardware that keeps kernels resident and all kernels have code for it. CUDA is for those
-    /// who ask for it, until it has been seen to work on a GPU.
+    /// The best backend: Vulkan, if it has hardware that keeps kernels resident and all kernels have code for it. CUDA and Metal are
+    /// for those who ask for them, until they have been seen to work on a GPU.
     fn best(
         config: &RuntimeConfig,
         choice: &DeviceChoice,

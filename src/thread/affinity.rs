@@ -173,7 +173,7 @@ pub(crate) fn confine_current_thread(cores: &[usize]) -> Result<(), Error> {
 ///
 /// # Errors
 /// [`Error::Os`] if there can be no thread, or `body` panics.
-#[cfg(any(feature = "vulkan", feature = "cuda"))]
+#[cfg(any(feature = "vulkan", feature = "cuda", feature = "metal"))]
 pub(crate) fn on_cores<T: Send>(
     name: &'static str,
     cores: &[usize],

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use ringkernel::error::{CallError, RecvTimeoutError, Unavailable};
 use ringkernel::kernel::FailureReason;
 use ringkernel::{
-    CudaConfig, Error, KernelState, LaunchOptions, RuntimeConfig, VulkanConfig, WaitStrategy,
+    CudaConfig, Error, KernelState, LaunchOptions, MetalConfig, RuntimeConfig, VulkanConfig,
+    WaitStrategy,
 };
 
 use super::kernels::{Opened, UNSTUCK};
@@ -155,6 +156,10 @@ pub fn memory_that_is_not_there_is_an_error<S: Subject>() {
         cuda: CudaConfig {
             memory_limit: Some(enough),
             ..CudaConfig::default()
+        },
+        metal: MetalConfig {
+            memory_limit: Some(enough),
+            ..MetalConfig::default()
         },
         ..RuntimeConfig::default()
     };

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use ringkernel::error::HandlerError;
 use ringkernel::{
-    CudaCode, HandlerResult, KernelContext, KernelRegistration, Request, ShaderCode, ring_message,
+    HandlerResult, KernelContext, KernelRegistration, PortableCode, Request, ShaderCode,
+    ring_message,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -46,10 +47,10 @@ macro_rules! module {
     };
 }
 
-/// The source of the same, for CUDA.
+/// The source of the same, for other devices.
 macro_rules! source {
     ($name:literal) => {
-        CudaCode::source(include_str!(concat!("../kernels/", $name, ".rk")))
+        PortableCode::new(include_str!(concat!("../kernels/", $name, ".rk")))
     };
 }
 
@@ -57,7 +58,7 @@ pub fn all() -> Vec<KernelRegistration> {
     vec![
         KernelRegistration::new("test.add")
             .shader(module!("add"))
-            .cuda(source!("add"))
+            .portable(source!("add"))
             .typed_cpu_handler::<Add, Sum, _>(|add, _| {
                 let sum = add
                     .left
@@ -72,7 +73,7 @@ pub fn all() -> Vec<KernelRegistration> {
         // Replies with its block, and how many messages the block has had.
         KernelRegistration::new("test.count")
             .shader(module!("count"))
-            .cuda(source!("count"))
+            .portable(source!("count"))
             .any_message()
             .state_size(8)
             .cpu_handler(|_, context| {
@@ -87,7 +88,7 @@ pub fn all() -> Vec<KernelRegistration> {
         // The first byte says how many replies are wanted; each carries its index.
         KernelRegistration::new("test.repeat")
             .shader(module!("repeat"))
-            .cuda(source!("repeat"))
+            .portable(source!("repeat"))
             .cpu_handler(|request, context| {
                 for index in 0..request.payload().first().copied().unwrap_or(0) {
                     context.reply_bytes(&[index])?;
@@ -106,7 +107,7 @@ pub fn all() -> Vec<KernelRegistration> {
         // Never returns until `UNSTUCK` is set.
         KernelRegistration::new("test.stuck")
             .shader(module!("endless"))
-            .cuda(source!("endless"))
+            .portable(source!("endless"))
             .cpu_handler(|_, _| {
                 while !UNSTUCK.load(Ordering::Acquire) {
                     std::thread::sleep(Duration::from_millis(1));
@@ -116,7 +117,7 @@ pub fn all() -> Vec<KernelRegistration> {
         // Panics on `panic`, echoes anything else.
         KernelRegistration::new("test.panic")
             .shader(module!("fault"))
-            .cuda(source!("fault"))
+            .portable(source!("fault"))
             .cpu_handler(|request, context| {
                 assert!(request.payload() != b"panic", "told to panic");
                 context.echo(request)
@@ -124,7 +125,7 @@ pub fn all() -> Vec<KernelRegistration> {
         // Sleeps for the payload's milliseconds, then echoes.
         KernelRegistration::new("test.sleep")
             .shader(module!("sleep"))
-            .cuda(source!("sleep"))
+            .portable(source!("sleep"))
             .cpu_handler(|request, context| {
                 let millis = request.payload().first().copied().unwrap_or(0);
                 std::thread::sleep(Duration::from_millis(millis.into()));
@@ -150,7 +151,7 @@ pub fn all() -> Vec<KernelRegistration> {
         // What all devices count, add and compare alike; see its source.
         KernelRegistration::new("test.numbers")
             .shader(module!("numbers").loop_iterations(200))
-            .cuda(source!("numbers"))
+            .portable(source!("numbers"))
             .cpu_handler(numbers),
         // A device that writes what it should not, in shaders alone.
         KernelRegistration::new("test.hostile")
@@ -161,7 +162,7 @@ pub fn all() -> Vec<KernelRegistration> {
         // Writes an `Add` whose bool is neither true nor false.
         KernelRegistration::new("test.corrupt")
             .shader(module!("corrupt"))
-            .cuda(source!("corrupt"))
+            .portable(source!("corrupt"))
             .message::<Add>()
             .cpu_handler(|request, context| {
                 let mut add = *request.payload().first_chunk::<24>().unwrap();
@@ -172,7 +173,7 @@ pub fn all() -> Vec<KernelRegistration> {
         // Answers with more than any of its slots holds.
         KernelRegistration::new("test.too_large")
             .shader(module!("too_large"))
-            .cuda(source!("too_large"))
+            .portable(source!("too_large"))
             .cpu_handler(|_, context| context.reply_bytes(&[0; 1 << 16])),
     ]
 }

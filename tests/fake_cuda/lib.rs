@@ -436,12 +436,7 @@ fn compile(handler: &str) -> Result<String, String> {
     let folder = PathBuf::from(std::env::var_os("RINGKERNEL_FAKE_CUDA").expect("a folder"));
     let source = folder.join(format!("kernel{}.cu", known.len()));
     let library = source.with_extension("so");
-    // The same handler behind the other prelude in C++.
-    let prelude = match std::env::var_os("RINGKERNEL_FAKE_METAL") {
-        Some(_) => "ringkernel.metal",
-        None => "ringkernel.cuh",
-    };
-    let text = format!("#include \"{prelude}\"\n#line 1 \"handler\"\n{handler}\n");
+    let text = format!("#include \"ringkernel.cuh\"\n#line 1 \"handler\"\n{handler}\n");
     std::fs::write(&source, text).map_err(|error| error.to_string())?;
     let root = repository();
     let output = Command::new("c++")

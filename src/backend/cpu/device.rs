@@ -66,6 +66,7 @@ impl CpuDevice {
                 kind: DeviceKind::Cpu,
                 vulkan: None,
                 cuda: None,
+                metal: None,
                 memory_limit: memory_limit
                     .unwrap_or_else(|| machine_memory() / count.max(1) as u64),
                 cores: if cores.len() < count {

@@ -10,7 +10,7 @@ use super::dispatch::{CudaDispatch, Launched};
 use super::monitor::Monitor;
 use super::physical::{self, Physical};
 use super::{driver, unavailable};
-use crate::backend::cpp::LaunchWords;
+use crate::backend::cpp::{self, LaunchWords};
 use crate::backend::{
     Account, Backend, CudaConfig, Device, DeviceInfo, DeviceMemory, Dispatch, DispatchRequest,
     Handler, Placement, probe,
@@ -22,9 +22,6 @@ use crate::thread::{KernelWait, affinity};
 
 /// How often the probe is made before its answer counts: a loaded machine can make one attempt fail.
 const PROBES: u32 = 3;
-
-/// Passes over the largest message that a handler's loops are charged with by default, in slices.
-const DEFAULT_PASSES: u32 = 5;
 
 /// Longest pause between two empty polls of a kernel that parks: what waking a thread would take.
 const PARKED_NAP: Duration = Duration::from_micros(10);
@@ -205,51 +202,25 @@ impl Device for CudaDevice {
                 });
             }
         };
-        let invalid = |option, reason| Err(Error::InvalidOption { option, reason });
-        let Some(first) = request.blocks.first() else {
-            return invalid("grid", "it has no blocks".into());
-        };
-        let grid = Arc::clone(&first.memory.grid);
+        let grid = cpp::grid(&request)?;
         let ring = grid.layout.ring;
-        if code.replies > ring.capacity() {
-            return invalid(
-                "queue_capacity",
-                format!(
-                    "{} slots are fewer than the {} replies that kernel '{name}' declares",
-                    ring.capacity(),
-                    code.replies
-                ),
-            );
-        }
+        cpp::check_replies(&name, code.replies, ring)?;
         let module = self.context.module(&name, &code.source)?;
-        // A warp is what a multiprocessor runs at least.
-        let warp = u64::from(self.context.physical.warp);
-        let threads = request.block_size.count().next_multiple_of(warp);
-        let most = module.max_threads.min(self.context.physical.max_threads);
-        if threads > most.into() {
-            return invalid(
-                "block size",
-                format!(
-                    "{threads} threads exceed the {most} of kernel '{name}' on '{}'",
-                    self.info.name
-                ),
-            );
-        }
-        let threads = threads as u32;
+        let threads = cpp::whole_groups(
+            &request,
+            self.context.physical.warp,
+            module.max_threads.min(self.context.physical.max_threads),
+            &self.info.name,
+        )?;
         let blocks = request.blocks.len() as u32;
         let _current = self.context.enter()?;
         let each = module.blocks_each(&self.context, threads)?;
         let residency = self.context.reserve(blocks, threads, each)?;
-        let words = (ring.stride() / 4) as u32;
-        let cost = code
-            .loop_iterations
-            .unwrap_or_else(|| words.div_ceil(threads).saturating_mul(DEFAULT_PASSES))
-            .saturating_add(1);
         let launch = LaunchWords::new(
             &request,
             grid.layout,
             code.replies,
-            cost,
+            cpp::message_cost(code.loop_iterations, ring, threads),
             !self.context.physical.watchdog,
             self.nap(request.wait),
         );

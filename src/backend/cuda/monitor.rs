@@ -177,19 +177,21 @@ impl Watch {
             }
             return;
         };
-        let limit = self.limit;
-        self.kernels.retain_mut(|watched| {
+        let mut index = 0;
+        while let Some(watched) = self.kernels.get_mut(index) {
             if let Some(reason) = context.lost() {
                 watched.lose(reason);
             }
-            match watched.look(&context, limit) {
-                Ok(ended) => !ended,
+            match watched.look(&context, self.limit) {
+                // Nothing else here holds the kernel any more: what it took is given back before its end is known.
+                Ok(true) => Launched::finish(self.kernels.swap_remove(index).kernel),
+                Ok(false) => index += 1,
                 Err(error) => {
                     context.lose(error.to_string());
-                    true
+                    index += 1;
                 }
             }
-        });
+        }
         if context.is_abandoned() {
             // Whatever runs is left behind.
             for watched in self.kernels.drain(..) {
@@ -245,7 +247,7 @@ impl Watched {
         }
     }
 
-    /// Whether the kernel has ended, and nothing of it is left.
+    /// Whether the kernel has ended, and nothing of it runs any more.
     fn look(&mut self, context: &Context, limit: Duration) -> Result<bool, Error> {
         let heartbeats = self.kernel.heartbeats();
         if heartbeats != self.heartbeats {
@@ -290,7 +292,6 @@ impl Watched {
             return Ok(false);
         }
         kernel.answer_end();
-        Launched::finish(Arc::clone(kernel));
         Ok(true)
     }
 }

@@ -168,6 +168,7 @@ fn describe(
                 nvlink_peers: peers,
                 watchdog,
             }),
+            metal: None,
         },
     })
 }

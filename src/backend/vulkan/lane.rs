@@ -20,9 +20,9 @@ use super::context::Context;
 use super::relay::Relay;
 use super::slice_kernel::{SOFTWARE_ITERATIONS, SliceKernel};
 use crate::backend::ExecutionMode;
+use crate::backend::slices::{Attention, PARKING_IDLE_POLLS, Pace, SHARED_POLLS};
 use crate::error::Error;
 use crate::kernel::{BlockState, FailureReason, KernelFailure};
-use crate::thread::KernelWait;
 use crate::thread::affinity;
 
 /// Command buffers that take turns.
@@ -37,19 +37,6 @@ const FENCE_CHUNK: Duration = Duration::from_millis(20);
 /// Longest sleep without work.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 
-/// How long a sleeping kernel that is blocked on a full reply ring is left alone.
-pub(super) const BLOCKED_NAP: Duration = Duration::from_micros(200);
-
-/// How long hardware slices should take: far below every watchdog (from 2 s on Windows), even for both batches.
-const SLICE_TARGET: Duration = Duration::from_millis(25);
-
-/// Bounds of a hardware slice's polls.
-const FEWEST_POLLS: u32 = 1_000;
-const MOST_POLLS: u32 = 1 << 26;
-
-/// Polls of a first slice on hardware: some 5 ms over PCIe.
-const FIRST_POLLS: u32 = 4_000;
-
 /// Slices in a row in a command buffer: while kernels have the queue for themselves, on a software device and on hardware; and
 /// while a sleeping kernel may want its turn.
 const SOFTWARE_STEPS: u32 = 16;
@@ -60,13 +47,9 @@ const IMPATIENT_STEPS: u32 = 2;
 const SUBMIT_TRIES: u32 = 100;
 const SUBMIT_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Budgets while several blocks share an execution unit: whoever has nothing to do gives way at once, and nobody keeps
-/// the others waiting for long.
-const SHARED_POLLS: u32 = 2_000;
+/// Empty polls after which a slice ends while several blocks share an execution unit: whoever has nothing to do gives way at
+/// once.
 const SHARED_IDLE_POLLS: u32 = 48;
-
-/// Empty polls after which a slice of a kernel that sleeps when idle ends.
-const PARKING_IDLE_POLLS: u32 = 2_000;
 
 /// What everybody may ask of a lane.
 pub(super) struct LaneHandle {
@@ -200,16 +183,7 @@ struct Member {
     kernel: Arc<SliceKernel>,
     /// In exchange mode, what carries its messages.
     relay: Option<Relay>,
-    /// For kernels that sleep when idle: whether it sleeps, when to look at it again, whether requests do not matter until
-    /// then.
-    asleep: bool,
-    look_at: Instant,
-    blocked: bool,
-    /// Whether a request was there already when the last slices ended.
-    waited: bool,
-    /// Progress and heartbeats when last looked at.
-    progress: u32,
-    heartbeats: u32,
+    attention: Attention,
 }
 
 impl Member {
@@ -217,57 +191,12 @@ impl Member {
         Self {
             kernel,
             relay,
-            asleep: false,
-            look_at: Instant::now(),
-            blocked: false,
-            waited: false,
-            progress: 0,
-            heartbeats: 0,
+            attention: Attention::new(false),
         }
     }
 
-    fn may_sleep(&self) -> bool {
-        self.kernel.may_sleep()
-    }
-
-    /// Whether slices of it should be submitted now.
     fn wants_slices(&self, now: Instant) -> bool {
-        if !self.kernel.is_wanted() {
-            return false;
-        }
-        let answered = self
-            .kernel
-            .blocks
-            .iter()
-            .all(|block| block.control().state() == Some(BlockState::Polling));
-        !self.asleep
-            || !answered
-            || now >= self.look_at
-            || (self.kernel.wait == KernelWait::Park && !self.blocked && self.kernel.has_request())
-    }
-
-    /// Looks at what a completed batch has done for it.
-    fn observe(&mut self, now: Instant) {
-        let heartbeats = self.kernel.heartbeats();
-        if heartbeats != self.heartbeats {
-            self.heartbeats = heartbeats;
-            self.kernel.show_life();
-        }
-        let progress = self.kernel.progress();
-        let idle = progress == self.progress;
-        self.progress = progress;
-        self.asleep = idle && self.may_sleep();
-        if self.asleep {
-            // Requests that no slice took up although it looked for long: there is no room for their replies.
-            self.blocked = self.kernel.has_request() && self.waited;
-            self.waited = self.kernel.has_request();
-            let nap = match self.kernel.wait {
-                _ if self.blocked => BLOCKED_NAP,
-                KernelWait::Interval(interval) => interval.min(self.kernel.heartbeat_interval),
-                _ => self.kernel.heartbeat_interval,
-            };
-            self.look_at = now + nap;
-        }
+        self.attention.wants_slices(&self.kernel, now)
     }
 }
 
@@ -297,8 +226,8 @@ struct Bridge {
     members: Vec<Member>,
     mode: ExecutionMode,
     software: bool,
-    /// Polls of a slice that has its queue for itself.
-    polls: u32,
+    /// How long a slice lasts that has its queue for itself.
+    pace: Pace,
     fence_limit: Duration,
     last_done: Instant,
 }
@@ -328,9 +257,9 @@ impl Bridge {
             members: Vec::new(),
             mode,
             software,
-            polls: match software {
-                true => SOFTWARE_ITERATIONS,
-                false => FIRST_POLLS,
+            pace: match software {
+                true => Pace::software(SOFTWARE_ITERATIONS),
+                false => Pace::hardware(),
             },
             fence_limit,
             last_done: Instant::now(),
@@ -478,7 +407,7 @@ impl Bridge {
                 .iter()
                 .any(|kernel| Arc::ptr_eq(kernel, &member.kernel))
             {
-                member.observe(now);
+                member.attention.observe(&member.kernel, now);
             }
         }
         Ok(())
@@ -560,7 +489,7 @@ impl Bridge {
             let (mut polls, mut idle) = if shared {
                 (SHARED_POLLS, SHARED_IDLE_POLLS)
             } else {
-                (self.polls, u32::MAX)
+                (self.pace.polls(), u32::MAX)
             };
             if self.software {
                 polls = polls.min(kernel.software_budget());
@@ -581,22 +510,13 @@ impl Bridge {
         let begin = batch.submitted.max(self.last_done);
         self.last_done = now;
         let measures = matches!(&batch.kernels[..], [kernel] if !kernel.may_sleep())
-            && batch.polls == self.polls
+            && batch.polls == self.pace.polls()
             && batch.epoch == self.handle.epoch.load(Ordering::Relaxed);
         if !measures {
             return;
         }
         let slice = now.duration_since(begin) / batch.steps.max(1);
-        if slice > SLICE_TARGET {
-            let ratio = SLICE_TARGET.as_secs_f64() / slice.as_secs_f64();
-            self.polls = ((f64::from(self.polls) * ratio.max(0.1)) as u32).max(FEWEST_POLLS);
-        } else if slice < SLICE_TARGET / 2 {
-            let most = match self.software {
-                true => SOFTWARE_ITERATIONS,
-                false => MOST_POLLS,
-            };
-            self.polls = (self.polls + self.polls / 2).min(most);
-        }
+        self.pace.measured(slice);
     }
 
     /// Records steps of the kernels' slices, unless the batch holds just these.
@@ -622,7 +542,7 @@ impl Bridge {
                 .zip(running)
                 .all(|(recorded, kernel)| Arc::ptr_eq(recorded, kernel));
         if same {
-            self.batches[index].polls = self.polls;
+            self.batches[index].polls = self.pace.polls();
             return Ok(());
         }
         let context = Arc::clone(&self.context);
@@ -653,7 +573,7 @@ impl Bridge {
         batch.kernels = running.to_vec();
         batch.epoch = epoch;
         batch.steps = steps;
-        batch.polls = self.polls;
+        batch.polls = self.pace.polls();
         Ok(())
     }
 
@@ -931,7 +851,7 @@ impl Member {
         if let Some(relay) = &self.relay {
             return relay.nap(&self.kernel);
         }
-        self.look_at.saturating_duration_since(now)
+        self.attention.nap(&self.kernel, now)
     }
 
     /// Whether it must be looked at before anybody sleeps.

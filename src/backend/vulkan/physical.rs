@@ -218,6 +218,7 @@ fn describe(
                 placements: Vec::new(),
             }),
             cuda: None,
+            metal: None,
         },
     })
 }

@@ -1,0 +1,369 @@
+//! The thread of a device, which keeps the slices of its kernels coming.
+//!
+//! Each kernel has a command queue, in which two slices are committed at any time while it is active: one runs, one waits. The
+//! thread sleeps until one is done. Commands to a kernel are stores to its control block, which the running slice sees.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use super::slice_kernel::SliceKernel;
+use crate::backend::slices::{Attention, PARKING_IDLE_POLLS, Pace, SHARED_POLLS};
+use crate::backend::{DeviceInfo, ExecutionMode};
+use crate::error::Error;
+use crate::kernel::BlockState;
+use crate::thread::affinity;
+use crate::thread::event_count::EventCount;
+
+/// Slices of a kernel that are committed at once: one more than runs.
+const SLICES: usize = 2;
+
+/// Longest sleep without work, and between two looks whether a slice is overdue.
+const LONGEST_SLEEP: Duration = Duration::from_secs(1);
+const OVERDUE_LOOK: Duration = Duration::from_millis(50);
+
+/// How long a slice may take whatever the termination timeout is: far longer than its polls, but the system's own work may come
+/// first.
+const SHORTEST_LIMIT: Duration = Duration::from_secs(2);
+
+/// Whether a device still works, for everybody who uses it.
+#[derive(Debug)]
+pub(super) struct Health {
+    name: String,
+    lost: OnceLock<String>,
+}
+
+impl Health {
+    pub(super) fn new(info: &DeviceInfo) -> Arc<Self> {
+        Arc::new(Self {
+            name: info.name.clone(),
+            lost: OnceLock::new(),
+        })
+    }
+
+    /// Marks the device as lost; the first reason is kept.
+    fn lose(&self, reason: String) {
+        if self.lost.set(reason).is_ok() {
+            log::error!("device '{}' is lost: {}", self.name, self.reason());
+        }
+    }
+
+    fn is_lost(&self) -> bool {
+        self.lost.get().is_some()
+    }
+
+    fn reason(&self) -> &str {
+        self.lost.get().map_or("", String::as_str)
+    }
+
+    pub(super) fn check(&self) -> Result<(), Error> {
+        match self.lost.get() {
+            None => Ok(()),
+            Some(reason) => Err(Error::DeviceLost {
+                device: self.name.clone(),
+                reason: reason.clone(),
+            }),
+        }
+    }
+}
+
+/// What everybody may ask of a bridge.
+#[derive(Debug)]
+pub(super) struct BridgeHandle {
+    inbox: Mutex<Vec<Arc<SliceKernel>>>,
+    pub(super) doorbell: Arc<EventCount>,
+    stop: AtomicBool,
+}
+
+impl BridgeHandle {
+    /// Hands a kernel over.
+    pub(super) fn admit(&self, kernel: Arc<SliceKernel>) {
+        self.inbox.lock().push(kernel);
+        self.doorbell.notify();
+    }
+}
+
+/// A bridge, for the device that owns it.
+#[derive(Debug)]
+pub(super) struct Bridge {
+    pub(super) handle: Arc<BridgeHandle>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Bridge {
+    /// Starts the thread, on any of `cores`.
+    pub(super) fn start(
+        info: &DeviceInfo,
+        mode: ExecutionMode,
+        health: &Arc<Health>,
+        cores: Vec<usize>,
+        termination_timeout: Duration,
+    ) -> Result<Self, Error> {
+        let handle = Arc::new(BridgeHandle {
+            inbox: Mutex::new(Vec::new()),
+            doorbell: Arc::new(EventCount::new()),
+            stop: AtomicBool::new(false),
+        });
+        let keeper = Keeper {
+            handle: Arc::clone(&handle),
+            health: Arc::clone(health),
+            members: Vec::new(),
+            on_request: mode == ExecutionMode::Exchange,
+            // Whoever waits for a kernel's end is told first that it did not come.
+            limit: (2 * termination_timeout).max(SHORTEST_LIMIT),
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("rk-bridge-{}", info.index))
+            .spawn(move || {
+                if !cores.is_empty()
+                    && let Err(error) = affinity::confine_current_thread(&cores)
+                {
+                    log::warn!("the thread of a Metal device runs anywhere: {error}");
+                }
+                keeper.run();
+            })
+            .map_err(|source| Error::Os {
+                operation: "start the thread of a Metal device",
+                source,
+            })?;
+        Ok(Self {
+            handle,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Bridge {
+    /// Ends the thread once all kernels have: bounded, because a slice that does not end in time loses the device.
+    fn drop(&mut self) {
+        self.handle.stop.store(true, Ordering::Release);
+        self.handle.doorbell.notify();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("the thread of a Metal device panicked");
+        }
+    }
+}
+
+/// A kernel as its bridge sees it.
+struct Member {
+    kernel: Arc<SliceKernel>,
+    attention: Attention,
+    pace: Pace,
+    /// Slices that are not done, the oldest first: when each was committed, and with how many polls, if those alone end it.
+    in_flight: VecDeque<(Instant, Option<u32>)>,
+    /// When the last one was done.
+    last_done: Instant,
+    lost: bool,
+}
+
+/// The thread's own.
+struct Keeper {
+    handle: Arc<BridgeHandle>,
+    health: Arc<Health>,
+    members: Vec<Member>,
+    on_request: bool,
+    /// How long a slice may take before the device counts as lost.
+    limit: Duration,
+}
+
+impl Keeper {
+    fn run(mut self) {
+        loop {
+            let admitted = std::mem::take(&mut *self.handle.inbox.lock());
+            let on_request = self.on_request;
+            self.members
+                .extend(admitted.into_iter().map(|kernel| Member {
+                    kernel,
+                    attention: Attention::new(on_request),
+                    pace: Pace::hardware(),
+                    in_flight: VecDeque::with_capacity(SLICES),
+                    last_done: Instant::now(),
+                    lost: false,
+                }));
+            self.collect();
+            if self.health.is_lost() {
+                for member in self.members.iter_mut().filter(|member| !member.lost) {
+                    member.lost = true;
+                    member.kernel.lose(self.health.reason());
+                }
+            }
+            self.settle();
+            self.commit();
+            if self.handle.stop.load(Ordering::Acquire) {
+                if self.members.is_empty() && self.handle.inbox.lock().is_empty() {
+                    return;
+                }
+                for member in &self.members {
+                    member.kernel.ask_to_end();
+                }
+            }
+            self.sleep();
+        }
+    }
+
+    /// Takes note of slices that are done, or should be.
+    fn collect(&mut self) {
+        let now = Instant::now();
+        for member in &mut self.members {
+            let outcomes = member.kernel.take_outcomes();
+            let done = !outcomes.is_empty();
+            for outcome in outcomes {
+                let slice = member.in_flight.pop_front();
+                match outcome {
+                    Ok(()) => member.adapt(slice, now),
+                    // Whatever it was, the device may have done anything meanwhile.
+                    Err(reason) => self.health.lose(reason),
+                }
+            }
+            if done {
+                member.attention.observe(&member.kernel, now);
+            }
+            let Some((committed, _)) = member.in_flight.front() else {
+                continue;
+            };
+            let begin = (*committed).max(member.last_done);
+            if now.duration_since(begin) > self.limit {
+                self.health.lose(format!(
+                    "a slice of kernel '{}' did not end within {:?}: a handler that never ends, or a driver that hangs",
+                    member.kernel.signals.name, self.limit
+                ));
+                // Left to the system: command buffers keep what they use.
+                member.in_flight.clear();
+            }
+        }
+    }
+
+    /// Answers for kernels that have no slices in flight any more, and lets go of those that ended.
+    fn settle(&mut self) {
+        let mut index = 0;
+        while let Some(member) = self.members.get(index) {
+            if member.settle() {
+                // Nothing else here holds the kernel any more: what it took is given back before its end is known.
+                SliceKernel::finish(self.members.swap_remove(index).kernel);
+            } else {
+                index += 1;
+            }
+        }
+    }
+
+    /// Commits what is missing.
+    fn commit(&mut self) {
+        let now = Instant::now();
+        let wanted = self
+            .members
+            .iter()
+            .filter(|member| member.kernel.is_wanted());
+        let shared = wanted.count() > 1;
+        // A slice that began before its requests were written may not see them; another one would only wait behind it.
+        let depth = if self.on_request { 1 } else { SLICES };
+        for member in &mut self.members {
+            if member.lost || !member.attention.wants_slices(&member.kernel, now) {
+                continue;
+            }
+            let polls = if shared {
+                SHARED_POLLS
+            } else {
+                member.pace.polls()
+            };
+            let idle_polls = if self.on_request {
+                1
+            } else if member.kernel.may_sleep() {
+                PARKING_IDLE_POLLS
+            } else {
+                u32::MAX
+            };
+            for block in &member.kernel.blocks {
+                block.control().set_budgets(polls, idle_polls);
+            }
+            while member.in_flight.len() < depth {
+                if let Err(reason) = member.kernel.commit(&self.handle.doorbell) {
+                    self.health
+                        .lose(format!("a slice cannot be committed: {reason}"));
+                    break;
+                }
+                let paced = (!shared && idle_polls == u32::MAX).then_some(polls);
+                member.in_flight.push_back((Instant::now(), paced));
+            }
+        }
+    }
+
+    fn sleep(&self) {
+        let now = Instant::now();
+        let longest = self
+            .members
+            .iter()
+            .map(|member| {
+                if !member.in_flight.is_empty() {
+                    OVERDUE_LOOK
+                } else if !member.kernel.is_wanted() {
+                    LONGEST_SLEEP
+                } else {
+                    member.attention.nap(&member.kernel, now)
+                }
+            })
+            .min()
+            .unwrap_or(LONGEST_SLEEP);
+        if longest.is_zero() {
+            std::hint::spin_loop();
+            return;
+        }
+        let prepared = self.handle.doorbell.prepare();
+        let wanted = !self.handle.inbox.lock().is_empty()
+            || (self.handle.stop.load(Ordering::Acquire) && self.members.is_empty())
+            || self.members.iter().any(|member| {
+                member.kernel.has_outcomes()
+                    || (self.health.is_lost() && !member.lost)
+                    || (member.in_flight.is_empty()
+                        && (member.kernel.must_terminate()
+                            || member.attention.wants_slices(&member.kernel, now)))
+            });
+        if !wanted {
+            prepared.wait(longest);
+        }
+    }
+}
+
+impl Member {
+    /// Reports what the kernel says, and answers for it if it has no slices in flight. Whether it has ended.
+    fn settle(&self) -> bool {
+        let kernel = &self.kernel;
+        if let Some(failure) = kernel.fault()
+            && !kernel.signals.gate.state().is_final()
+        {
+            kernel.fail(failure);
+        }
+        if !self.in_flight.is_empty() {
+            return false;
+        }
+        if kernel.must_terminate() {
+            kernel.answer_end();
+            return true;
+        }
+        if !kernel.is_wanted() {
+            for block in &kernel.blocks {
+                if block.control().state() == Some(BlockState::Polling) {
+                    block.control().store_state(BlockState::Idle);
+                }
+            }
+        }
+        false
+    }
+
+    /// Makes slices as long as they should be, going by one that its polls alone have ended.
+    fn adapt(&mut self, slice: Option<(Instant, Option<u32>)>, now: Instant) {
+        if let Some((committed, polls)) = slice
+            && polls == Some(self.pace.polls())
+            && self.kernel.is_wanted()
+        {
+            self.pace
+                .measured(now.duration_since(committed.max(self.last_done)));
+        }
+        self.last_done = now;
+    }
+}
