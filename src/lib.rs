@@ -98,7 +98,8 @@ pub use message::{MessageHeader, Priority, RingMessage};
 #[cfg(all(feature = "std", not(loom)))]
 pub use crate::{
     backend::{
-        BackendType, CudaConfig, DeviceInfo, MetalConfig, MetalMode, VulkanConfig, VulkanMode,
+        BackendType, CudaConfig, CudaRingMemory, DeviceInfo, MetalConfig, MetalMode, VulkanConfig,
+        VulkanMode,
     },
     kernel::{
         ControlBlock, CpuHandler, CudaCode, Dim3, HandlerResult, KernelContext, KernelRegistration,

@@ -21,12 +21,15 @@ use ringkernel::error::{
 };
 use ringkernel::kernel::FailureReason;
 use ringkernel::{
-    BackendType, CudaCode, CudaConfig, Error, KernelRegistration, KernelState, LaunchOptions,
-    PortableCode, RingKernelRuntime, RuntimeBuilder, RuntimeConfig, WaitStrategy,
+    BackendType, CudaCode, CudaConfig, CudaRingMemory, Error, KernelRegistration, KernelState,
+    LaunchOptions, PortableCode, RingKernelRuntime, RuntimeBuilder, RuntimeConfig, WaitStrategy,
 };
 
 /// Names the folder in which the fake driver compiles kernels; set where it is in use.
 const FAKE: &str = "RINGKERNEL_FAKE_CUDA";
+
+/// Set where rings shall lie in the memory of the fake driver's device.
+const RINGS: &str = "RINGKERNEL_FAKE_RINGS";
 
 /// Set where a real device must be there: a test that is skipped fails then.
 const REQUIRED: &str = "RINGKERNEL_REQUIRE_CUDA";
@@ -37,7 +40,15 @@ impl Subject for Cuda {
     const ECHO_BYTES: u64 = 1 << 20;
     const PING_PONGS: u32 = 20_000;
 
-    fn builder_with(config: RuntimeConfig) -> RuntimeBuilder {
+    fn builder_with(mut config: RuntimeConfig) -> RuntimeBuilder {
+        // Real devices choose for themselves.
+        if std::env::var_os(FAKE).is_some() {
+            let device = std::env::var_os(RINGS).is_some() && has_vulkan();
+            config.cuda.ring_memory = match device {
+                true => CudaRingMemory::Device,
+                false => CudaRingMemory::Host,
+            };
+        }
         RingKernelRuntime::builder()
             .backend(BackendType::Cuda)
             .device(0)
@@ -70,6 +81,16 @@ fn symlink(target: &std::path::Path, link: &std::path::Path) {
 /// Runs every other test of this file in a process of its own, on the fake driver.
 #[test]
 fn on_the_fake_driver() {
+    run_on_the_fake(&[], &[]);
+}
+
+/// The same of those that exchange messages, through memory that software Vulkan exports.
+#[test]
+fn on_the_fake_driver_with_rings_in_its_memory() {
+    run_on_the_fake(&["messages::"], &[(RINGS, "1")]);
+}
+
+fn run_on_the_fake(filters: &[&str], variables: &[(&str, &str)]) {
     if std::env::var_os(FAKE).is_some() {
         return;
     }
@@ -92,12 +113,15 @@ fn on_the_fake_driver() {
         println!("skipped: the fake driver is not built (cargo build --example fake_cuda)");
         return;
     }
-    let folder = std::env::temp_dir().join(format!("rk-cuda-{}", std::process::id()));
+    let folder = format!("rk-cuda-{}-{}", std::process::id(), variables.len());
+    let folder = std::env::temp_dir().join(folder);
     std::fs::create_dir_all(&folder).unwrap();
     symlink(&fake, &folder.join("libcuda.so"));
     symlink(&fake, &folder.join("libnvrtc.so"));
     let output = Command::new(&test)
         .args(["--test-threads=1", "--nocapture"])
+        .args(filters)
+        .envs(variables.iter().copied())
         .env(FAKE, &folder)
         .env("LD_LIBRARY_PATH", &folder)
         .output()
@@ -126,6 +150,23 @@ const NO_DEVICES: u32 = 3;
 const WATCHDOG: u32 = 4;
 const OLD_DEVICE: u32 = 5;
 const OLD_COMPILER: u32 = 6;
+const NO_IMPORT: u32 = 7;
+const LOCAL_MEMORY: u32 = 8;
+const FOREIGN_CAPTURE: u32 = 9;
+
+/// Whether the fake driver's first device is one that Vulkan knows too: a software one.
+fn has_vulkan() -> bool {
+    // SAFETY: this is its signature.
+    let has: extern "C" fn() -> bool =
+        unsafe { std::mem::transmute(Fake::function(c"rk_fake_has_vulkan")) };
+    let has = has();
+    if !has {
+        let required = std::env::var_os("RINGKERNEL_REQUIRE_VULKAN");
+        assert!(required.is_none(), "no software Vulkan");
+        println!("only with software Vulkan");
+    }
+    has
+}
 
 fn fake() -> Option<Fake> {
     let one = one_at_a_time();
@@ -264,6 +305,113 @@ fn everything_is_given_back() {
     drop(kernels);
     assert_eq!(fake.live(), 0);
     assert_eq!(fake.pushed(), 0, "a caller's context is its own again");
+}
+
+fn with_rings(ring_memory: CudaRingMemory, device: usize) -> Result<RingKernelRuntime, Error> {
+    RingKernelRuntime::builder()
+        .backend(BackendType::Cuda)
+        .device(device)
+        .config(RuntimeConfig {
+            cuda: CudaConfig {
+                ring_memory,
+                ..CudaConfig::default()
+            },
+            ..RuntimeConfig::default()
+        })
+        .build()
+}
+
+/// Where the rings of a runtime's device lie, and why.
+fn rings(runtime: &RingKernelRuntime) -> (CudaRingMemory, String) {
+    let device = runtime.devices().swap_remove(runtime.default_device());
+    let cuda = device.cuda.unwrap();
+    (cuda.ring_memory, cuda.ring_memory_reason)
+}
+
+#[test]
+fn rings_lie_where_they_are_faster() {
+    let Some(fake) = fake() else { return };
+    if !has_vulkan() {
+        return;
+    }
+    let runtime = with_rings(CudaRingMemory::Auto, 0).unwrap();
+    let (chosen, reason) = rings(&runtime);
+    assert!(
+        matches!(chosen, CudaRingMemory::Host | CudaRingMemory::Device),
+        "{reason}"
+    );
+    // What was measured; a loaded machine may take too long for one of them.
+    assert!(
+        reason.contains("a round trip takes") || reason.contains("the probe failed"),
+        "{reason}"
+    );
+    let kernel = active(&runtime, "echo", small());
+    assert_eq!(kernel.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
+    drop((runtime, kernel));
+    let runtime = with_rings(CudaRingMemory::Device, 0).unwrap();
+    assert_eq!(rings(&runtime).0, CudaRingMemory::Device);
+    // More than one piece of memory.
+    let kernels: Vec<_> = (0..3)
+        .map(|_| {
+            runtime
+                .launch("echo", 16, 1, LaunchOptions::default())
+                .unwrap()
+        })
+        .collect();
+    for kernel in &kernels {
+        kernel.activate().unwrap();
+        assert_eq!(kernel.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
+    }
+    drop((runtime, kernels));
+    assert_eq!(fake.live(), 0, "left behind");
+}
+
+#[test]
+fn rings_stay_in_host_memory_where_the_device_has_none_for_them() {
+    let Some(fake) = fake() else { return };
+    let check = |device, expected: &str| {
+        let runtime = with_rings(CudaRingMemory::Auto, device).unwrap();
+        let (chosen, reason) = rings(&runtime);
+        assert_eq!(chosen, CudaRingMemory::Host);
+        assert!(reason.contains(expected), "{reason}");
+        let kernel = active(&runtime, "echo", small());
+        assert_eq!(kernel.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
+        drop((runtime, kernel));
+        let reason = unavailable(with_rings(CudaRingMemory::Device, device));
+        assert!(reason.contains(expected), "{reason}");
+        assert_eq!(fake.live(), 0, "left behind");
+    };
+    if !has_vulkan() {
+        return;
+    }
+    check(1, "Vulkan does not know it");
+    fake.arm(NO_IMPORT);
+    check(0, "import memory: CUDA_ERROR_NOT_SUPPORTED");
+}
+
+#[test]
+fn kernels_with_local_memory_start_beside_others() {
+    let Some(fake) = fake() else { return };
+    fake.arm(LOCAL_MEMORY);
+    let runtime = runtime_from(Cuda::builder());
+    let first = active(&runtime, "echo", small());
+    let second = active(&runtime, "test.count", small());
+    assert_eq!(first.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
+    assert_eq!(second.call_bytes(b"x", &mut [0; 16], LONG), Ok(12));
+}
+
+#[test]
+fn graphs_that_others_capture_are_left_alone() {
+    let Some(fake) = fake() else { return };
+    fake.arm(FOREIGN_CAPTURE);
+    let runtime = runtime_from(Cuda::builder());
+    let kernel = active(&runtime, "echo", small());
+    assert_eq!(kernel.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
+    // The monitor's calls too.
+    eventually("somebody who looked", || {
+        kernel.metrics().heartbeat_age.is_some()
+    });
+    kernel.terminate().unwrap();
 }
 
 #[test]

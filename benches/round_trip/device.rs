@@ -19,8 +19,9 @@ const GAPS: [(Duration, usize); 4] = [
     (Duration::from_millis(10), 200),
 ];
 
-/// Kernels that take turns on a device.
+/// Kernels that take turns on a device, and that share one where all of them stay.
 const SHARED_BY: [usize; 4] = [1, 2, 4, 8];
+const RESIDENT: [usize; 3] = [1, 8, 64];
 
 /// Round trips with idle gaps before each message.
 pub fn gaps(config: &Config) -> Result<Vec<Value>, Failure> {
@@ -58,9 +59,13 @@ pub fn sharing(config: &Config) -> Result<Vec<Value>, Failure> {
     println!("\n48-byte payload, beside other active kernels on the device, round trip in ns");
     row::head();
     let mut rows = Vec::new();
-    for kernels in SHARED_BY {
+    let numbers: &[usize] = match target {
+        Target::Cuda => &RESIDENT,
+        _ => &SHARED_BY,
+    };
+    for kernels in numbers {
         let runtime = runtime(config, target, false)?;
-        let kernels = (0..kernels)
+        let kernels = (0..*kernels)
             .map(|_| {
                 let options = LaunchOptions {
                     queue_capacity: Some(64),

@@ -201,12 +201,19 @@ fn describe_device(config: &Config) -> Result<Value, Failure> {
             cuda.compute_capability,
             cuda.pci_address.as_deref().unwrap_or("no PCI address")
         );
+        println!(
+            "rings in {} memory: {}",
+            cuda.ring_memory.name(),
+            cuda.ring_memory_reason
+        );
         return Ok(json!({
             "name": device.name,
             "cuda_version": cuda.driver_version,
             "compute_capability": cuda.compute_capability,
             "pci_address": cuda.pci_address,
             "watchdog": cuda.watchdog,
+            "ring_memory": cuda.ring_memory.name(),
+            "ring_memory_reason": cuda.ring_memory_reason,
         }));
     }
     let Some(vulkan) = device.vulkan else {

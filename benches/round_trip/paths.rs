@@ -320,14 +320,19 @@ impl<const N: usize> Echo<N> for Floor {
     }
 }
 
-/// A resident echo kernel, active only during its own rounds.
+/// A kernel that is launched when it is first used: where kernels stay on a device, every runtime is built before any of them.
 struct Kernel {
-    handle: KernelHandle,
-    /// Launched, and asleep until they are activated, which never happens.
-    _idle: Vec<KernelHandle>,
+    launched: Option<Launched>,
+    options: LaunchOptions,
+    /// Kernels beside it that are never activated.
+    idle: usize,
     /// Outlives the kernels.
-    #[cfg_attr(not(feature = "vulkan"), expect(dead_code))]
     runtime: RingKernelRuntime,
+}
+
+struct Launched {
+    handle: KernelHandle,
+    _idle: Vec<KernelHandle>,
 }
 
 impl Kernel {
@@ -337,38 +342,39 @@ impl Kernel {
         idle: usize,
         telemetry: bool,
     ) -> Result<Self, Failure> {
-        let runtime = runtime(config, target, telemetry)?;
+        Ok(Self {
+            launched: None,
+            options: pinned::<N>(config, target),
+            idle,
+            runtime: runtime(config, target, telemetry)?,
+        })
+    }
+
+    /// One that sleeps when it has nothing to do.
+    fn asleep<const N: usize>(config: &Config, target: Target) -> Result<Self, Failure> {
+        let mut kernel = Self::new::<N>(config, target, 0, false)?;
+        kernel.options.wait = Some(WaitStrategy::Park);
+        Ok(kernel)
+    }
+
+    fn launch(&self) -> Result<Launched, Failure> {
         let one = Dim3::x(1);
-        let handle = runtime.launch("echo", one, one, pinned::<N>(config, target))?;
-        let idle = (0..idle)
+        let handle = self
+            .runtime
+            .launch("echo", one, one, self.options.clone())?;
+        let idle = (0..self.idle)
             .map(|_| {
                 let small = LaunchOptions {
                     queue_capacity: Some(64),
                     wait: Some(WaitStrategy::Park),
                     ..LaunchOptions::default()
                 };
-                runtime.launch("echo", one, one, small)
+                self.runtime.launch("echo", one, one, small)
             })
             .collect::<Result<_, _>>()?;
-        Ok(Self {
+        Ok(Launched {
             handle,
             _idle: idle,
-            runtime,
-        })
-    }
-
-    /// One that sleeps when it has nothing to do.
-    fn asleep<const N: usize>(config: &Config, target: Target) -> Result<Self, Failure> {
-        let runtime = runtime(config, target, false)?;
-        let options = LaunchOptions {
-            wait: Some(WaitStrategy::Park),
-            ..pinned::<N>(config, target)
-        };
-        let handle = runtime.launch("echo", Dim3::x(1), Dim3::x(1), options)?;
-        Ok(Self {
-            handle,
-            _idle: Vec::new(),
-            runtime,
         })
     }
 
@@ -379,12 +385,17 @@ impl Kernel {
     }
 
     fn active(
-        &self,
+        &mut self,
         run: impl FnOnce(&KernelHandle) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
-        self.handle.activate()?;
-        run(&self.handle)?;
-        Ok(self.handle.deactivate()?)
+        let launched = match self.launched.take() {
+            Some(launched) => launched,
+            None => self.launch()?,
+        };
+        let handle = &self.launched.insert(launched).handle;
+        handle.activate()?;
+        run(handle)?;
+        Ok(handle.deactivate()?)
     }
 }
 

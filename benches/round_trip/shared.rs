@@ -56,6 +56,8 @@ pub fn runtime(
         reserved_cores: vec![config.caller_core],
         ..RuntimeConfig::high_performance()
     };
+    // As many kernels as any path has, and one more.
+    settings.cuda.max_kernels = 128;
     if let Target::Vulkan(mode) = target {
         settings.vulkan.mode = mode;
     }

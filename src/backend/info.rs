@@ -1,6 +1,6 @@
 //! What is known of a device.
 
-use super::BackendType;
+use super::{BackendType, CudaRingMemory};
 
 /// What a device is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,6 +130,10 @@ pub struct CudaDeviceInfo {
     pub nvlink_peers: Vec<usize>,
     /// Whether the driver ends kernels that run for long: kernels are launched in slices then.
     pub watchdog: bool,
+    /// Where request rings lie: `Host` or `Device`, once the device is open.
+    pub ring_memory: CudaRingMemory,
+    /// Why there: what was measured, or who decided it.
+    pub ring_memory_reason: String,
 }
 
 /// What a Metal device says of itself, and what was found out about it.

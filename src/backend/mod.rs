@@ -47,7 +47,7 @@ pub use info::{
     MetalDeviceInfo, QueueFamily, VulkanDeviceInfo,
 };
 
-pub use options::{CudaConfig, MetalConfig, MetalMode, VulkanConfig, VulkanMode};
+pub use options::{CudaConfig, CudaRingMemory, MetalConfig, MetalMode, VulkanConfig, VulkanMode};
 #[cfg(any(feature = "vulkan", feature = "cuda", feature = "metal"))]
 pub(crate) use resident::Resident;
 

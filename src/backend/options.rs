@@ -24,7 +24,7 @@ pub struct VulkanConfig {
 /// How the CUDA backend works; a part of [`RuntimeConfig`](crate::RuntimeConfig).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CudaConfig {
-    /// Pinned host memory that each device takes when it is opened, for rings: once a kernel runs, no more can be taken (CUDA
+    /// Memory for rings that each device takes when it is opened, pinned in the host or its own (`ring_memory`): once a kernel runs, no more can be taken (CUDA
     /// would wait for the kernel). While none runs it grows by as much. Default 32 MiB, 1 KiB to 1 TiB.
     pub host_arena_bytes: u64,
     /// The same of the device's own memory, for state. Default 16 MiB, 1 KiB to 1 TiB.
@@ -35,8 +35,36 @@ pub struct CudaConfig {
     /// Pause of a kernel between two empty polls (`nanosleep`), which leaves the bus and its multiprocessor to others and adds up to
     /// that much latency. Default 100 ns; at most 1 ms. Kernels that park pause for 10 us at least.
     pub poll_nap: Duration,
+    /// Where request rings lie.
+    pub ring_memory: CudaRingMemory,
     /// Bytes that kernels may take on each device; `None` means the size of its memory.
     pub memory_limit: Option<u64>,
+}
+
+/// Where the request rings of CUDA kernels lie: what the host writes and the device polls. Replies always lie in host memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum CudaRingMemory {
+    /// `Device` where that works and is faster: both are tried when the device is opened, which takes milliseconds.
+    #[default]
+    Auto,
+    /// Pinned host memory, which the device reads over the bus at each poll.
+    Host,
+    /// The device's own memory, which the host writes over the bus (through its BAR), so that the device polls what is near. It is
+    /// taken from Vulkan, which maps and exports it, and imported by CUDA; opening a device fails where that does not work.
+    Device,
+}
+
+impl CudaRingMemory {
+    /// The name as command lines and errors write it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Host => "host",
+            Self::Device => "device",
+        }
+    }
 }
 
 impl Default for CudaConfig {
@@ -46,6 +74,7 @@ impl Default for CudaConfig {
             device_arena_bytes: 16 << 20,
             max_kernels: 64,
             poll_nap: Duration::from_nanos(100),
+            ring_memory: CudaRingMemory::Auto,
             memory_limit: None,
         }
     }

@@ -63,6 +63,27 @@ pub(crate) fn run_block(
     echo: &Handler,
     block_size: u32,
 ) -> Result<Result<u32, String>, Error> {
+    with_echo(device, echo, block_size, exchange)
+}
+
+/// The median round trip of a short message, one at a time.
+#[cfg(feature = "cuda")]
+pub(crate) fn round_trip(
+    device: &dyn Device,
+    echo: &Handler,
+) -> Result<Result<Duration, String>, Error> {
+    with_echo(device, echo, 1, |producer, consumer, _| {
+        time(producer, consumer)
+    })
+}
+
+/// What `talk` finds out with the ends of a kernel that echoes.
+fn with_echo<T>(
+    device: &dyn Device,
+    echo: &Handler,
+    block_size: u32,
+    talk: impl FnOnce(HostProducer, HostConsumer, &dyn Fn() -> u32) -> Result<T, String>,
+) -> Result<Result<T, String>, Error> {
     let ring = RingLayout::new(CAPACITY, PAYLOAD, false).map_err(|error| Error::InvalidOption {
         option: "probe",
         reason: error.to_string(),
@@ -100,7 +121,7 @@ pub(crate) fn run_block(
     memory.control().set_active(true);
     dispatch.command();
     let outcome = if wait_for_start(|| memory.control().state() == Some(BlockState::Polling)) {
-        exchange(producer, consumer, || memory.control().slice_number())
+        talk(producer, consumer, &|| memory.control().slice_number())
     } else {
         Err("no slice began within two seconds".into())
     };
@@ -125,7 +146,7 @@ fn wait_for_start(mut has_begun: impl FnMut() -> bool) -> bool {
 fn exchange(
     mut producer: HostProducer,
     mut consumer: HostConsumer,
-    slice_number: impl Fn() -> u32,
+    slice_number: &dyn Fn() -> u32,
 ) -> Result<u32, String> {
     let mut mid_slice = 0;
     let (mut sent, mut received) = (0_u32, 0_u32);
@@ -173,6 +194,44 @@ fn exchange(
         ));
     }
     Ok(mid_slice)
+}
+
+/// Round trips that are timed, and those before them that are not.
+#[cfg(feature = "cuda")]
+const ROUND_TRIPS: u32 = 200;
+#[cfg(feature = "cuda")]
+const WARM_UP: u32 = 50;
+
+#[cfg(feature = "cuda")]
+fn time(mut producer: HostProducer, mut consumer: HostConsumer) -> Result<Duration, String> {
+    let mut times = Vec::with_capacity(ROUND_TRIPS as usize);
+    let begin = Instant::now();
+    for message in 1..=ROUND_TRIPS + WARM_UP {
+        let envelope = Envelope {
+            correlation: message,
+            ..Envelope::default()
+        };
+        let sent = Instant::now();
+        if producer
+            .try_push(&envelope, &message.to_ne_bytes())
+            .is_err()
+        {
+            return Err("there is no room for one message".into());
+        }
+        loop {
+            match consumer.try_next() {
+                Ok(Some(_)) => break,
+                Ok(None) if begin.elapsed() > TIMEOUT => return Err(late(message - 1, 0)),
+                Ok(None) => std::hint::spin_loop(),
+                Err(corruption) => return Err(format!("the reply ring is corrupt: {corruption}")),
+            }
+        }
+        if message > WARM_UP {
+            times.push(sent.elapsed());
+        }
+    }
+    let middle = times.len() / 2;
+    Ok(*times.select_nth_unstable(middle).1)
 }
 
 fn late(received: u32, mid_slice: u32) -> String {

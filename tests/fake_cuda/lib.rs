@@ -10,13 +10,13 @@
 #![allow(missing_docs, non_snake_case, clippy::missing_safety_doc)]
 
 use std::alloc::{Layout, alloc, dealloc};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 type Code = c_int;
 const SUCCESS: Code = 0;
@@ -26,6 +26,8 @@ const INVALID_IMAGE: Code = 200;
 const INVALID_CONTEXT: Code = 201;
 const NOT_FOUND: Code = 500;
 const NOT_READY: Code = 600;
+const NOT_SUPPORTED: Code = 801;
+const CAPTURE_UNSUPPORTED: Code = 900;
 const ILLEGAL_ADDRESS: Code = 700;
 const DEADLOCK: Code = 999;
 
@@ -36,6 +38,9 @@ const NO_DEVICES: u32 = 3;
 const WATCHDOG: u32 = 4;
 const OLD_DEVICE: u32 = 5;
 const OLD_COMPILER: u32 = 6;
+const NO_IMPORT: u32 = 7;
+const LOCAL_MEMORY: u32 = 8;
+const FOREIGN_CAPTURE: u32 = 9;
 
 static FAULT: AtomicU32 = AtomicU32::new(0);
 
@@ -53,11 +58,27 @@ thread_local! {
     static CURRENT: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
 }
 
+thread_local! {
+    /// What graphs that others capture mean for this thread: 0 forbids most calls, 2 does not.
+    static CAPTURE_MODE: Cell<c_int> = const { Cell::new(0) };
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuThreadExchangeStreamCaptureMode(mode: *mut c_int) -> Code {
+    // SAFETY: the caller passes a valid pointer, as the real driver demands.
+    unsafe { *mode = CAPTURE_MODE.replace(*mode) };
+    SUCCESS
+}
+
 /// Fails a call that needs a current context, and one that a real driver would let wait for running kernels.
 fn ready(operation: &str, waits: bool) -> Result<(), Code> {
     if CURRENT.with_borrow(Vec::is_empty) {
         eprintln!("fake CUDA: {operation} without a current context");
         return Err(INVALID_CONTEXT);
+    }
+    if faulty(FOREIGN_CAPTURE) && CAPTURE_MODE.get() != 2 {
+        eprintln!("fake CUDA: {operation} spoils the graph that another thread captures");
+        return Err(CAPTURE_UNSUPPORTED);
     }
     // After an error that sticks a GPU runs nothing any more; here kernels still have to see that they shall end.
     while waits && faulty(FAULTY_KERNEL) && RUNNING.load(Ordering::SeqCst) > 0 {
@@ -83,6 +104,8 @@ type Done = Mutex<bool>;
 
 struct Stream {
     last: Mutex<Option<Arc<Done>>>,
+    /// What is launched while a graph is recorded.
+    captured: Mutex<Option<Vec<Job>>>,
 }
 
 struct Event {
@@ -99,6 +122,8 @@ type RunBlock =
 struct Module {
     library: usize,
     run_block: Option<RunBlock>,
+    /// Whether it is that of the benchmark.
+    flags: bool,
 }
 
 fn new_handle<T>(value: T) -> *mut c_void {
@@ -219,6 +244,48 @@ pub unsafe extern "C" fn cuDeviceGetP2PAttribute(
     SUCCESS
 }
 
+/// The UUID of the software Vulkan device, if there is one.
+fn software_vulkan() -> Option<[u8; 16]> {
+    static UUID: OnceLock<Option<[u8; 16]>> = OnceLock::new();
+    *UUID.get_or_init(|| {
+        #[cfg(feature = "vulkan")]
+        // SAFETY: the system's loader; handles are of the instance, which is destroyed last.
+        unsafe {
+            use ash::vk;
+            let entry = ash::Entry::load().ok()?;
+            let application = vk::ApplicationInfo::default().api_version(vk::API_VERSION_1_1);
+            let info = vk::InstanceCreateInfo::default().application_info(&application);
+            let instance = entry.create_instance(&info, None).ok()?;
+            let devices = instance.enumerate_physical_devices().unwrap_or_default();
+            let uuid = devices.into_iter().find_map(|device| {
+                let mut ids = vk::PhysicalDeviceIDProperties::default();
+                let mut properties = vk::PhysicalDeviceProperties2::default().push_next(&mut ids);
+                instance.get_physical_device_properties2(device, &mut properties);
+                let software = properties.properties.device_type == vk::PhysicalDeviceType::CPU;
+                software.then_some(ids.device_uuid)
+            });
+            instance.destroy_instance(None);
+            uuid
+        }
+        #[cfg(not(feature = "vulkan"))]
+        None
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn rk_fake_has_vulkan() -> bool {
+    software_vulkan().is_some()
+}
+
+/// Device 0 is the software Vulkan device, whose memory it imports.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], device: c_int) -> Code {
+    let vulkan = software_vulkan().filter(|_| device == 0);
+    // SAFETY: see above.
+    unsafe { *uuid = vulkan.unwrap_or([0xfa; 16]) };
+    SUCCESS
+}
+
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut usize, device: c_int) -> Code {
     LIVE.fetch_add(1, Ordering::SeqCst);
@@ -258,9 +325,12 @@ pub unsafe extern "C" fn cuStreamCreate(stream: *mut *mut c_void, flags: c_uint)
         eprintln!("fake CUDA: a stream that waits for the legacy one");
         return INVALID_VALUE;
     }
-    let last = Mutex::new(None);
+    let made = Stream {
+        last: Mutex::new(None),
+        captured: Mutex::new(None),
+    };
     // SAFETY: see above.
-    unsafe { *stream = new_handle(Stream { last }) };
+    unsafe { *stream = new_handle(made) };
     SUCCESS
 }
 
@@ -407,7 +477,120 @@ pub unsafe extern "C" fn cuMemAlloc_v2(to: *mut usize, bytes: usize) -> Code {
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemFree_v2(start: usize) -> Code {
     tri!(ready("cuMemFree", true));
+    let mut mapped = MAPPED.lock().unwrap();
+    if let Some(index) = mapped.iter().position(|mapped| *mapped == start) {
+        mapped.swap_remove(index);
+        LIVE.fetch_sub(1, Ordering::SeqCst);
+        return SUCCESS;
+    }
+    drop(mapped);
     give_back(start)
+}
+
+/// Memory of software Vulkan (Mesa's llvmpipe), whose file begins with its size and where it begins (`os_memory_fd.c`).
+struct External {
+    start: *mut c_void,
+    length: usize,
+    offset: usize,
+    bytes: usize,
+}
+
+/// Where imported memory is mapped and not freed.
+static MAPPED: Mutex<Vec<usize>> = Mutex::new(Vec::new());
+
+/// `CUDA_EXTERNAL_MEMORY_HANDLE_DESC`.
+#[repr(C)]
+pub struct HandleDescriptor {
+    kind: c_int,
+    /// A union of two pointers; a file descriptor is in its first word.
+    handle: [u64; 2],
+    bytes: u64,
+    flags: c_uint,
+    reserved: [c_uint; 16],
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuImportExternalMemory(
+    to: *mut *mut c_void,
+    descriptor: *const HandleDescriptor,
+) -> Code {
+    tri!(ready("cuImportExternalMemory", true));
+    // SAFETY: see above.
+    let descriptor = unsafe { &*descriptor };
+    if descriptor.kind != 1 || descriptor.flags != 0 || descriptor.reserved != [0; 16] {
+        eprintln!("fake CUDA: not a file descriptor of Vulkan");
+        return INVALID_VALUE;
+    }
+    if faulty(NO_IMPORT) {
+        return NOT_SUPPORTED;
+    }
+    let fd = descriptor.handle[0] as c_int;
+    let mut header = [0_usize; 2];
+    // SAFETY: the buffer has the size that is asked for; the descriptor is the caller's until it is closed here, on success.
+    unsafe {
+        let read = libc::pread(fd, header.as_mut_ptr().cast(), size_of_val(&header), 0);
+        let [bytes, offset] = header;
+        if read != 16 || (bytes as u64) < descriptor.bytes {
+            eprintln!(
+                "fake CUDA: no memory of llvmpipe of {} bytes",
+                descriptor.bytes
+            );
+            return INVALID_VALUE;
+        }
+        let length = offset + bytes;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let start = libc::mmap(
+            std::ptr::null_mut(),
+            length,
+            access,
+            libc::MAP_SHARED,
+            fd,
+            0,
+        );
+        if start == libc::MAP_FAILED {
+            return OUT_OF_MEMORY;
+        }
+        libc::close(fd);
+        *to = new_handle(External {
+            start,
+            length,
+            offset,
+            bytes,
+        });
+    }
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuExternalMemoryGetMappedBuffer(
+    to: *mut usize,
+    memory: *mut c_void,
+    descriptor: *const [u64; 3],
+) -> Code {
+    tri!(ready("cuExternalMemoryGetMappedBuffer", true));
+    // SAFETY: see above.
+    let (memory, [offset, bytes, _flags]) = unsafe { (&*memory.cast::<External>(), *descriptor) };
+    if offset as usize + bytes as usize > memory.bytes {
+        return INVALID_VALUE;
+    }
+    let start = memory.start as usize + memory.offset + offset as usize;
+    MAPPED.lock().unwrap().push(start);
+    LIVE.fetch_add(1, Ordering::SeqCst);
+    // SAFETY: see above.
+    unsafe { *to = start };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDestroyExternalMemory(memory: *mut c_void) -> Code {
+    tri!(ready("cuDestroyExternalMemory", true));
+    // SAFETY: see above; the mapping was made by `cuImportExternalMemory`.
+    unsafe {
+        let external = &*memory.cast::<External>();
+        libc::munmap(external.start, external.length);
+        drop_handle::<External>(memory);
+    }
+    SUCCESS
 }
 
 /// The built-in kernels by their committed PTX.
@@ -416,6 +599,9 @@ const BUILT_IN: [(&str, &[u8]); 3] = [
     ("saxpy", include_bytes!("../../kernels/ptx/saxpy.ptx")),
     ("sink", include_bytes!("../../kernels/ptx/sink.ptx")),
 ];
+
+/// The kernels of the benchmark.
+const FLAGS: &[u8] = include_bytes!("../../benches/placement/flag.ptx");
 
 /// What the "PTX" of a compiled handler begins with.
 const MARK: &[u8] = b"rk-fake:";
@@ -483,7 +669,7 @@ pub unsafe extern "C" fn cuModuleLoadDataEx(
         let source = repository().join(format!("kernels/{name}.rk"));
         let handler = std::fs::read_to_string(source).expect("the built-in kernels' sources");
         compile(&handler).expect("the built-in kernels compile")
-    } else if text.starts_with(b".version") {
+    } else if text == FLAGS || text.starts_with(b".version") {
         // PTX of somebody else: a module without our functions.
         String::new()
     } else {
@@ -492,6 +678,7 @@ pub unsafe extern "C" fn cuModuleLoadDataEx(
     let mut made = Module {
         library: 0,
         run_block: None,
+        flags: text == FLAGS,
     };
     if !path.is_empty() {
         let path = CString::new(path).unwrap();
@@ -529,6 +716,16 @@ pub unsafe extern "C" fn cuModuleGetFunction(
     tri!(ready("cuModuleGetFunction", true));
     // SAFETY: see above.
     unsafe {
+        if (*module.cast::<Module>()).flags {
+            let name = CStr::from_ptr(name);
+            for known in [&FLAG, &COPY] {
+                if known.0 == name {
+                    *function = known.handle();
+                    return SUCCESS;
+                }
+            }
+            return NOT_FOUND;
+        }
         let library = (*module.cast::<Module>()).library;
         if library == 0 || libc::dlsym(library as *mut c_void, name).is_null() {
             return NOT_FOUND;
@@ -538,14 +735,47 @@ pub unsafe extern "C" fn cuModuleGetFunction(
     SUCCESS
 }
 
+/// Bytes of local memory that each thread has; a launch that needs more waits for running kernels.
+static LOCAL: AtomicUsize = AtomicUsize::new(1024);
+
+fn local_memory_needed() -> usize {
+    if faulty(LOCAL_MEMORY) { 4096 } else { 0 }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetLimit(value: *mut usize, limit: c_int) -> Code {
+    if limit != 0 {
+        return INVALID_VALUE;
+    }
+    // SAFETY: see above.
+    unsafe { *value = LOCAL.load(Ordering::SeqCst) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuCtxSetLimit(limit: c_int, value: usize) -> Code {
+    tri!(ready("cuCtxSetLimit", true));
+    if limit != 0 {
+        return INVALID_VALUE;
+    }
+    LOCAL.store(value, Ordering::SeqCst);
+    SUCCESS
+}
+
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuFuncGetAttribute(
     value: *mut c_int,
-    _attribute: c_int,
+    attribute: c_int,
     _function: *mut c_void,
 ) -> Code {
+    let found = match attribute {
+        // Most threads of a block, bytes of local memory.
+        0 => 512,
+        3 => local_memory_needed() as c_int,
+        _ => return INVALID_VALUE,
+    };
     // SAFETY: see above.
-    unsafe { *value = 512 };
+    unsafe { *value = found };
     SUCCESS
 }
 
@@ -575,40 +805,183 @@ pub unsafe extern "C" fn cuLaunchKernel(
     arguments: *mut *mut c_void,
     _extra: *mut *mut c_void,
 ) -> Code {
-    tri!(ready("cuLaunchKernel", false));
+    let more = local_memory_needed() > LOCAL.load(Ordering::SeqCst);
+    tri!(ready("cuLaunchKernel", more));
     if stream.is_null() {
         return DEADLOCK;
     }
-    // SAFETY: see above. `rk_main` has a structure of fourteen words and three addresses, which are copied here.
-    let (words, addresses, run_block, stream) = unsafe {
-        let words = *(*arguments).cast::<[u32; 14]>();
-        let addresses = [1, 2, 3].map(|index| *(*arguments.add(index)).cast::<u64>() as usize);
-        let run_block = (*function.cast::<Module>()).run_block;
-        (words, addresses, run_block, &*stream.cast::<Stream>())
+    // SAFETY: see above. `rk_main` has a structure of fourteen words and three addresses, the kernels of the benchmark have two
+    // addresses; all are copied here.
+    let (job, stream) = unsafe {
+        let address = |index: usize| *(*arguments.add(index)).cast::<u64>() as usize;
+        let job: Job = if function == FLAG.handle() {
+            let (request, reply) = (address(0), address(1));
+            Arc::new(move || run_flag(request, reply))
+        } else if function == COPY.handle() {
+            let (request, reply) = (address(0), address(1));
+            Arc::new(move || run_copy(request, reply, threads as usize))
+        } else {
+            let words = *(*arguments).cast::<[u32; 14]>();
+            let addresses = [1, 2, 3].map(address);
+            let Some(run_block) = (*function.cast::<Module>()).run_block else {
+                return NOT_FOUND;
+            };
+            Arc::new(move || run_blocks(run_block, words, addresses, blocks, threads))
+        };
+        (job, &*stream.cast::<Stream>())
     };
-    let Some(run_block) = run_block else {
-        return NOT_FOUND;
-    };
+    let mut captured = stream.captured.lock().unwrap();
+    match &mut *captured {
+        Some(captured) => captured.push(job),
+        None => start(stream, job),
+    }
+    SUCCESS
+}
+
+/// What a kernel does.
+type Job = Arc<dyn Fn() + Send + Sync>;
+
+/// Runs it once what was launched before on its stream is done.
+fn start(stream: &Stream, job: Job) {
     RUNNING.fetch_add(1, Ordering::SeqCst);
     let done = Arc::new(Mutex::new(false));
     let before = stream.last.lock().unwrap().replace(Arc::clone(&done));
     std::thread::spawn(move || {
+        // A GPU does not stay on its caller's core.
+        // SAFETY: the set is whole; pid 0 is this thread.
+        unsafe {
+            let mut every: libc::cpu_set_t = std::mem::zeroed();
+            (0..libc::CPU_SETSIZE as usize).for_each(|core| libc::CPU_SET(core, &mut every));
+            libc::sched_setaffinity(0, size_of_val(&every), &raw const every);
+        }
         while before.as_ref().is_some_and(|before| !is_done(before)) {
             std::thread::yield_now();
         }
-        std::thread::scope(|scope| {
-            for block in 0..blocks {
-                scope.spawn(move || {
-                    let [requests, replies, state] = addresses.map(|at| at as *mut u32);
-                    let words = (&raw const words).cast();
-                    // SAFETY: the host holds this memory until the kernel has ended.
-                    unsafe { run_block(words, requests, replies, state, block, blocks, threads) };
-                });
-            }
-        });
+        job();
         RUNNING.fetch_sub(1, Ordering::SeqCst);
         *done.lock().unwrap() = true;
     });
+}
+
+fn run_blocks(
+    run_block: RunBlock,
+    words: [u32; 14],
+    addresses: [usize; 3],
+    blocks: c_uint,
+    threads: c_uint,
+) {
+    std::thread::scope(|scope| {
+        for block in 0..blocks {
+            scope.spawn(move || {
+                let [requests, replies, state] = addresses.map(|at| at as *mut u32);
+                let words = (&raw const words).cast();
+                // SAFETY: the host holds this memory until the kernel has ended.
+                unsafe { run_block(words, requests, replies, state, block, blocks, threads) };
+            });
+        }
+    });
+}
+
+/// The kernels of `benches/placement/flag.ptx`.
+struct Known(&'static CStr);
+static FLAG: Known = Known(c"rk_flag");
+static COPY: Known = Known(c"rk_copy");
+
+impl Known {
+    fn handle(&'static self) -> *mut c_void {
+        std::ptr::from_ref(self).cast_mut().cast()
+    }
+}
+
+fn word(at: usize) -> &'static AtomicU32 {
+    // SAFETY: the host holds this memory until the kernel has ended, and uses whole words.
+    unsafe { &*(at as *const AtomicU32) }
+}
+
+fn run_flag(request: usize, reply: usize) {
+    let mut last = 0;
+    while last != u32::MAX {
+        let value = word(request).load(Ordering::Acquire);
+        if value == last {
+            std::thread::yield_now();
+            continue;
+        }
+        last = value;
+        word(reply).store(value, Ordering::Release);
+    }
+}
+
+fn run_copy(request: usize, reply: usize, threads: usize) {
+    for thread in 0..threads {
+        let value = word(request + 4 * thread).load(Ordering::Relaxed);
+        word(reply + 4 * thread).store(value, Ordering::Relaxed);
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamSynchronize(stream: *mut c_void) -> Code {
+    tri!(ready("cuStreamSynchronize", false));
+    // SAFETY: see above.
+    let stream = unsafe { &*stream.cast::<Stream>() };
+    let last = stream.last.lock().unwrap().clone();
+    while last.as_ref().is_some_and(|last| !is_done(last)) {
+        std::thread::yield_now();
+    }
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamBeginCapture_v2(stream: *mut c_void, _mode: c_int) -> Code {
+    // SAFETY: see above.
+    let stream = unsafe { &*stream.cast::<Stream>() };
+    *stream.captured.lock().unwrap() = Some(Vec::new());
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamEndCapture(stream: *mut c_void, graph: *mut *mut c_void) -> Code {
+    // SAFETY: see above.
+    let stream = unsafe { &*stream.cast::<Stream>() };
+    let Some(captured) = stream.captured.lock().unwrap().take() else {
+        return INVALID_VALUE;
+    };
+    // SAFETY: see above.
+    unsafe { *graph = new_handle::<Vec<Job>>(captured) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGraphInstantiateWithFlags(
+    executable: *mut *mut c_void,
+    graph: *mut c_void,
+    _flags: u64,
+) -> Code {
+    // SAFETY: see above.
+    unsafe { *executable = new_handle((*graph.cast::<Vec<Job>>()).clone()) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGraphLaunch(executable: *mut c_void, stream: *mut c_void) -> Code {
+    // SAFETY: see above.
+    let (jobs, stream) = unsafe { (&*executable.cast::<Vec<Job>>(), &*stream.cast::<Stream>()) };
+    for job in jobs {
+        start(stream, Arc::clone(job));
+    }
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGraphDestroy(graph: *mut c_void) -> Code {
+    // SAFETY: see above.
+    unsafe { drop_handle::<Vec<Job>>(graph) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGraphExecDestroy(executable: *mut c_void) -> Code {
+    // SAFETY: see above.
+    unsafe { drop_handle::<Vec<Job>>(executable) };
     SUCCESS
 }
 
@@ -617,6 +990,7 @@ fn name_of(code: Code) -> &'static CStr {
         OUT_OF_MEMORY => c"CUDA_ERROR_OUT_OF_MEMORY",
         ILLEGAL_ADDRESS => c"CUDA_ERROR_ILLEGAL_ADDRESS",
         INVALID_IMAGE => c"CUDA_ERROR_INVALID_IMAGE",
+        NOT_SUPPORTED => c"CUDA_ERROR_NOT_SUPPORTED",
         _ => c"CUDA_ERROR_OF_THE_FAKE",
     }
 }

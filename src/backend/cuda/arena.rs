@@ -1,25 +1,64 @@
 //! Memory that is taken from the driver before kernels run: taking or freeing it later would wait for all of them to end.
 
 use std::ffi::c_void;
+use std::fmt;
 use std::ops::Range;
 use std::ptr::{self, NonNull};
+use std::sync::Arc;
 
-use cudarc::driver::sys::{self, CUdeviceptr};
+use cudarc::driver::sys::{self, CUdeviceptr, CUexternalMemory};
 use range_alloc::RangeAllocator;
 
+use super::bar::{Bar, BarMemory, Exported};
 use super::driver::{CallFailed, check};
+use crate::ring::WriteCombining;
 
 /// What pieces are multiples of: more than any alignment that is needed, and a power of two.
 const UNIT: u64 = 256;
 
 /// Where an arena's memory lies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(super) enum Place {
     /// Pinned host memory that the device maps, cached by the host.
     Host,
     /// The device's own.
     Device,
+    /// The device's own, which the host maps.
+    Bar(Arc<Bar>),
 }
+
+/// Why memory was not taken.
+#[derive(Debug)]
+pub(super) enum NotTaken {
+    Driver(CallFailed),
+    Vulkan(String),
+}
+
+impl From<CallFailed> for NotTaken {
+    fn from(error: CallFailed) -> Self {
+        Self::Driver(error)
+    }
+}
+
+impl fmt::Display for NotTaken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Driver(error) => error.fmt(f),
+            Self::Vulkan(reason) => f.write_str(reason),
+        }
+    }
+}
+
+/// Memory of Vulkan that was imported.
+#[derive(Debug)]
+struct Imported {
+    raw: CUexternalMemory,
+    /// Given back after CUDA has let go of it.
+    _memory: BarMemory,
+}
+
+// SAFETY: a handle of the driver, which may be used by any thread that makes the context current.
+unsafe impl Send for Imported {}
 
 /// Memory of one place, in a few large chunks.
 #[derive(Debug)]
@@ -34,6 +73,7 @@ struct Chunk {
     /// Null for memory of the device.
     host: *mut u8,
     device: CUdeviceptr,
+    imported: Option<Imported>,
     /// In units.
     free: RangeAllocator<u64>,
 }
@@ -69,7 +109,16 @@ impl Arena {
     pub(super) fn take_all(&mut self) -> Self {
         Self {
             chunks: std::mem::take(&mut self.chunks),
-            ..*self
+            place: self.place.clone(),
+            chunk_bytes: self.chunk_bytes,
+        }
+    }
+
+    /// How the host's stores to it are ordered.
+    pub(super) fn write_combining(&self) -> WriteCombining {
+        match &self.place {
+            Place::Bar(bar) if !bar.is_cached() => WriteCombining::Yes,
+            _ => WriteCombining::No,
         }
     }
 
@@ -118,13 +167,14 @@ impl Arena {
     /// Takes one more chunk from the driver, of at least so many bytes. Waits for running kernels.
     ///
     /// # Errors
-    /// Whatever the driver says. The context must be current.
-    pub(super) fn grow(&mut self, bytes: u64) -> Result<(), CallFailed> {
+    /// Whatever the driver, or Vulkan, says. The context must be current.
+    pub(super) fn grow(&mut self, bytes: u64) -> Result<(), NotTaken> {
         let bytes = bytes.max(self.chunk_bytes).next_multiple_of(UNIT);
         let size = usize::try_from(bytes).unwrap_or(usize::MAX);
         let mut host: *mut c_void = ptr::null_mut();
         let mut device: CUdeviceptr = 0;
-        match self.place {
+        let mut imported = None;
+        match &self.place {
             Place::Host => {
                 let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP | sys::CU_MEMHOSTALLOC_PORTABLE;
                 // SAFETY: the context is current; the pointers are to locals; what was pinned is given back once.
@@ -143,10 +193,35 @@ impl Arena {
             Place::Device => check("take device memory", unsafe {
                 sys::cuMemAlloc_v2(&raw mut device, size)
             })?,
+            Place::Bar(bar) => {
+                let (memory, exported) = bar.take(bytes).map_err(NotTaken::Vulkan)?;
+                host = memory.start().as_ptr().cast();
+                let raw = import(&memory, exported, bar.is_dedicated())?;
+                let all = sys::CUDA_EXTERNAL_MEMORY_BUFFER_DESC {
+                    offset: 0,
+                    size: bytes,
+                    flags: 0,
+                    reserved: [0; 16],
+                };
+                // SAFETY: the memory was just imported; the pointers are to locals.
+                let mapped =
+                    unsafe { sys::cuExternalMemoryGetMappedBuffer(&raw mut device, raw, &all) };
+                check("map imported memory", mapped).inspect_err(|_| {
+                    // SAFETY: nothing uses it.
+                    unsafe {
+                        let _ = sys::cuDestroyExternalMemory(raw);
+                    }
+                })?;
+                imported = Some(Imported {
+                    raw,
+                    _memory: memory,
+                });
+            }
         }
         self.chunks.push(Chunk {
             host: host.cast(),
             device,
+            imported,
             free: RangeAllocator::new(0..bytes / UNIT),
         });
         Ok(())
@@ -160,16 +235,51 @@ impl Arena {
         for chunk in self.chunks.drain(..) {
             // SAFETY: both were taken in `grow`, and are given back once.
             let freed = unsafe {
-                match self.place {
+                match &self.place {
                     Place::Host => {
                         check("unpin host memory", sys::cuMemFreeHost(chunk.host.cast()))
                     }
-                    Place::Device => check("free device memory", sys::cuMemFree_v2(chunk.device)),
+                    Place::Device | Place::Bar(_) => {
+                        check("free device memory", sys::cuMemFree_v2(chunk.device))
+                    }
                 }
             };
+            if let Some(imported) = &chunk.imported {
+                // SAFETY: as above; what was mapped of it has been freed.
+                unsafe {
+                    let _ = sys::cuDestroyExternalMemory(imported.raw);
+                }
+            }
             if let Err(error) = freed {
                 log::warn!("{error}");
             }
         }
     }
+}
+
+/// Makes memory of Vulkan known to CUDA. The context must be current.
+fn import(
+    memory: &BarMemory,
+    exported: Exported,
+    dedicated: bool,
+) -> Result<CUexternalMemory, CallFailed> {
+    let handle = sys::CUDA_EXTERNAL_MEMORY_HANDLE_DESC {
+        type_: sys::CUexternalMemoryHandleType::CU_EXTERNAL_MEMORY_HANDLE_TYPE_OPAQUE_FD,
+        handle: sys::CUDA_EXTERNAL_MEMORY_HANDLE_DESC_st__bindgen_ty_1 { fd: exported.fd() },
+        size: memory.bytes(),
+        flags: if dedicated {
+            sys::CUDA_EXTERNAL_MEMORY_DEDICATED
+        } else {
+            0
+        },
+        reserved: [0; 16],
+    };
+    let mut raw: CUexternalMemory = ptr::null_mut();
+    // SAFETY: the context is current; the descriptor is that of exported memory of this size; the pointers are to locals.
+    check("import memory", unsafe {
+        sys::cuImportExternalMemory(&raw mut raw, &handle)
+    })?;
+    // It is CUDA's now, which closes it (CUDA Driver API, `cuImportExternalMemory`).
+    exported.give_away();
+    Ok(raw)
 }

@@ -8,10 +8,13 @@ use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use cudarc::driver::sys::{self, CUcontext, CUdevice, CUresult, CUstream, CUstream_flags};
+use cudarc::driver::sys::{
+    self, CUcontext, CUdevice, CUresult, CUstream, CUstream_flags, CUstreamCaptureMode,
+};
 use parking_lot::Mutex;
 
-use super::arena::{Arena, Piece, Place};
+use super::arena::{Arena, NotTaken, Piece, Place};
+use super::bar::Bar;
 use super::driver::{CallFailed, check};
 use super::module::Module;
 use super::physical::Physical;
@@ -33,6 +36,8 @@ pub(super) struct Context {
     /// What runs on the device, of all runtimes of the process.
     residents: Arc<Mutex<Residents>>,
     lost: OnceLock<String>,
+    /// Whether request rings lie in `Memory::bar`.
+    rings_on_device: AtomicBool,
     /// Whether a kernel is left on it that never ended.
     abandoned: AtomicBool,
 }
@@ -42,10 +47,31 @@ unsafe impl Send for Context {}
 // SAFETY: as above; what changes is behind locks.
 unsafe impl Sync for Context {}
 
+/// The arenas of a device.
 #[derive(Debug)]
 struct Memory {
     host: Arena,
     device: Arena,
+    /// The device's memory that the host maps, where there is some and it is used.
+    bar: Option<Arena>,
+}
+
+/// One of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Which {
+    Host,
+    Device,
+    Bar,
+}
+
+impl Memory {
+    fn arena(&mut self, which: Which) -> &mut Arena {
+        match (which, &mut self.bar) {
+            (Which::Device, _) => &mut self.device,
+            (Which::Bar, Some(bar)) => bar,
+            _ => &mut self.host,
+        }
+    }
 }
 
 /// What runs on a device in this process, whose runtimes share its one primary context. Locked during everything that would
@@ -101,6 +127,7 @@ struct Remains {
     modules: Vec<Arc<Module>>,
     host: Arena,
     state: Arena,
+    bar: Option<Arena>,
 }
 
 // SAFETY: handles of the driver, which may be used by any thread that makes the context current.
@@ -108,10 +135,13 @@ unsafe impl Send for Remains {}
 
 impl Remains {
     /// Takes what must be there before a kernel runs: memory, and a stream for each.
-    fn take(&mut self, kernels: usize) -> Result<(), CallFailed> {
+    fn take(&mut self, kernels: usize) -> Result<(), NotTaken> {
         let _current = Current::push(self.raw)?;
         self.host.grow(0)?;
         self.state.grow(0)?;
+        if let Some(bar) = &mut self.bar {
+            bar.grow(0)?;
+        }
         for _ in 0..kernels {
             let mut stream: CUstream = ptr::null_mut();
             let flags = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
@@ -140,6 +170,9 @@ impl Remains {
             }
             self.host.free();
             self.state.free();
+            if let Some(bar) = &mut self.bar {
+                bar.free();
+            }
             drop(current);
             let _ = sys::cuDevicePrimaryCtxRelease_v2(self.device);
         }
@@ -156,9 +189,14 @@ impl fmt::Debug for Context {
 }
 
 /// A context that is the calling thread's as long as this lives; then the one before is it again.
+///
+/// A graph that another thread of the process captures in global mode forbids most calls to all threads; those here have nothing
+/// to do with it, and say so (`cuThreadExchangeStreamCaptureMode`).
 #[must_use]
 #[derive(Debug)]
 pub(super) struct Current {
+    /// The thread's own mode, for when it gets its context back.
+    capture_mode: CUstreamCaptureMode,
     /// It belongs to the thread.
     _not_send: PhantomData<*const ()>,
 }
@@ -169,7 +207,13 @@ impl Current {
         check("make a context current", unsafe {
             sys::cuCtxPushCurrent_v2(context)
         })?;
+        let mut capture_mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the pointer is to a local.
+        unsafe {
+            let _ = sys::cuThreadExchangeStreamCaptureMode(&raw mut capture_mode);
+        }
         Ok(Self {
+            capture_mode,
             _not_send: PhantomData,
         })
     }
@@ -178,8 +222,9 @@ impl Current {
 impl Drop for Current {
     fn drop(&mut self) {
         let mut popped: CUcontext = ptr::null_mut();
-        // SAFETY: `push` has pushed one, on this thread.
+        // SAFETY: `push` has pushed one, on this thread, and exchanged the mode.
         unsafe {
+            let _ = sys::cuThreadExchangeStreamCaptureMode(&raw mut self.capture_mode);
             let _ = sys::cuCtxPopCurrent_v2(&raw mut popped);
         }
     }
@@ -215,6 +260,7 @@ impl Context {
     pub(super) fn open(
         physical: &Physical,
         config: &CudaConfig,
+        bar: Option<Arc<Bar>>,
         account: Arc<Account>,
     ) -> Result<Arc<Self>, Error> {
         if let Some(lacks) = &physical.lacks {
@@ -223,7 +269,7 @@ impl Context {
                 physical.info.name
             )));
         }
-        let failed = |error: CallFailed| {
+        let failed = |error: NotTaken| {
             unavailable(format!(
                 "'{}' cannot be opened: {error}",
                 physical.info.name
@@ -250,8 +296,8 @@ impl Context {
         check("open its primary context", unsafe {
             sys::cuDevicePrimaryCtxRetain(&raw mut raw, physical.handle)
         })
-        .map_err(failed)?;
-        let opened = Self::fill(physical, config, account, raw, Arc::clone(&residents));
+        .map_err(|error| failed(error.into()))?;
+        let opened = Self::fill(physical, config, bar, account, raw, Arc::clone(&residents));
         drop(lock);
         opened.map_err(failed)
     }
@@ -260,10 +306,11 @@ impl Context {
     fn fill(
         physical: &Physical,
         config: &CudaConfig,
+        bar: Option<Arc<Bar>>,
         account: Arc<Account>,
         raw: CUcontext,
         residents: Arc<Mutex<Residents>>,
-    ) -> Result<Arc<Self>, CallFailed> {
+    ) -> Result<Arc<Self>, NotTaken> {
         let mut remains = Remains {
             device: physical.handle,
             raw,
@@ -271,6 +318,7 @@ impl Context {
             modules: Vec::new(),
             host: Arena::new(Place::Host, config.host_arena_bytes),
             state: Arena::new(Place::Device, config.device_arena_bytes),
+            bar: bar.map(|bar| Arena::new(Place::Bar(bar), config.host_arena_bytes)),
         };
         match remains.take(config.max_kernels) {
             Ok(()) => {}
@@ -284,6 +332,7 @@ impl Context {
             streams,
             host,
             state,
+            bar,
             ..
         } = remains;
         Ok(Arc::new(Self {
@@ -294,10 +343,12 @@ impl Context {
             memory: Mutex::new(Memory {
                 host,
                 device: state,
+                bar,
             }),
             modules: Mutex::new(HashMap::new()),
             residents,
             lost: OnceLock::new(),
+            rings_on_device: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
         }))
     }
@@ -445,9 +496,14 @@ impl Context {
         if !self.account.take(asked) {
             return Err(self.out_of_memory(asked));
         }
-        let taken = self.take_piece(asked, placement);
-        let piece = match taken {
-            Ok(piece) => piece,
+        let which = match placement {
+            Placement::DeviceState => Which::Device,
+            Placement::HostToDevice if self.rings_on_device.load(Ordering::Acquire) => Which::Bar,
+            _ => Which::Host,
+        };
+        let taken = self.take_piece(asked, which);
+        let (piece, write_combining) = match taken {
+            Ok(taken) => taken,
             Err(error) => {
                 self.account.give_back(asked);
                 return Err(error);
@@ -455,24 +511,27 @@ impl Context {
         };
         let buffer = Buffer {
             context: Arc::clone(self),
-            placement,
+            which,
             bytes: asked,
             piece: Some(piece),
+            write_combining,
         };
         buffer.zero();
         Ok(buffer)
     }
 
-    fn take_piece(&self, bytes: u64, placement: Placement) -> Result<Piece, Error> {
+    fn take_piece(&self, bytes: u64, which: Which) -> Result<(Piece, WriteCombining), Error> {
         // Held for as long as an arena grows, so that no kernel starts meanwhile.
         let residents = self.residents.lock();
         let mut memory = self.memory.lock();
-        let (arena, option) = match placement {
-            Placement::DeviceState => (&mut memory.device, "device_arena_bytes"),
-            _ => (&mut memory.host, "host_arena_bytes"),
+        let option = match which {
+            Which::Device => "device_arena_bytes",
+            Which::Host | Which::Bar => "host_arena_bytes",
         };
+        let arena = memory.arena(which);
+        let write_combining = arena.write_combining();
         if let Some(piece) = arena.take(bytes) {
-            return Ok(piece);
+            return Ok((piece, write_combining));
         }
         self.check_abandoned(&residents)?;
         if !residents.kernels.is_empty() {
@@ -483,12 +542,41 @@ impl Context {
             )));
         }
         match arena.grow(bytes) {
-            Err(error) if error.code == CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+            Err(NotTaken::Driver(error)) if error.code == CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
                 return Err(self.out_of_memory(bytes));
             }
-            grown => self.check(grown)?,
+            Err(NotTaken::Driver(error)) => self.check(Err(error))?,
+            Err(NotTaken::Vulkan(reason)) => {
+                let device = self.name().to_owned();
+                return Err(Error::DriverFailed { device, reason });
+            }
+            Ok(()) => {}
         }
-        arena.take(bytes).ok_or_else(|| self.out_of_memory(bytes))
+        match arena.take(bytes) {
+            Some(piece) => Ok((piece, write_combining)),
+            None => Err(self.out_of_memory(bytes)),
+        }
+    }
+
+    /// Puts request rings of kernels that are launched from now on into the device's own memory, or the host's.
+    pub(super) fn put_rings_on_device(&self, on_device: bool) {
+        self.rings_on_device.store(on_device, Ordering::Release);
+    }
+
+    /// Gives the device's memory back that the host maps, if nothing is in it and nothing runs.
+    pub(super) fn give_bar_back(&self) {
+        let residents = self.residents.lock();
+        let bar = self.memory.lock().bar.take();
+        let (Some(mut bar), Ok(_current)) = (bar, self.enter()) else {
+            return;
+        };
+        if !residents.kernels.is_empty() || residents.abandoned.is_some() {
+            // It would wait for them.
+            self.memory.lock().bar = Some(bar);
+            return;
+        }
+        // SAFETY: nothing runs, and nothing starts while the lock is held; rings were put into it by the probe alone, which is over.
+        unsafe { bar.free() };
     }
 
     /// Fails if nothing can be taken from the driver any more.
@@ -544,6 +632,7 @@ impl Drop for Context {
                 .collect(),
             host: memory.host.take_all(),
             state: memory.device.take_all(),
+            bar: memory.bar.as_mut().map(Arena::take_all),
         };
         let mut residents = self.residents.lock();
         if residents.abandoned.is_some() {
@@ -562,15 +651,16 @@ impl Drop for Context {
 /// A piece of an arena, for kernels.
 pub(super) struct Buffer {
     context: Arc<Context>,
-    placement: Placement,
+    which: Which,
     bytes: u64,
     piece: Option<Piece>,
+    write_combining: WriteCombining,
 }
 
 impl fmt::Debug for Buffer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Buffer")
-            .field("placement", &self.placement)
+            .field("which", &self.which)
             .field("bytes", &self.bytes)
             .finish_non_exhaustive()
     }
@@ -597,7 +687,7 @@ impl DeviceMemory for Buffer {
     }
 
     fn write_combining(&self) -> WriteCombining {
-        WriteCombining::No
+        self.write_combining
     }
 
     fn as_any(&self) -> &dyn Any {
@@ -613,10 +703,7 @@ impl Drop for Buffer {
             && let Some(piece) = self.piece.take()
         {
             let mut memory = self.context.memory.lock();
-            match self.placement {
-                Placement::DeviceState => memory.device.give_back(piece),
-                _ => memory.host.give_back(piece),
-            }
+            memory.arena(self.which).give_back(piece);
         }
     }
 }

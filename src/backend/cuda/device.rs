@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use super::bar::Bar;
 use super::context::Context;
 use super::dispatch::{CudaDispatch, Launched};
 use super::monitor::Monitor;
@@ -12,8 +13,8 @@ use super::physical::{self, Physical};
 use super::{driver, unavailable};
 use crate::backend::cpp::{self, LaunchWords};
 use crate::backend::{
-    Account, Backend, CudaConfig, Device, DeviceInfo, DeviceMemory, Dispatch, DispatchRequest,
-    Handler, Placement, probe,
+    Account, Backend, CudaConfig, CudaRingMemory, Device, DeviceInfo, DeviceMemory, Dispatch,
+    DispatchRequest, Handler, Placement, probe,
 };
 use crate::error::Error;
 use crate::kernel::CudaCode;
@@ -86,20 +87,62 @@ impl Backend for CudaBackend {
         })?;
         let account = Arc::new(Account::new(physical.info.memory_limit));
         // Drivers start threads, which inherit the cores of the thread that calls them.
-        let context = affinity::on_cores("rk-cuda-open", &self.cores, || {
-            Context::open(physical, &self.config, account)
+        let (context, no_bar) = affinity::on_cores("rk-cuda-open", &self.cores, || {
+            let (bar, no_bar) = match self.config.ring_memory {
+                CudaRingMemory::Host => (None, "decided by the configuration".to_owned()),
+                _ => match physical.uuid.map_or_else(
+                    || Err("the driver does not tell its UUID".into()),
+                    Bar::open,
+                ) {
+                    Ok(bar) => (Some(bar), String::new()),
+                    Err(reason) => (None, reason),
+                },
+            };
+            if bar.is_none() && self.config.ring_memory == CudaRingMemory::Device {
+                return Err(unavailable(format!(
+                    "'{}' cannot have rings in its own memory: {no_bar}",
+                    physical.info.name
+                )));
+            }
+            match Context::open(physical, &self.config, bar.clone(), Arc::clone(&account)) {
+                // Without what may be missing.
+                Err(Error::BackendUnavailable { reason, .. })
+                    if bar.is_some() && self.config.ring_memory == CudaRingMemory::Auto =>
+                {
+                    Ok((
+                        Context::open(physical, &self.config, None, account)?,
+                        reason,
+                    ))
+                }
+                opened => Ok((opened?, no_bar)),
+            }
         })??;
         let monitor = Monitor::start(&context, self.cores.clone(), self.termination_timeout)?;
-        let device = CudaDevice {
+        let mut device = CudaDevice {
             info: physical.info.clone(),
             config: self.config.clone(),
             monitor,
             launching: Mutex::new(()),
             context,
         };
-        device.probe()?;
+        let (ring_memory, reason) = device.place_rings(no_bar)?;
+        log::info!(
+            "device '{}' has rings in {} memory: {reason}",
+            device.info.name,
+            ring_memory.name()
+        );
+        if let Some(cuda) = &mut device.info.cuda {
+            cuda.ring_memory = ring_memory;
+            cuda.ring_memory_reason = reason;
+        }
         Ok(Arc::new(device))
     }
+}
+
+/// The kernel of the probe.
+fn echo() -> Handler {
+    let code = CudaCode::ptx(include_bytes!("../../../kernels/ptx/echo.ptx").as_slice());
+    Handler::Cuda(Arc::new(code))
 }
 
 /// An open device.
@@ -115,13 +158,58 @@ struct CudaDevice {
 }
 
 impl CudaDevice {
+    /// Where request rings lie from now on, and why. `no_bar` tells why they cannot lie in the device's own memory, if so.
+    fn place_rings(&self, no_bar: String) -> Result<(CudaRingMemory, String), Error> {
+        let wanted = self.config.ring_memory;
+        if wanted == CudaRingMemory::Device {
+            self.context.put_rings_on_device(true);
+            self.probe()?;
+            return Ok((
+                CudaRingMemory::Device,
+                "decided by the configuration".into(),
+            ));
+        }
+        self.probe()?;
+        if !no_bar.is_empty() {
+            return Ok((CudaRingMemory::Host, no_bar));
+        }
+        let host = probe::round_trip(self, &echo())?;
+        self.context.put_rings_on_device(true);
+        let device = match probe::run(self, &echo())? {
+            Ok(_) => probe::round_trip(self, &echo())?,
+            Err(failed) => Err(failed),
+        };
+        let (ring_memory, reason) = match (host, device) {
+            (Ok(host), Ok(device)) => (
+                match device < host {
+                    true => CudaRingMemory::Device,
+                    false => CudaRingMemory::Host,
+                },
+                format!(
+                    "a round trip takes {device:.1?} with the device's, {host:.1?} with the host's"
+                ),
+            ),
+            (_, Ok(device)) => (
+                CudaRingMemory::Device,
+                format!("a round trip takes {device:.1?}, too long with the host's"),
+            ),
+            (_, Err(failed)) => (
+                CudaRingMemory::Host,
+                format!("the probe failed with the device's: {failed}"),
+            ),
+        };
+        if ring_memory == CudaRingMemory::Host {
+            self.context.put_rings_on_device(false);
+            self.context.give_bar_back();
+        }
+        Ok((ring_memory, reason))
+    }
+
     /// Tries whether messages reach a resident kernel, and come back.
     fn probe(&self) -> Result<(), Error> {
-        let echo = CudaCode::ptx(include_bytes!("../../../kernels/ptx/echo.ptx").as_slice());
-        let echo = Handler::Cuda(Arc::new(echo));
         let mut reason = String::new();
         for _ in 0..PROBES {
-            match probe::run(self, &echo)? {
+            match probe::run(self, &echo())? {
                 Ok(seen) => {
                     log::info!("device '{}': {seen}", self.info.name);
                     return Ok(());

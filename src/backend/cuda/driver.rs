@@ -10,9 +10,12 @@ use crate::error::Error;
 
 /// Every driver function that this backend calls. They are looked up here, once: cudarc would look each up on its first call, and
 /// panic where the driver lacks it.
-const FUNCTIONS: [&str; 33] = [
+const FUNCTIONS: [&str; 39] = [
+    "cuCtxGetLimit",
     "cuCtxPopCurrent_v2",
     "cuCtxPushCurrent_v2",
+    "cuCtxSetLimit",
+    "cuDestroyExternalMemory",
     "cuDeviceCanAccessPeer",
     "cuDeviceGet",
     "cuDeviceGetAttribute",
@@ -28,9 +31,11 @@ const FUNCTIONS: [&str; 33] = [
     "cuEventDestroy_v2",
     "cuEventQuery",
     "cuEventRecord",
+    "cuExternalMemoryGetMappedBuffer",
     "cuFuncGetAttribute",
     "cuGetErrorName",
     "cuGetErrorString",
+    "cuImportExternalMemory",
     "cuInit",
     "cuLaunchKernel",
     "cuMemAlloc_v2",
@@ -44,6 +49,7 @@ const FUNCTIONS: [&str; 33] = [
     "cuOccupancyMaxActiveBlocksPerMultiprocessor",
     "cuStreamCreate",
     "cuStreamQuery",
+    "cuThreadExchangeStreamCaptureMode",
 ];
 
 /// Looked up as well, but only used when everything ends.
@@ -134,6 +140,20 @@ pub(super) fn load() -> Result<(), Error> {
     }
     // SAFETY: the library is loaded; initialising twice does nothing.
     check("initialise", unsafe { sys::cuInit(0) }).map_err(|error| unavailable(error.to_string()))
+}
+
+/// By what a device is known to other interfaces too; `None` for drivers older than CUDA 11.4.
+pub(super) fn uuid(device: sys::CUdevice) -> Option<[u8; 16]> {
+    let mut uuid = sys::CUuuid { bytes: [0; 16] };
+    // SAFETY: the library is loaded, and the symbol looked up before it is called; the pointer is to a local.
+    let told = unsafe {
+        sys::culib()
+            .get::<unsafe extern "C" fn()>(b"cuDeviceGetUuid_v2")
+            .ok()?;
+        sys::cuDeviceGetUuid_v2(&raw mut uuid, device)
+    };
+    check("identify a device", told).ok()?;
+    Some(uuid.bytes.map(|byte| byte as u8))
 }
 
 /// The driver's CUDA version, as major and minor.

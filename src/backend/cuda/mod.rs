@@ -6,6 +6,11 @@
 //! watchdog) get bounded launches instead, one more queued than running.
 
 mod arena;
+#[cfg(all(feature = "vulkan", unix))]
+mod bar;
+#[cfg(not(all(feature = "vulkan", unix)))]
+#[path = "no_bar.rs"]
+mod bar;
 mod context;
 mod device;
 mod dispatch;

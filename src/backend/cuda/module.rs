@@ -3,7 +3,7 @@
 use std::ffi::{CStr, c_int};
 use std::ptr;
 
-use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute, CUmodule, CUresult};
+use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute, CUlimit, CUmodule, CUresult};
 
 use super::context::Context;
 use super::driver::{CallFailed, check};
@@ -101,6 +101,27 @@ impl Module {
                 ),
             ))?;
             self.max_threads = u32::try_from(threads).unwrap_or(0);
+        }
+        self.reserve_local_memory(context)
+    }
+
+    /// Makes the driver take, now that nothing runs, the local memory that the kernel needs: a launch that needs more than there is
+    /// waits for every kernel that runs (CUDA Driver API, `cuCtxSetLimit`, `CU_LIMIT_STACK_SIZE`).
+    fn reserve_local_memory(&self, context: &Context) -> Result<(), Error> {
+        let (mut needed, mut there): (c_int, usize) = (0, 0);
+        let limit = CUlimit::CU_LIMIT_STACK_SIZE;
+        // SAFETY: the context is current, the function is live; the pointers are to locals.
+        unsafe {
+            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES;
+            let told = sys::cuFuncGetAttribute(&raw mut needed, attribute, self.function);
+            context.check(check("describe a kernel", told))?;
+            let told = sys::cuCtxGetLimit(&raw mut there, limit);
+            context.check(check("tell a limit", told))?;
+            let needed = usize::try_from(needed).unwrap_or(0);
+            if needed > there {
+                let raised = sys::cuCtxSetLimit(limit, needed);
+                context.check(check("take local memory", raised))?;
+            }
         }
         Ok(())
     }

@@ -6,7 +6,9 @@ use cudarc::driver::sys::{self, CUdevice, CUdevice_P2PAttribute, CUdevice_attrib
 
 use super::driver::{self, CallFailed, check};
 use super::unavailable;
-use crate::backend::{BackendType, CudaConfig, CudaDeviceInfo, DeviceInfo, DeviceKind};
+use crate::backend::{
+    BackendType, CudaConfig, CudaDeviceInfo, CudaRingMemory, DeviceInfo, DeviceKind,
+};
 use crate::error::Error;
 
 /// Oldest architecture that has loads and stores of system scope and `nanosleep` (PTX ISA 6.3).
@@ -20,6 +22,8 @@ pub(super) struct Physical {
     pub(super) capability: (u32, u32),
     pub(super) multiprocessors: u32,
     pub(super) warp: u32,
+    /// By which Vulkan knows it too.
+    pub(super) uuid: Option<[u8; 16]>,
     pub(super) max_threads: u32,
     /// Whether the driver ends kernels that run for long.
     pub(super) watchdog: bool,
@@ -141,6 +145,7 @@ fn describe(
         handle,
         capability,
         multiprocessors,
+        uuid: driver::uuid(handle),
         warp: of(Attribute::CU_DEVICE_ATTRIBUTE_WARP_SIZE)?.max(1),
         max_threads,
         watchdog,
@@ -167,6 +172,8 @@ fn describe(
                 numa_node,
                 nvlink_peers: peers,
                 watchdog,
+                ring_memory: CudaRingMemory::Auto,
+                ring_memory_reason: "not opened yet".into(),
             }),
             metal: None,
         },
