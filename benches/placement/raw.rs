@@ -234,10 +234,9 @@ impl Drop for Raw {
         unsafe {
             let _ = sys::cuModuleUnload(self.module);
             let _ = sys::cuMemFreeHost(self.host.host.cast());
-            if let (Ok(own), Some((external, memory))) = (&self.own, self.imported.take()) {
+            if let (Ok(own), Some((external, _memory))) = (&self.own, self.imported.take()) {
                 let _ = sys::cuMemFree_v2(own.device);
                 let _ = sys::cuDestroyExternalMemory(external);
-                drop(memory);
             }
             let mut popped = ptr::null_mut();
             let _ = sys::cuCtxPopCurrent_v2(&raw mut popped);
