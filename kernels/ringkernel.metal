@@ -1,11 +1,18 @@
 // What is Metal's own in a persistent kernel; the rest is in `ringkernel.h`. A slice is one dispatch of `rk_main`; host and device
 // share its buffers (`MTLStorageMode.shared`).
 //
-// SPEC: Metal's atomics are relaxed (Metal Shading Language 3.1, 6.15.1), and nothing promises that a running kernel sees the
-// host's stores. So a device is probed before anything relies on it.
+// SPEC: Metal's atomics are relaxed and of device scope (Metal Shading Language 3.1, 6.15.1), and nothing promises that a running
+// kernel sees the host's stores, or sees them in order. With RK_SYSTEM_SCOPE memory is declared coherent with the host, and fences are of
+// system scope, as Apple's MLX has it for the same purpose (its `fence.metal`); compilers before MSL 3.2 do not take that. Without it a
+// kernel is to be used only for requests that were written before its slice was committed.
 
 #define RK_FN static inline
+#if defined(RK_SYSTEM_SCOPE) && !defined(RK_ON_CPU)
+#pragma METAL internals : enable
+#define RK_GLOBAL volatile coherent(system) device
+#else
 #define RK_GLOBAL device
+#endif
 #define RK_GROUP threadgroup
 #define RK_THREAD thread
 
@@ -23,6 +30,14 @@ typedef unsigned int uint;
 using namespace metal;
 typedef ulong rk_u64;
 
+#ifdef RK_SYSTEM_SCOPE
+static inline uint rk_load(const RK_GLOBAL uint* at) { return *at; }
+static inline void rk_store(RK_GLOBAL uint* at, uint value) { *at = value; }
+// Orders this thread's accesses to memory, for the host as well. The scope has no name in the library.
+static inline void rk_fence() {
+    atomic_thread_fence(mem_flags::mem_device, memory_order_seq_cst, static_cast<thread_scope>(3));
+}
+#else
 static inline uint rk_load(const device uint* at) {
     return atomic_load_explicit((const device atomic_uint*)at, memory_order_relaxed);
 }
@@ -37,22 +52,23 @@ static inline void rk_fence() {
     // None that one thread can make alone.
 #endif
 }
+#endif
 // ORDERING: publish, give-back, control. Pairs with the host's release stores.
-static inline uint rk_load_acquire(const device uint* at) {
+static inline uint rk_load_acquire(const RK_GLOBAL uint* at) {
     uint value = rk_load(at);
     rk_fence();
     return value;
 }
 // ORDERING: publish, give-back, progress, telemetry. Pairs with the host's acquire loads.
-static inline void rk_store_release(device uint* at, uint value) {
+static inline void rk_store_release(RK_GLOBAL uint* at, uint value) {
     rk_fence();
     rk_store(at, value);
 }
-static inline void rk_copy4(device uint* to, const device uint* from) {
+static inline void rk_copy4(RK_GLOBAL uint* to, const RK_GLOBAL uint* from) {
     for (uint i = 0u; i < 4u; i++) rk_store(to + i, rk_load(from + i));
 }
 // ORDERING: publish. The sequence first; what is read after it was written before it.
-static inline void rk_load4_acquire(const device uint* from, threadgroup uint* to) {
+static inline void rk_load4_acquire(const RK_GLOBAL uint* from, threadgroup uint* to) {
     to[0] = rk_load_acquire(from);
     for (uint i = 1u; i < 4u; i++) to[i] = rk_load(from + i);
 }
@@ -76,8 +92,8 @@ extern "C" void rk_main(RkLaunch launch, uint* host_to_device, uint* device_to_h
     __shared__ RkGroup group;
     uint index = threadIdx.x, threads = blockDim.x, block = blockIdx.x, blocks = gridDim.x;
 #else
-kernel void rk_main(device uint* host_to_device [[buffer(0)]], device uint* device_to_host [[buffer(1)]],
-                    device uint* state [[buffer(2)]], constant RkLaunch& launch [[buffer(3)]],
+kernel void rk_main(RK_GLOBAL uint* host_to_device [[buffer(0)]], RK_GLOBAL uint* device_to_host [[buffer(1)]],
+                    RK_GLOBAL uint* state [[buffer(2)]], constant RkLaunch& launch [[buffer(3)]],
                     uint index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]],
                     uint block [[threadgroup_position_in_grid]], uint blocks [[threadgroups_per_grid]]) {
     threadgroup RkGroup group;

@@ -201,6 +201,15 @@ fn run() -> Result<(), Failure> {
         true,
     ));
     ways.push(("graph_launch", "host", Way::Graph(raw.graph()?), true));
+    // The first of each may take something from the driver as well.
+    let (payload, mut reply) = ([1; MESSAGE], [0; MESSAGE]);
+    for (_, _, way, _) in &mut ways {
+        match way {
+            Way::Launch(launch) => launch.exchange(&payload, &mut reply)?,
+            Way::Graph(graph) => graph.exchange(&payload, &mut reply)?,
+            Way::Flag(_) | Way::Ours(_) => {}
+        }
+    }
     // Now kernels stay.
     for (_, _, way, _) in &ways {
         if let Way::Flag(flag) = way {

@@ -105,7 +105,7 @@ impl Raw {
             let told = sys::cuDeviceGetUuid_v2(&raw mut uuid, self.device);
             check("cuDeviceGetUuid", told)?;
             let bar = bar::Bar::open(uuid.bytes.map(|byte| byte as u8))?;
-            let (memory, exported) = bar.take(PIECE as u64)?;
+            let (memory, exported) = bar.take(PIECE as u64).map_err(|error| error.reason)?;
             let handle = sys::CUDA_EXTERNAL_MEMORY_HANDLE_DESC {
                 type_: sys::CUexternalMemoryHandleType::CU_EXTERNAL_MEMORY_HANDLE_TYPE_OPAQUE_FD,
                 handle: sys::CUDA_EXTERNAL_MEMORY_HANDLE_DESC_st__bindgen_ty_1 {

@@ -45,7 +45,8 @@ pub struct CudaConfig {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum CudaRingMemory {
-    /// `Device` where that works and is faster: both are tried when the device is opened, which takes milliseconds.
+    /// `Device` where that works and is faster: both are tried when the device is opened, which takes longer by as much, and by opening
+    /// its Vulkan device. Rings that do not fit there lie in host memory.
     #[default]
     Auto,
     /// Pinned host memory, which the device reads over the bus at each poll.
@@ -117,11 +118,11 @@ pub struct MetalConfig {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum MetalMode {
-    /// `Resident` if the probe succeeds, else `Exchange`.
+    /// `Resident` if the compiler has memory that is coherent with the host, and the probe succeeds; else `Exchange`.
     #[default]
     Auto,
-    /// A running slice polls its rings. Metal does not promise that it sees what the host writes meanwhile; no probe is made. A
-    /// message that it does not see waits for the next slice.
+    /// A running slice polls its rings. Metal does not promise that it sees what the host writes meanwhile, or in order, and systems
+    /// before macOS 15 have no memory that is coherent with the host: for those who have tried it on theirs. No probe is made.
     Resident,
     /// A slice for each batch of messages: what was written before it was committed it sees for certain.
     Exchange,

@@ -221,7 +221,13 @@ fn time(mut producer: HostProducer, mut consumer: HostConsumer) -> Result<Durati
         loop {
             match consumer.try_next() {
                 Ok(Some(_)) => break,
-                Ok(None) if begin.elapsed() > TIMEOUT => return Err(late(message - 1, 0)),
+                Ok(None) if begin.elapsed() > TIMEOUT => {
+                    return Err(format!(
+                        "{} of {} round trips took {TIMEOUT:?}",
+                        message - 1,
+                        ROUND_TRIPS + WARM_UP
+                    ));
+                }
                 Ok(None) => std::hint::spin_loop(),
                 Err(corruption) => return Err(format!("the reply ring is corrupt: {corruption}")),
             }

@@ -75,6 +75,15 @@ impl Resident {
             && !self.signals.gate.state().is_final()
     }
 
+    /// Whether it is not wanted, and nobody has said for it yet that it is idle.
+    pub(crate) fn is_unanswered(&self) -> bool {
+        !self.is_wanted()
+            && self
+                .blocks
+                .iter()
+                .any(|block| block.control().state() == Some(BlockState::Polling))
+    }
+
     /// Whether the host wants it to end.
     pub(crate) fn must_terminate(&self) -> bool {
         self.blocks

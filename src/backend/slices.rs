@@ -10,9 +10,10 @@ use crate::thread::KernelWait;
 /// queued.
 const SLICE_TARGET: Duration = Duration::from_millis(25);
 
-/// Bounds of a hardware slice's polls.
+/// Bounds of a hardware slice's polls. The upper one keeps even a slice whose polls became ten times slower (1 us each, over a bus)
+/// below a watchdog's time.
 const FEWEST_POLLS: u32 = 1_000;
-const MOST_POLLS: u32 = 1 << 26;
+const MOST_POLLS: u32 = 1 << 18;
 
 /// Polls of a first slice on hardware: some 5 ms over PCIe.
 const FIRST_POLLS: u32 = 4_000;
@@ -52,12 +53,13 @@ impl Pace {
         self.polls
     }
 
-    /// Goes by a slice that used up its polls.
-    pub(crate) fn measured(&mut self, slice: Duration) {
+    /// Goes by how long a slice took that had these polls alone to end it. Only one that was idle may lead to longer ones: messages are
+    /// charged with more polls than they take, and the next slice may have none.
+    pub(crate) fn measured(&mut self, slice: Duration, idle: bool) {
         if slice > SLICE_TARGET {
             let ratio = SLICE_TARGET.as_secs_f64() / slice.as_secs_f64();
             self.polls = ((f64::from(self.polls) * ratio.max(0.1)) as u32).max(FEWEST_POLLS);
-        } else if slice < SLICE_TARGET / 2 {
+        } else if slice < SLICE_TARGET / 2 && idle {
             self.polls = (self.polls + self.polls / 2).min(self.most);
         }
     }
@@ -110,6 +112,11 @@ impl Attention {
                 && kernel.has_request())
     }
 
+    /// Whether nothing has come of its slices since they were last looked at.
+    pub(crate) fn was_idle(&self, kernel: &Resident) -> bool {
+        kernel.progress() == self.progress
+    }
+
     /// Looks at what slices that are done have done for it.
     pub(crate) fn observe(&mut self, kernel: &Resident, now: Instant) {
         let heartbeats = kernel.heartbeats();
@@ -142,5 +149,43 @@ impl Attention {
             return Duration::ZERO;
         }
         self.look_at.saturating_duration_since(now)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_become_as_long_as_they_should_be() {
+        // One microsecond a poll.
+        let mut pace = Pace::hardware();
+        for _ in 0..50 {
+            pace.measured(Duration::from_micros(pace.polls().into()), true);
+        }
+        let slice = Duration::from_micros(pace.polls().into());
+        assert!(
+            slice > SLICE_TARGET / 3 && slice <= SLICE_TARGET,
+            "{slice:?}"
+        );
+        // A tenth of the speed.
+        for _ in 0..5 {
+            pace.measured(10 * Duration::from_micros(pace.polls().into()), true);
+        }
+        assert!(10 * Duration::from_micros(pace.polls().into()) <= SLICE_TARGET);
+    }
+
+    #[test]
+    fn busy_slices_and_cut_ones_let_no_slice_grow_beyond_bounds() {
+        let mut pace = Pace::hardware();
+        for _ in 0..1000 {
+            pace.measured(Duration::from_micros(10), false);
+        }
+        assert_eq!(pace.polls(), FIRST_POLLS, "busy ones tell nothing");
+        // Idle ones that something else has cut short.
+        for _ in 0..1000 {
+            pace.measured(Duration::from_micros(10), true);
+        }
+        assert!(Duration::from_micros(pace.polls().into()) < Duration::from_secs(1));
     }
 }

@@ -156,6 +156,15 @@ pub enum Error {
         /// For how long.
         after: Duration,
     },
+    /// A realtime thread was refused a setting that it requires.
+    RealtimeRefused {
+        /// The thread's name.
+        thread: String,
+        /// The setting.
+        setting: String,
+        /// The system's answer, the limit in the way, and how it can be granted.
+        reason: String,
+    },
     /// The operating system refused a call.
     Os {
         /// What was attempted.
@@ -243,6 +252,11 @@ impl fmt::Display for Error {
                 f,
                 "{operation} of kernel '{kernel}' did not end within {after:?}"
             ),
+            Self::RealtimeRefused {
+                thread,
+                setting,
+                reason,
+            } => write!(f, "thread '{thread}' requires {setting}: {reason}"),
             Self::Os { operation, source } => write!(f, "{operation}: {source}"),
         }
     }

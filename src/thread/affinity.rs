@@ -225,8 +225,7 @@ fn affinity_of(thread: libc::pid_t) -> Vec<usize> {
 }
 
 /// Parses the kernel's list format, `0-3,8,10-11` (Documentation/admin-guide/cputopology.rst).
-#[cfg(any(target_os = "linux", test))]
-fn parse_core_list(list: &str) -> Vec<usize> {
+pub(super) fn parse_core_list(list: &str) -> Vec<usize> {
     let mut cores = Vec::new();
     for part in list.trim().split(',') {
         let (first, last) = part.split_once('-').unwrap_or((part, part));

@@ -9,6 +9,10 @@ pub mod affinity;
 #[cfg(not(loom))]
 mod cores;
 #[cfg(not(loom))]
+pub mod periodic;
+#[cfg(not(loom))]
+pub mod realtime;
+#[cfg(not(loom))]
 mod wait;
 
 #[cfg(not(loom))]

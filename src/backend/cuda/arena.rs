@@ -9,7 +9,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::{self, CUdeviceptr, CUexternalMemory};
 use range_alloc::RangeAllocator;
 
-use super::bar::{Bar, BarMemory, Exported};
+use super::bar::{Bar, BarMemory, Exported, NotGiven};
 use super::driver::{CallFailed, check};
 use crate::ring::WriteCombining;
 
@@ -31,7 +31,7 @@ pub(super) enum Place {
 #[derive(Debug)]
 pub(super) enum NotTaken {
     Driver(CallFailed),
-    Vulkan(String),
+    Vulkan(NotGiven),
 }
 
 impl From<CallFailed> for NotTaken {
@@ -44,7 +44,7 @@ impl fmt::Display for NotTaken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Driver(error) => error.fmt(f),
-            Self::Vulkan(reason) => f.write_str(reason),
+            Self::Vulkan(error) => f.write_str(&error.reason),
         }
     }
 }
@@ -114,12 +114,19 @@ impl Arena {
         }
     }
 
-    /// How the host's stores to it are ordered.
+    /// How the host's stores to it are ordered: what lies behind the bus is taken for write-combined, whatever it is said to be.
     pub(super) fn write_combining(&self) -> WriteCombining {
         match &self.place {
-            Place::Bar(bar) if !bar.is_cached() => WriteCombining::Yes,
-            _ => WriteCombining::No,
+            Place::Bar(_) => WriteCombining::Yes,
+            Place::Host | Place::Device => WriteCombining::No,
         }
+    }
+
+    /// Whether no piece of it is in use.
+    pub(super) fn is_unused(&self) -> bool {
+        self.chunks
+            .iter()
+            .all(|chunk| chunk.free.allocated_ranges().next().is_none())
     }
 
     /// A piece of at least so many bytes, if there is one.

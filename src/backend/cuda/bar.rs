@@ -31,7 +31,6 @@ pub struct Bar {
     device: ash::Device,
     instance: ash::Instance,
     memory_type: u32,
-    cached: bool,
     /// Whether a piece of memory must belong to one buffer.
     dedicated: bool,
     /// Keeps the loader's library open.
@@ -41,7 +40,6 @@ pub struct Bar {
 impl fmt::Debug for Bar {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Bar")
-            .field("cached", &self.cached)
             .field("dedicated", &self.dedicated)
             .finish_non_exhaustive()
     }
@@ -123,12 +121,14 @@ impl Bar {
         if !features.contains(vk::ExternalMemoryFeatureFlags::EXPORTABLE) {
             return Err("its Vulkan driver exports no buffers".into());
         }
+        let mut ownership = vk::MemoryDedicatedRequirements::default();
         // SAFETY: the buffer is of this device, and destroyed once.
         let bits = unsafe {
             let buffer = make_buffer(&device, 4096).map_err(|error| error.to_string())?;
-            let bits = device
-                .get_buffer_memory_requirements(buffer)
-                .memory_type_bits;
+            let info = vk::BufferMemoryRequirementsInfo2::default().buffer(buffer);
+            let mut needs = vk::MemoryRequirements2::default().push_next(&mut ownership);
+            device.get_buffer_memory_requirements2(&info, &mut needs);
+            let bits = needs.memory_requirements.memory_type_bits;
             device.destroy_buffer(buffer, None);
             bits
         };
@@ -139,7 +139,7 @@ impl Bar {
             .iter()
             .enumerate()
             .find(|(index, kind)| bits >> index & 1 != 0 && kind.property_flags.contains(WANTED));
-        let Some((index, kind)) = found else {
+        let Some((index, _)) = found else {
             return Err(
                 "it has no memory of its own that the host can map and that can be exported".into(),
             );
@@ -149,19 +149,12 @@ impl Bar {
         Ok(Arc::new(Self {
             external: khr::external_memory_fd::Device::new(&instance, &device),
             memory_type: index as u32,
-            cached: kind
-                .property_flags
-                .contains(vk::MemoryPropertyFlags::HOST_CACHED),
-            dedicated: features.contains(vk::ExternalMemoryFeatureFlags::DEDICATED_ONLY),
+            dedicated: features.contains(vk::ExternalMemoryFeatureFlags::DEDICATED_ONLY)
+                || ownership.requires_dedicated_allocation == vk::TRUE,
             device,
             instance,
             _entry: entry,
         }))
-    }
-
-    /// Whether the host's caches hold this memory; it is write-combined otherwise.
-    pub fn is_cached(&self) -> bool {
-        self.cached
     }
 
     /// Whether CUDA must be told that a piece belongs to one buffer.
@@ -170,8 +163,14 @@ impl Bar {
     }
 
     /// A piece of at least so many bytes, mapped, and the handle by which it is imported elsewhere.
-    pub fn take(self: &Arc<Self>, bytes: u64) -> Result<(BarMemory, Exported), String> {
-        let failed = |error: vk::Result| format!("Vulkan gives no memory: {error}");
+    pub fn take(self: &Arc<Self>, bytes: u64) -> Result<(BarMemory, Exported), NotGiven> {
+        let failed = |error: vk::Result| NotGiven {
+            out_of_memory: matches!(
+                error,
+                vk::Result::ERROR_OUT_OF_DEVICE_MEMORY | vk::Result::ERROR_OUT_OF_HOST_MEMORY
+            ),
+            reason: format!("Vulkan gives no memory: {error}"),
+        };
         // SAFETY: the device is live, and so is what each call uses; from `memory` on, dropping that undoes whatever was done.
         unsafe {
             let buffer = make_buffer(&self.device, bytes).map_err(failed)?;
@@ -206,7 +205,10 @@ impl Bar {
                     vk::MemoryMapFlags::empty(),
                 )
                 .map_err(failed)?;
-            memory.start = NonNull::new(start.cast()).ok_or("Vulkan maps nothing")?;
+            memory.start = NonNull::new(start.cast()).ok_or_else(|| NotGiven {
+                out_of_memory: false,
+                reason: "Vulkan maps nothing".into(),
+            })?;
             let info = vk::MemoryGetFdInfoKHR::default()
                 .memory(memory.memory)
                 .handle_type(HANDLE);
@@ -251,6 +253,13 @@ unsafe fn make_buffer(device: &ash::Device, bytes: u64) -> Result<vk::Buffer, vk
         .push_next(&mut external);
     // SAFETY: the caller's promise; the structures live until the call returns.
     unsafe { device.create_buffer(&info, None) }
+}
+
+/// Why there is no piece.
+#[derive(Debug)]
+pub struct NotGiven {
+    pub out_of_memory: bool,
+    pub reason: String,
 }
 
 /// The handle of exported memory: a file descriptor, closed when dropped.

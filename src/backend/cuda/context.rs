@@ -19,7 +19,7 @@ use super::driver::{CallFailed, check};
 use super::module::Module;
 use super::physical::Physical;
 use super::unavailable;
-use crate::backend::{Account, CudaConfig, DeviceMemory, Placement};
+use crate::backend::{Account, CudaConfig, CudaRingMemory, DeviceMemory, Placement};
 use crate::error::Error;
 use crate::kernel::CudaSource;
 use crate::ring::WriteCombining;
@@ -36,8 +36,9 @@ pub(super) struct Context {
     /// What runs on the device, of all runtimes of the process.
     residents: Arc<Mutex<Residents>>,
     lost: OnceLock<String>,
-    /// Whether request rings lie in `Memory::bar`.
+    /// Whether request rings lie in `Memory::bar`, and whether they may as well lie in the host's memory.
     rings_on_device: AtomicBool,
+    rings_anywhere: bool,
     /// Whether a kernel is left on it that never ended.
     abandoned: AtomicBool,
 }
@@ -65,11 +66,11 @@ enum Which {
 }
 
 impl Memory {
-    fn arena(&mut self, which: Which) -> &mut Arena {
-        match (which, &mut self.bar) {
-            (Which::Device, _) => &mut self.device,
-            (Which::Bar, Some(bar)) => bar,
-            _ => &mut self.host,
+    fn arena(&mut self, which: Which) -> Option<&mut Arena> {
+        match which {
+            Which::Host => Some(&mut self.host),
+            Which::Device => Some(&mut self.device),
+            Which::Bar => self.bar.as_mut(),
         }
     }
 }
@@ -349,6 +350,7 @@ impl Context {
             residents,
             lost: OnceLock::new(),
             rings_on_device: AtomicBool::new(false),
+            rings_anywhere: config.ring_memory == CudaRingMemory::Auto,
             abandoned: AtomicBool::new(false),
         }))
     }
@@ -501,7 +503,20 @@ impl Context {
             Placement::HostToDevice if self.rings_on_device.load(Ordering::Acquire) => Which::Bar,
             _ => Which::Host,
         };
-        let taken = self.take_piece(asked, which);
+        let mut which = which;
+        let mut taken = self.take_piece(asked, which);
+        if let Err(error) = &taken
+            && which == Which::Bar
+            && self.rings_anywhere
+            && self.lost().is_none()
+        {
+            log::info!(
+                "device '{}': a ring lies in host memory: {error}",
+                self.name()
+            );
+            which = Which::Host;
+            taken = self.take_piece(asked, which);
+        }
         let (piece, write_combining) = match taken {
             Ok(taken) => taken,
             Err(error) => {
@@ -528,7 +543,9 @@ impl Context {
             Which::Device => "device_arena_bytes",
             Which::Host | Which::Bar => "host_arena_bytes",
         };
-        let arena = memory.arena(which);
+        let Some(arena) = memory.arena(which) else {
+            return Err(self.out_of_memory(bytes));
+        };
         let write_combining = arena.write_combining();
         if let Some(piece) = arena.take(bytes) {
             return Ok((piece, write_combining));
@@ -546,9 +563,14 @@ impl Context {
                 return Err(self.out_of_memory(bytes));
             }
             Err(NotTaken::Driver(error)) => self.check(Err(error))?,
-            Err(NotTaken::Vulkan(reason)) => {
-                let device = self.name().to_owned();
-                return Err(Error::DriverFailed { device, reason });
+            Err(NotTaken::Vulkan(error)) if error.out_of_memory => {
+                return Err(self.out_of_memory(bytes));
+            }
+            Err(NotTaken::Vulkan(error)) => {
+                return Err(Error::DriverFailed {
+                    device: self.name().to_owned(),
+                    reason: error.reason,
+                });
             }
             Ok(()) => {}
         }
@@ -565,18 +587,19 @@ impl Context {
 
     /// Gives the device's memory back that the host maps, if nothing is in it and nothing runs.
     pub(super) fn give_bar_back(&self) {
+        let Ok(_current) = self.enter() else { return };
         let residents = self.residents.lock();
-        let bar = self.memory.lock().bar.take();
-        let (Some(mut bar), Ok(_current)) = (bar, self.enter()) else {
-            return;
-        };
         if !residents.kernels.is_empty() || residents.abandoned.is_some() {
             // It would wait for them.
-            self.memory.lock().bar = Some(bar);
             return;
         }
-        // SAFETY: nothing runs, and nothing starts while the lock is held; rings were put into it by the probe alone, which is over.
-        unsafe { bar.free() };
+        let mut memory = self.memory.lock();
+        if memory.bar.as_ref().is_some_and(Arena::is_unused)
+            && let Some(mut bar) = memory.bar.take()
+        {
+            // SAFETY: nothing is in it; nothing runs, and nothing starts while the lock is held.
+            unsafe { bar.free() };
+        }
     }
 
     /// Fails if nothing can be taken from the driver any more.
@@ -703,7 +726,9 @@ impl Drop for Buffer {
             && let Some(piece) = self.piece.take()
         {
             let mut memory = self.context.memory.lock();
-            memory.arena(self.which).give_back(piece);
+            if let Some(arena) = memory.arena(self.which) {
+                arena.give_back(piece);
+            }
         }
     }
 }

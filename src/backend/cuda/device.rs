@@ -173,11 +173,14 @@ impl CudaDevice {
         if !no_bar.is_empty() {
             return Ok((CudaRingMemory::Host, no_bar));
         }
-        let host = probe::round_trip(self, &echo())?;
+        let host = self.time()?;
         self.context.put_rings_on_device(true);
-        let device = match probe::run(self, &echo())? {
-            Ok(_) => probe::round_trip(self, &echo())?,
-            Err(failed) => Err(failed),
+        let device = match self.probe() {
+            Ok(()) => self.time()?,
+            Err(error) => {
+                self.check_lost()?;
+                Err(error.to_string())
+            }
         };
         let (ring_memory, reason) = match (host, device) {
             (Ok(host), Ok(device)) => (
@@ -195,7 +198,7 @@ impl CudaDevice {
             ),
             (_, Err(failed)) => (
                 CudaRingMemory::Host,
-                format!("the probe failed with the device's: {failed}"),
+                format!("the device's cannot be used: {failed}"),
             ),
         };
         if ring_memory == CudaRingMemory::Host {
@@ -203,6 +206,17 @@ impl CudaDevice {
             self.context.give_bar_back();
         }
         Ok((ring_memory, reason))
+    }
+
+    /// The median round trip with rings as they lie now, or why there is none.
+    fn time(&self) -> Result<Result<Duration, String>, Error> {
+        match probe::round_trip(self, &echo()) {
+            Ok(outcome) => Ok(outcome),
+            Err(error) => {
+                self.check_lost()?;
+                Ok(Err(error.to_string()))
+            }
+        }
     }
 
     /// Tries whether messages reach a resident kernel, and come back.

@@ -17,15 +17,11 @@ impl Bar {
         Err("this build lacks the feature `vulkan`, or this system its file descriptors".into())
     }
 
-    pub fn is_cached(&self) -> bool {
-        match self.0 {}
-    }
-
     pub fn is_dedicated(&self) -> bool {
         match self.0 {}
     }
 
-    pub fn take(self: &Arc<Self>, _bytes: u64) -> Result<(BarMemory, Exported), String> {
+    pub fn take(self: &Arc<Self>, _bytes: u64) -> Result<(BarMemory, Exported), NotGiven> {
         match self.0 {}
     }
 }
@@ -38,6 +34,13 @@ impl BarMemory {
     pub fn bytes(&self) -> u64 {
         match self.0 {}
     }
+}
+
+/// Why there is no piece.
+#[derive(Debug)]
+pub struct NotGiven {
+    pub out_of_memory: bool,
+    pub reason: String,
 }
 
 /// There is none.

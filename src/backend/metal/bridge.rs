@@ -75,7 +75,10 @@ impl Health {
 #[derive(Debug)]
 pub(super) struct BridgeHandle {
     inbox: Mutex<Vec<Arc<SliceKernel>>>,
-    pub(super) doorbell: Arc<EventCount>,
+    /// Rung by senders. The thread waits for it only while some kernel has no slices that would see a request.
+    pub(super) work: Arc<EventCount>,
+    /// What it waits for otherwise.
+    news: EventCount,
     stop: AtomicBool,
 }
 
@@ -83,7 +86,13 @@ impl BridgeHandle {
     /// Hands a kernel over.
     pub(super) fn admit(&self, kernel: Arc<SliceKernel>) {
         self.inbox.lock().push(kernel);
-        self.doorbell.notify();
+        self.ring();
+    }
+
+    /// Makes the thread look at its kernels.
+    pub(super) fn ring(&self) {
+        self.news.notify();
+        self.work.notify();
     }
 }
 
@@ -105,7 +114,8 @@ impl Bridge {
     ) -> Result<Self, Error> {
         let handle = Arc::new(BridgeHandle {
             inbox: Mutex::new(Vec::new()),
-            doorbell: Arc::new(EventCount::new()),
+            work: Arc::new(EventCount::new()),
+            news: EventCount::new(),
             stop: AtomicBool::new(false),
         });
         let keeper = Keeper {
@@ -113,6 +123,7 @@ impl Bridge {
             health: Arc::clone(health),
             members: Vec::new(),
             on_request: mode == ExecutionMode::Exchange,
+            shared: false,
             // Whoever waits for a kernel's end is told first that it did not come.
             limit: (2 * termination_timeout).max(SHORTEST_LIMIT),
         };
@@ -141,7 +152,7 @@ impl Drop for Bridge {
     /// Ends the thread once all kernels have: bounded, because a slice that does not end in time loses the device.
     fn drop(&mut self) {
         self.handle.stop.store(true, Ordering::Release);
-        self.handle.doorbell.notify();
+        self.handle.ring();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -168,6 +179,8 @@ struct Keeper {
     health: Arc<Health>,
     members: Vec<Member>,
     on_request: bool,
+    /// Whether several kernels were active when slices were last committed.
+    shared: bool,
     /// How long a slice may take before the device counts as lost.
     limit: Duration,
 }
@@ -260,6 +273,14 @@ impl Keeper {
             .iter()
             .filter(|member| member.kernel.is_wanted());
         let shared = wanted.count() > 1;
+        if std::mem::replace(&mut self.shared, shared) != shared {
+            // Slices read their budget while they run: those in flight are no measure any more.
+            let slices = self
+                .members
+                .iter_mut()
+                .flat_map(|member| &mut member.in_flight);
+            slices.for_each(|(_, polls)| *polls = None);
+        }
         // A slice that began before its requests were written may not see them; another one would only wait behind it.
         let depth = if self.on_request { 1 } else { SLICES };
         for member in &mut self.members {
@@ -282,7 +303,7 @@ impl Keeper {
                 block.control().set_budgets(polls, idle_polls);
             }
             while member.in_flight.len() < depth {
-                if let Err(reason) = member.kernel.commit(&self.handle.doorbell) {
+                if let Err(reason) = member.kernel.commit(&self.handle) {
                     self.health
                         .lose(format!("a slice cannot be committed: {reason}"));
                     break;
@@ -313,15 +334,26 @@ impl Keeper {
             std::hint::spin_loop();
             return;
         }
-        let prepared = self.handle.doorbell.prepare();
+        let sleeping = self
+            .members
+            .iter()
+            .any(|member| member.in_flight.is_empty() && member.kernel.is_wanted());
+        let prepared = match sleeping {
+            true => self.handle.work.prepare(),
+            false => self.handle.news.prepare(),
+        };
+        let stop = self.handle.stop.load(Ordering::Acquire);
         let wanted = !self.handle.inbox.lock().is_empty()
-            || (self.handle.stop.load(Ordering::Acquire) && self.members.is_empty())
+            || (stop && self.members.is_empty())
             || self.members.iter().any(|member| {
-                member.kernel.has_outcomes()
+                let kernel = &member.kernel;
+                kernel.has_outcomes()
                     || (self.health.is_lost() && !member.lost)
+                    || (stop && !kernel.must_terminate())
                     || (member.in_flight.is_empty()
-                        && (member.kernel.must_terminate()
-                            || member.attention.wants_slices(&member.kernel, now)))
+                        && (kernel.must_terminate()
+                            || kernel.is_unanswered()
+                            || member.attention.wants_slices(kernel, now)))
             });
         if !wanted {
             prepared.wait(longest);
@@ -355,14 +387,15 @@ impl Member {
         false
     }
 
-    /// Makes slices as long as they should be, going by one that its polls alone have ended.
+    /// Makes slices as long as they should be, going by one that its polls alone have ended. Its kernel has not been looked at since.
     fn adapt(&mut self, slice: Option<(Instant, Option<u32>)>, now: Instant) {
         if let Some((committed, polls)) = slice
             && polls == Some(self.pace.polls())
             && self.kernel.is_wanted()
         {
+            let idle = self.attention.was_idle(&self.kernel);
             self.pace
-                .measured(now.duration_since(committed.max(self.last_done)));
+                .measured(now.duration_since(committed.max(self.last_done)), idle);
         }
         self.last_done = now;
     }

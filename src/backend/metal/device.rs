@@ -27,6 +27,9 @@ use crate::thread::event_count::EventCount;
 /// Metal's own part of the prelude.
 const PRELUDE: &str = include_str!("../../../kernels/ringkernel.metal");
 
+/// The kernel of the probe.
+const ECHO: &str = include_str!("../../../kernels/echo.rk");
+
 /// Where it includes the common part: the runtime compiler has no include path.
 const INCLUDE: &str = "#include \"ringkernel.h\"\n";
 
@@ -114,6 +117,8 @@ impl Backend for MetalBackend {
             available: self.devices.len(),
         })?;
         let account = Arc::new(Account::new(info.memory_limit));
+        // What the compiler has against code that is coherent with the host, if anything.
+        let incoherent = gpu.pipeline(&library_source(ECHO, true)).err();
         let open = |mode| {
             let health = Health::new(info);
             let bridge = Bridge::start(
@@ -129,44 +134,52 @@ impl Backend for MetalBackend {
                 described: described.clone(),
                 bridge,
                 health,
+                coherent: incoherent.is_none(),
                 libraries: Mutex::new(HashMap::new()),
                 account: Arc::clone(&account),
                 gpu: Arc::clone(gpu),
             })
         };
         // Drivers start threads, which inherit the cores of the thread that calls them.
-        let mut device = affinity::on_cores("rk-metal-open", &self.cores, || {
-            let (mode, reason) = match self.config.mode {
-                MetalMode::Resident => (ExecutionMode::Resident, "forced".to_owned()),
-                MetalMode::Exchange => (ExecutionMode::Exchange, "forced".to_owned()),
-                MetalMode::Auto => {
+        let opened = affinity::on_cores("rk-metal-open", &self.cores, || {
+            let (mode, reason) = match (self.config.mode, &incoherent) {
+                (MetalMode::Resident, _) => (ExecutionMode::Resident, "forced".to_owned()),
+                (MetalMode::Exchange, _) => (ExecutionMode::Exchange, "forced".to_owned()),
+                (MetalMode::Auto, Some(log)) => (
+                    ExecutionMode::Exchange,
+                    format!(
+                        "this system's Metal has no memory that is coherent with the host: {}",
+                        log.trim()
+                    ),
+                ),
+                (MetalMode::Auto, None) => {
                     let device = open(ExecutionMode::Resident)?;
-                    match device.probe()? {
-                        Ok(seen) => return Ok((device, seen)),
-                        Err(failed) => (
+                    match device.probe() {
+                        Ok(Ok(seen)) => return Ok((device, seen)),
+                        Ok(Err(failed)) => (
                             ExecutionMode::Exchange,
                             format!("the probe failed: {failed}"),
                         ),
+                        // A slice that polls was ended by the system; those of exchange mode do not.
+                        Err(lost @ Error::DeviceLost { .. }) => {
+                            (ExecutionMode::Exchange, format!("the probe failed: {lost}"))
+                        }
+                        Err(error) => return Err(error),
                     }
                 }
             };
             Ok::<_, Error>((open(mode)?, reason))
-        })
-        .and_then(|opened| {
-            let (mut device, reason) = opened?;
-            log::info!(
-                "device '{}' is in {} mode: {reason}",
-                device.info.name,
-                device.mode.name()
-            );
-            if let Some(metal) = &mut device.info.metal {
-                metal.mode = device.mode;
-                metal.mode_reason = reason;
-            }
-            Ok(device)
         })?;
-        // Compiled code of the probe's mode is good for every mode; nothing else is left of it.
-        device.info.index = index;
+        let (mut device, reason) = opened?;
+        log::info!(
+            "device '{}' is in {} mode: {reason}",
+            device.info.name,
+            device.mode.name()
+        );
+        if let Some(metal) = &mut device.info.metal {
+            metal.mode = device.mode;
+            metal.mode_reason = reason;
+        }
         Ok(Arc::new(device))
     }
 }
@@ -179,6 +192,8 @@ struct MetalDevice {
     described: Description,
     bridge: Bridge,
     health: Arc<Health>,
+    /// Whether kernels are compiled to be coherent with the host.
+    coherent: bool,
     libraries: Mutex<HashMap<Cow<'static, str>, Arc<dyn Pipeline>>>,
     account: Arc<Account>,
     gpu: Arc<dyn Gpu>,
@@ -187,8 +202,7 @@ struct MetalDevice {
 impl MetalDevice {
     /// Tries whether messages reach a running slice, and come back: what is seen, or why not.
     fn probe(&self) -> Result<Result<String, String>, Error> {
-        let echo = MetalCode::source(include_str!("../../../kernels/echo.rk"));
-        let echo = Handler::Metal(Arc::new(echo));
+        let echo = Handler::Metal(Arc::new(MetalCode::source(ECHO)));
         let mut outcome = Err(String::new());
         for _ in 0..PROBES {
             outcome = probe::run(self, &echo)?;
@@ -208,7 +222,9 @@ impl MetalDevice {
         if let Some(pipeline) = libraries.get(&code.handler) {
             return Ok(Arc::clone(pipeline));
         }
-        let compiled = self.gpu.pipeline(&library_source(&code.handler));
+        let compiled = self
+            .gpu
+            .pipeline(&library_source(&code.handler, self.coherent));
         let pipeline: Arc<dyn Pipeline> = compiled
             .map_err(|log| Error::Compile {
                 kernel: kernel.to_owned(),
@@ -221,9 +237,13 @@ impl MetalDevice {
 }
 
 /// The whole source of a kernel. Lines are counted anew where the handler begins.
-pub(super) fn library_source(handler: &str) -> String {
+pub(super) fn library_source(handler: &str, coherent: bool) -> String {
+    let scope = match coherent {
+        true => "#define RK_SYSTEM_SCOPE\n",
+        false => "",
+    };
     let prelude = PRELUDE.replace(INCLUDE, cpp::PRELUDE);
-    format!("{prelude}\n#line 1 \"handler\"\n{handler}\n")
+    format!("{scope}{prelude}\n#line 1 \"handler\"\n{handler}\n")
 }
 
 impl Device for MetalDevice {
@@ -240,7 +260,7 @@ impl Device for MetalDevice {
     }
 
     fn doorbell(&self) -> Option<Arc<EventCount>> {
-        Some(Arc::clone(&self.bridge.handle.doorbell))
+        Some(Arc::clone(&self.bridge.handle.work))
     }
 
     fn takes_cores(&self) -> bool {

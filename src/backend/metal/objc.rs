@@ -22,11 +22,19 @@ use super::api::{Description, Done, Gpu, Pipeline, Queue, Shared, Slice};
 /// Command buffers of a queue that are not done; two are ever committed.
 const COMMAND_BUFFERS: usize = 4;
 
-/// Every device of the system.
+// `MTLCreateSystemDefaultDevice` needs it (documentation of the bindings).
+#[cfg(target_os = "macos")]
+#[link(name = "CoreGraphics", kind = "framework")]
+unsafe extern "C" {}
+
+/// Every device of the system. The list may be empty in a sandbox that lets its default device be used all the same.
 pub(super) fn gpus() -> Vec<Arc<dyn Gpu>> {
     autoreleasepool(|_| {
-        objc2_metal::MTLCopyAllDevices()
-            .iter()
+        let mut all: Vec<_> = objc2_metal::MTLCopyAllDevices().iter().collect();
+        if all.is_empty() {
+            all.extend(objc2_metal::MTLCreateSystemDefaultDevice());
+        }
+        all.into_iter()
             .map(|device| Arc::new(Device(device)) as Arc<dyn Gpu>)
             .collect()
     })

@@ -14,7 +14,6 @@ use crate::backend::{
     DeviceMemory, Dispatch, DispatchRequest, DispatchStatus, GridMemory, Resident,
 };
 use crate::kernel::UndeliveredMessage;
-use crate::thread::event_count::EventCount;
 use crate::time::Deadline;
 
 /// A launched kernel.
@@ -66,8 +65,8 @@ impl SliceKernel {
         }
     }
 
-    /// Commits a slice; `doorbell` rings when it is done.
-    pub(super) fn commit(&self, doorbell: &Arc<EventCount>) -> Result<(), String> {
+    /// Commits a slice; the bridge is told when it is done.
+    pub(super) fn commit(&self, bridge: &Arc<BridgeHandle>) -> Result<(), String> {
         let (Some(requests), Some(replies)) = (
             shared(&self.grid.host_to_device),
             shared(&self.grid.device_to_host),
@@ -77,7 +76,7 @@ impl SliceKernel {
         // A kernel without state never touches it.
         let state = self.grid.state.as_ref().and_then(shared);
         let state = state.unwrap_or(requests);
-        let (outcomes, doorbell) = (Arc::clone(&self.outcomes), Arc::clone(doorbell));
+        let (outcomes, bridge) = (Arc::clone(&self.outcomes), Arc::clone(bridge));
         self.queue.commit(
             &Slice {
                 pipeline: &*self.pipeline,
@@ -88,7 +87,7 @@ impl SliceKernel {
             },
             Box::new(move |outcome| {
                 outcomes.lock().push(outcome);
-                doorbell.notify();
+                bridge.ring();
             }),
         )
     }
@@ -130,7 +129,7 @@ impl MetalDispatch {
 
 impl Dispatch for MetalDispatch {
     fn command(&mut self) {
-        self.bridge.doorbell.notify();
+        self.bridge.ring();
     }
 
     fn keep_alive(&mut self) -> DispatchStatus {
@@ -144,7 +143,7 @@ impl Dispatch for MetalDispatch {
 
     fn request_stop(&mut self) {
         self.kernel.ask_to_end();
-        self.bridge.doorbell.notify();
+        self.bridge.ring();
     }
 
     fn join(&mut self, deadline: Deadline) -> DispatchStatus {

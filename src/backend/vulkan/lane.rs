@@ -209,7 +209,7 @@ struct Batch {
     kernels: Vec<Arc<SliceKernel>>,
     epoch: u32,
     steps: u32,
-    /// The lane's polls of a slice when it was submitted.
+    /// The polls of its slices if these alone end them; 0 otherwise.
     polls: u32,
     submitted: Instant,
 }
@@ -388,11 +388,11 @@ impl Bridge {
             .filter(|member| member.wants_slices(now))
             .map(|member| Arc::clone(&member.kernel))
             .collect();
-        self.set_budgets(&running);
+        let polls = self.set_budgets(&running);
         while !running.is_empty() && self.in_flight.len() < BATCHES {
             let free = (0..BATCHES).find(|index| !self.in_flight.contains(index));
             let Some(index) = free else { break };
-            self.record_slices(index, &running)?;
+            self.record_slices(index, &running, polls)?;
             self.submit(index)?;
         }
         if self.in_flight.is_empty() {
@@ -479,8 +479,8 @@ impl Bridge {
         wanted.count() > running.len()
     }
 
-    /// How long the slices of the running kernels last.
-    fn set_budgets(&self, running: &[Arc<SliceKernel>]) {
+    /// How long the slices of the running kernels last; their polls, if these alone end them, or 0.
+    fn set_budgets(&self, running: &[Arc<SliceKernel>]) -> u32 {
         let units: u32 = running.iter().map(|kernel| kernel.groups()).sum();
         // A GPU has room for many blocks at once; but kernels of one queue wait for one another after each step.
         let shared =
@@ -501,6 +501,7 @@ impl Bridge {
                 block.control().set_budgets(polls, idle);
             }
         }
+        if shared { 0 } else { self.pace.polls() }
     }
 
     /// Makes slices as long as they should be, going by the batch that is done: one whose slices used up their polls.
@@ -509,18 +510,27 @@ impl Bridge {
         let batch = &self.batches[index];
         let begin = batch.submitted.max(self.last_done);
         self.last_done = now;
-        let measures = matches!(&batch.kernels[..], [kernel] if !kernel.may_sleep())
+        let [kernel] = &batch.kernels[..] else { return };
+        let measures = !kernel.may_sleep()
             && batch.polls == self.pace.polls()
             && batch.epoch == self.handle.epoch.load(Ordering::Relaxed);
-        if !measures {
-            return;
+        let member = self
+            .members
+            .iter()
+            .find(|member| Arc::ptr_eq(&member.kernel, kernel));
+        if measures && let Some(member) = member {
+            let slice = now.duration_since(begin) / batch.steps.max(1);
+            self.pace.measured(slice, member.attention.was_idle(kernel));
         }
-        let slice = now.duration_since(begin) / batch.steps.max(1);
-        self.pace.measured(slice);
     }
 
     /// Records steps of the kernels' slices, unless the batch holds just these.
-    fn record_slices(&mut self, index: usize, running: &[Arc<SliceKernel>]) -> Result<(), Error> {
+    fn record_slices(
+        &mut self,
+        index: usize,
+        running: &[Arc<SliceKernel>],
+        polls: u32,
+    ) -> Result<(), Error> {
         // Kernels that sleep when idle are looked at after each step.
         let steps = if running.iter().all(|kernel| kernel.may_sleep()) {
             1
@@ -542,7 +552,7 @@ impl Bridge {
                 .zip(running)
                 .all(|(recorded, kernel)| Arc::ptr_eq(recorded, kernel));
         if same {
-            self.batches[index].polls = self.pace.polls();
+            self.batches[index].polls = polls;
             return Ok(());
         }
         let context = Arc::clone(&self.context);
@@ -573,7 +583,7 @@ impl Bridge {
         batch.kernels = running.to_vec();
         batch.epoch = epoch;
         batch.steps = steps;
-        batch.polls = self.pace.polls();
+        batch.polls = polls;
         Ok(())
     }
 
@@ -861,17 +871,8 @@ impl Member {
         }
         match &self.relay {
             Some(relay) => relay.needs_attention(&self.kernel),
-            None => self.wants_slices(now) || self.is_unanswered(),
+            None => self.wants_slices(now) || self.kernel.is_unanswered(),
         }
-    }
-
-    fn is_unanswered(&self) -> bool {
-        !self.kernel.is_wanted()
-            && self
-                .kernel
-                .blocks
-                .iter()
-                .any(|block| block.control().state() == Some(BlockState::Polling))
     }
 }
 
