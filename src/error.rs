@@ -285,6 +285,19 @@ channel_error! {
 }
 
 channel_error! {
+    /// Why a message that could not be delivered was not sent again.
+    ReplayError {
+        /// It is a reply.
+        NotARequest => "it is a reply",
+        /// Its header could not be read, its type is unknown, or part of its payload is missing.
+        Incomplete => "not all of it is there",
+        @
+        /// It was not sent.
+        Send(TrySendError),
+    }
+}
+
+channel_error! {
     /// Why `send` or `send_timeout` sent nothing. The message is still the caller's.
     SendTimeoutError {
         /// The ring stayed full for the whole timeout.

@@ -435,6 +435,7 @@ impl BlockMemory {
                 kernel: kernel.to_owned(),
                 block: self.index,
                 header: incoming.header(),
+                extension: incoming.extension(),
                 payload: incoming.payload().to_vec(),
             });
         }

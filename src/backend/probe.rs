@@ -107,6 +107,7 @@ fn with_echo<T>(
             1,
             false,
             device.doorbell(),
+            None,
         )),
         types: Arc::new(TypeTable::new(&[], true)),
         grid: Dim3::x(1),

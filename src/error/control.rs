@@ -164,6 +164,8 @@ pub enum Error {
         setting: String,
         /// The system's answer, the limit in the way, and how it can be granted.
         reason: String,
+        /// Everything that was asked for, and what came of it: a line each.
+        report: String,
     },
     /// The operating system refused a call.
     Os {
@@ -256,6 +258,7 @@ impl fmt::Display for Error {
                 thread,
                 setting,
                 reason,
+                ..
             } => write!(f, "thread '{thread}' requires {setting}: {reason}"),
             Self::Os { operation, source } => write!(f, "{operation}: {source}"),
         }

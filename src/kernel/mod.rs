@@ -23,7 +23,8 @@ pub(crate) use control_block::BlockFault;
 pub(crate) use control_block::CONTROL_VALUES;
 pub(crate) use control_block::{BlockState, HostCommands};
 pub use control_block::{CONTROL_BLOCK_BYTES, ControlBlock, DeviceLines, HostLine};
-pub use dead_letters::{DeadLetterCounts, DeadLetterReason};
+pub(crate) use dead_letters::Lost;
+pub use dead_letters::{DeadLetter, DeadLetterCounts, DeadLetterQueue, DeadLetterReason};
 #[cfg(feature = "cuda")]
 pub(crate) use device_code::CudaSource;
 pub use device_code::{CudaCode, MetalCode, PortableCode};

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
-use super::dead_letters::DeadLetters;
+use super::dead_letters::{DeadLetterQueue, DeadLetters};
 use super::state::{FailureReason, KernelFailure, KernelState};
 use crate::error::Unavailable;
 use crate::thread::event_count::EventCount;
@@ -112,6 +112,7 @@ impl KernelSignals {
         blocks: u32,
         callers_park: bool,
         doorbell: Option<Arc<EventCount>>,
+        dead_letters: Option<Arc<DeadLetterQueue>>,
     ) -> Self {
         let bell = || {
             doorbell
@@ -119,13 +120,13 @@ impl KernelSignals {
                 .unwrap_or_else(|| Arc::new(EventCount::new()))
         };
         Self {
+            dead_letters: DeadLetters::new(&name, dead_letters),
             name,
             gate: Gate::new(),
             replied: EventCount::new(),
             callers_park,
             work: (0..blocks).map(|_| bell()).collect(),
             alive_at_ns: AtomicU64::new(0),
-            dead_letters: DeadLetters::default(),
             failure: Mutex::new(None),
             poisoned: Mutex::new(Vec::new()),
         }
@@ -217,7 +218,7 @@ mod tests {
 
     #[test]
     fn the_first_failure_is_kept_and_a_lost_device_is_told_apart() {
-        let signals = KernelSignals::new("test".into(), 1, true, None);
+        let signals = KernelSignals::new("test".into(), 1, true, None, None);
         signals.gate.transition(KernelState::Launched).unwrap();
         signals.fail(failure(FailureReason::DeviceLost));
         signals.fail(failure(FailureReason::Panic));

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::message::MessageHeader;
+use crate::message::{Extension, MessageHeader};
 
 /// Where a kernel is in its life.
 ///
@@ -114,6 +114,8 @@ pub struct UndeliveredMessage {
     pub block: u32,
     /// Its header.
     pub header: MessageHeader,
+    /// Its timestamp, deadline and trace id, if it carried them.
+    pub extension: Option<Extension>,
     /// Its payload.
     pub payload: Vec<u8>,
 }

@@ -78,6 +78,11 @@ impl TypeTable {
         }
     }
 
+    /// The id of a real type behind a kind.
+    pub(crate) fn type_of(&self, kind: u16) -> Option<u64> {
+        self.type_id_of(kind).filter(|id| *id != 0)
+    }
+
     /// The type id behind a kind; 0 for raw bytes, `None` for a kind that stands for nothing.
     #[inline]
     pub(crate) fn type_id_of(&self, kind: u16) -> Option<u64> {

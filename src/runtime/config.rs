@@ -53,6 +53,12 @@ pub struct RuntimeConfig {
     pub cpu_devices: usize,
     /// Bytes that kernels may take on each CPU device; `None` means the machine's memory, shared evenly.
     pub cpu_memory_limit: Option<u64>,
+    /// Messages that could not be delivered and wait to be read ([`DeadLetterQueue`](crate::kernel::DeadLetterQueue)); the oldest make
+    /// room for newer ones. Default 256; 0 keeps none, at most 2^20.
+    pub dead_letter_capacity: usize,
+    /// Bytes of its payload that each of them keeps; the memory is taken when the runtime is built. Default 256; at most 1 MiB, and
+    /// 1 GiB for all of them.
+    pub dead_letter_bytes: usize,
     /// How the Vulkan backend works.
     pub vulkan: VulkanConfig,
     /// How the CUDA backend works.
@@ -76,6 +82,8 @@ impl Default for RuntimeConfig {
             reserved_cores: Vec::new(),
             cpu_devices: 1,
             cpu_memory_limit: None,
+            dead_letter_capacity: 256,
+            dead_letter_bytes: 256,
             vulkan: VulkanConfig::default(),
             cuda: CudaConfig::default(),
             metal: MetalConfig::default(),
@@ -148,6 +156,19 @@ impl RuntimeConfig {
                 "cpu_devices",
                 format!("{} is not within 1 to 64", self.cpu_devices),
             );
+        }
+        for (option, value) in [
+            ("dead_letter_capacity", self.dead_letter_capacity),
+            ("dead_letter_bytes", self.dead_letter_bytes),
+        ] {
+            if value > 1 << 20 {
+                return invalid(option, format!("{value} exceeds 2^20"));
+            }
+        }
+        let bytes = self.dead_letter_capacity as u64 * self.dead_letter_bytes as u64;
+        if bytes > 1 << 30 {
+            let reason = format!("{bytes} bytes of dead letters exceed 2^30");
+            return invalid("dead_letter_bytes", reason);
         }
         self.cuda.validate()?;
         for core in &self.reserved_cores {

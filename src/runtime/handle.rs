@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use parking_lot::{MappedMutexGuard, MutexGuard};
 
-use super::calls::PendingCall;
+use super::calls::{CALL_BIT, PendingCall};
 use super::endpoints::{Receiver, Sender};
 use super::instance::KernelInstance;
 use super::metrics::{KernelMetrics, KernelStatus};
@@ -17,9 +17,10 @@ use super::receive::{
 };
 use super::send::{Address, SendOptions, SendSide, until_sent, write_bytes, write_message};
 use crate::error::{
-    CallError, Error, MessageError, RecvTimeoutError, Rejection, SendTimeoutError, TryRecvError,
-    TrySendError, Unavailable,
+    CallError, Error, MessageError, RecvTimeoutError, Rejection, ReplayError, SendTimeoutError,
+    TryRecvError, TrySendError, Unavailable,
 };
+use crate::kernel::DeadLetter;
 use crate::message::{MessageHeader, RAW_KIND, RingMessage};
 use crate::time::Deadline;
 
@@ -212,6 +213,47 @@ impl KernelHandle {
     ) -> Result<(), SendTimeoutError> {
         let address = Address::with(RAW_KIND, options)?;
         self.send_until(timeout, &address, |body| write_bytes(payload, body))
+    }
+
+    /// Sends a request again that could not be delivered, to this kernel, whichever it was for: under the same type, priority,
+    /// deadline, trace id and correlation (but a call's, which is no more), with a timestamp of its own if it had one. Does not wait for room.
+    ///
+    /// # Errors
+    /// [`ReplayError`]; nothing has been sent then.
+    pub fn replay(&self, letter: &DeadLetter) -> Result<(), ReplayError> {
+        if letter.is_reply {
+            return Err(ReplayError::NotARequest);
+        }
+        let Some(header) = &letter.header else {
+            return Err(ReplayError::Incomplete);
+        };
+        if letter.is_cut() {
+            return Err(ReplayError::Incomplete);
+        }
+        let kind = match letter.type_id {
+            _ if header.kind() == RAW_KIND => RAW_KIND,
+            Some(type_id) => self
+                .instance
+                .types
+                .kind_of(type_id)
+                .map_err(TrySendError::from)?,
+            None => return Err(ReplayError::Incomplete),
+        };
+        let extension = letter.extension.unwrap_or_default();
+        let options = SendOptions {
+            correlation: match header.correlation() {
+                call if call & CALL_BIT != 0 => 0,
+                own => own,
+            },
+            priority: header.priority(),
+            timestamp: extension.timestamp_ns != 0,
+            deadline_ns: Some(extension.deadline_ns).filter(|deadline| *deadline != 0),
+            trace_id: Some(extension.trace_id).filter(|id| *id != [0; 16]),
+            ..SendOptions::default()
+        };
+        let address = Address::with(kind, &options).map_err(TrySendError::from)?;
+        self.send_once(&address, |body| write_bytes(&letter.payload, body))?;
+        Ok(())
     }
 
     #[inline]
@@ -506,6 +548,11 @@ impl KernelHandle {
         };
         // There is a side: `split` refuses while a call is pending.
         let side = guard.as_mut()?;
+        if call.is_done() {
+            // Whoever held the side has stored it meanwhile; what lies in the ring now is not the first reply.
+            drop(guard);
+            return self.take_stored(call, read);
+        }
         let Some(found) = side.find_reply(&self.instance, call, look.polls) else {
             drop(guard);
             return self.take_stored(call, read);
@@ -526,10 +573,15 @@ impl KernelHandle {
         if !call.is_done() {
             return None;
         }
-        let outcome = call.take(read.take()?)?;
-        self.instance
-            .count_handed_over(!matches!(outcome, Err(MessageError::Corrupt)));
-        Some(outcome)
+        let read = read.take()?;
+        call.take(|header, payload| {
+            let outcome = read(header, payload);
+            match outcome {
+                Err(MessageError::Corrupt) => self.instance.give_handed_over_up(header, payload),
+                _ => self.instance.count_handed_over(),
+            }
+            outcome
+        })
     }
 
     // Endpoints.

@@ -15,7 +15,7 @@ use super::send::SendSide;
 use crate::backend::{Dispatch, DispatchStatus};
 use crate::error::Error;
 use crate::kernel::{
-    BlockState, DeadLetterReason, FailureReason, KernelFailure, KernelState, Telemetry,
+    BlockState, DeadLetterReason, FailureReason, KernelFailure, KernelState, Lost, Telemetry,
     UndeliveredMessage,
 };
 use crate::thread::{CoreLease, SpinPermit};
@@ -251,28 +251,45 @@ impl KernelInstance {
         let poisoned = self.signals.poisoned_blocks();
         let mut requests = MessageTally::default();
         let mut returned = Vec::new();
+        let letters = &self.signals.dead_letters;
+        // Device code counts what it refuses; only this CPU's blocks have written letters.
+        let refused: u64 = self
+            .blocks
+            .iter()
+            .map(|block| u64::from(block.control().dropped()))
+            .sum();
+        for _ in letters.counts().corrupt_requests..refused {
+            letters.request(DeadLetterReason::Corrupt, &Lost::default());
+        }
         for (block, counter) in self.blocks.iter().zip(&self.accepted) {
             let control = block.control();
             let position = control.processed();
             // A request that a handler panicked on, or sits on for ever, is still the first in its ring.
             let in_hand =
                 poisoned.contains(&block.index) || control.state() != Some(BlockState::Ended);
-            let mut left = dispatch.leftovers(block.index, position);
+            // In this order: a request that is counted only now was sent before, and lies in the ring.
             let (accepted, processed) = self.progress(counter, position);
+            let mut left = dispatch.leftovers(block.index, position);
             let accepted = accepted.max(processed + left.len() as u64);
             // Behind a corrupt slot nothing can be read.
             let unreadable = accepted - processed - left.len() as u64;
             for _ in 0..unreadable {
-                self.signals
-                    .dead_letters
-                    .count_request(DeadLetterReason::Corrupt);
+                let lost = Lost {
+                    block: Some(block.index),
+                    ..Lost::default()
+                };
+                letters.request(DeadLetterReason::Corrupt, &lost);
             }
+            let undelivered = |reason, message: &UndeliveredMessage| {
+                let type_id = self.types.type_of(message.header.kind());
+                letters.undelivered(reason, message, type_id);
+            };
             let failed = u64::from(in_hand && !left.is_empty());
             if failed > 0 {
-                left.remove(0);
-                self.signals
-                    .dead_letters
-                    .count_request(DeadLetterReason::KernelFailed);
+                undelivered(DeadLetterReason::KernelFailed, &left.remove(0));
+            }
+            for message in &left {
+                undelivered(DeadLetterReason::Shutdown, message);
             }
             let refused = u64::from(control.dropped());
             requests.merge(&MessageTally {

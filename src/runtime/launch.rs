@@ -18,7 +18,7 @@ use crate::backend::{
 };
 use crate::error::{Error, HandlerError};
 use crate::kernel::signals::KernelSignals;
-use crate::kernel::{Dim3, KernelRegistration, KernelState, LaunchOptions};
+use crate::kernel::{DeadLetterQueue, Dim3, KernelRegistration, KernelState, LaunchOptions};
 use crate::ring::RingLayout;
 use crate::thread::{CoreLease, KernelWait, SpinPermit, WaitStrategy, affinity};
 use crate::time::TimestampSource;
@@ -39,9 +39,9 @@ pub(super) fn launch(
     config: &RuntimeConfig,
     registration: &KernelRegistration,
     name: String,
-    grid: Dim3,
-    block_size: Dim3,
+    (grid, block_size): (Dim3, Dim3),
     options: &LaunchOptions,
+    dead_letters: &Arc<DeadLetterQueue>,
 ) -> Result<Arc<KernelInstance>, Error> {
     let blocks = check_shape(grid, block_size)?;
     let layout = layout(config, registration, options)?;
@@ -55,6 +55,7 @@ pub(super) fn launch(
         blocks,
         host_wait.may_park(),
         device.doorbell(),
+        Some(Arc::clone(dead_letters)),
     ));
     let types = Arc::new(registration.type_table());
     let (mut producers, mut consumers, mut device_ends) = (Vec::new(), Vec::new(), Vec::new());

@@ -9,7 +9,8 @@ use super::calls::CallTable;
 use super::lifecycle::MessageTally;
 use crate::backend::BlockMemory;
 use crate::kernel::signals::KernelSignals;
-use crate::kernel::{DeadLetterReason, FailureReason, KernelFailure, KernelState, TypeTable};
+use crate::kernel::{DeadLetterReason, FailureReason, KernelFailure, KernelState, Lost, TypeTable};
+use crate::message::{Extension, MessageHeader};
 use crate::thread::{WaitStrategy, Waiter};
 use crate::time::TimestampSource;
 
@@ -99,14 +100,32 @@ impl KernelLink {
         self.delivered.add(1);
     }
 
-    /// Counts a reply that another thread took out of the ring for a call; `sound` if the call could read it.
-    pub(super) fn count_handed_over(&self, sound: bool) {
-        if sound {
-            self.handed_over.fetch_add(1, Ordering::Relaxed);
-        } else {
-            self.signals
-                .dead_letters
-                .count_reply(DeadLetterReason::Corrupt);
+    /// Counts a reply that another thread took out of the ring for a call, and that the call has read.
+    pub(super) fn count_handed_over(&self) {
+        self.handed_over.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Gives up a reply that another thread took out of the ring for a call, and that the call could not read.
+    #[cold]
+    pub(super) fn give_handed_over_up(&self, header: &MessageHeader, payload: &[u8]) {
+        self.signals
+            .dead_letters
+            .reply(DeadLetterReason::Corrupt, &self.lost(header, None, payload));
+    }
+
+    /// What is to be said of a message that is given up.
+    pub(super) fn lost<'a>(
+        &self,
+        header: &MessageHeader,
+        extension: Option<Extension>,
+        payload: &'a [u8],
+    ) -> Lost<'a> {
+        Lost {
+            block: None,
+            header: Some(*header),
+            extension,
+            type_id: self.types.type_of(header.kind()),
+            payload,
         }
     }
 

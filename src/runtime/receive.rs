@@ -10,7 +10,7 @@ use super::calls::{CALL_BIT, PendingCall};
 use super::link::KernelLink;
 use crate::backend::{HostConsumer, HostProducer};
 use crate::error::{HandlerError, MessageError, RecvTimeoutError, TryRecvError, Unavailable};
-use crate::kernel::DeadLetterReason;
+use crate::kernel::{DeadLetterReason, Lost};
 use crate::message::{Extension, MessageHeader, RAW_KIND, RingMessage};
 use crate::ring::{Corruption, Peek};
 
@@ -225,9 +225,18 @@ impl ReceiveSide {
                         if is_valid(link, self.replies[block].header()) {
                             return Some(block);
                         }
+                        let lost = self.lost(link, block);
+                        give_up(link, &lost);
                         self.skip_corrupt(link, block, "kind or lane out of range");
                     }
                     Peek::Corrupt(corruption @ Corruption::Length { .. }) => {
+                        give_up(
+                            link,
+                            &Lost {
+                                block: u32::try_from(block).ok(),
+                                ..Lost::default()
+                            },
+                        );
                         self.skip_corrupt(link, block, &corruption.to_string());
                     }
                     Peek::Corrupt(corruption) => {
@@ -245,9 +254,6 @@ impl ReceiveSide {
     #[cold]
     fn skip_corrupt(&mut self, link: &KernelLink, block: usize, what: &str) {
         self.release_reply(block);
-        link.signals
-            .dead_letters
-            .count_reply(DeadLetterReason::Corrupt);
         link.quarantine(block, &format!("reply ring: {what}"));
     }
 
@@ -259,7 +265,7 @@ impl ReceiveSide {
         if !link.calls.deliver(*header, consumer.payload()) {
             link.signals
                 .dead_letters
-                .count_reply(DeadLetterReason::LateReply);
+                .reply(DeadLetterReason::LateReply, &self.lost(link, block));
         }
         self.release_reply(block);
         link.signals.reply_written();
@@ -277,10 +283,21 @@ impl ReceiveSide {
             Err(_) => link
                 .signals
                 .dead_letters
-                .count_reply(DeadLetterReason::InboxFull),
+                .reply(DeadLetterReason::InboxFull, &self.lost(link, block)),
         }
         self.release_reply(block);
         link.signals.reply_written();
+    }
+
+    /// What is to be said of a block's reply that is given up; the inbox's is block `replies.len()`.
+    fn lost(&self, link: &KernelLink, block: usize) -> Lost<'_> {
+        let consumer = self.replies.get(block).unwrap_or(&self.inbox);
+        Lost {
+            block: u32::try_from(block)
+                .ok()
+                .filter(|_| block < self.replies.len()),
+            ..link.lost(consumer.header(), consumer.extension(), consumer.payload())
+        }
     }
 
     #[inline]
@@ -321,6 +338,14 @@ impl ReceiveSide {
             message: PhantomData,
         }
     }
+}
+
+/// Gives up a reply that no correct kernel writes.
+#[cold]
+fn give_up(link: &KernelLink, lost: &Lost<'_>) {
+    link.signals
+        .dead_letters
+        .reply(DeadLetterReason::Corrupt, lost);
 }
 
 /// Whether a reply's header names a known type and the one lane there is. Its length has been checked by the ring.
@@ -514,13 +539,11 @@ impl<M: RingMessage> Received<'_, M> {
 impl<M> Drop for Received<'_, M> {
     #[inline]
     fn drop(&mut self) {
-        self.side.release(self.found);
         if self.corrupt.get() {
-            self.link
-                .signals
-                .dead_letters
-                .count_reply(DeadLetterReason::Corrupt);
-        } else {
+            give_up(self.link, &self.side.lost(self.link, self.found.0));
+        }
+        self.side.release(self.found);
+        if !self.corrupt.get() {
             self.link.count_delivered();
         }
     }

@@ -17,7 +17,9 @@ use super::metrics::KernelStatus;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, BackendType, Device, DeviceInfo, ExecutionMode};
 use crate::error::Error;
-use crate::kernel::{Dim3, KernelRegistration, KernelState, LaunchOptions, registered_kernels};
+use crate::kernel::{
+    DeadLetterQueue, Dim3, KernelRegistration, KernelState, LaunchOptions, registered_kernels,
+};
 use crate::thread::affinity;
 use crate::time::{self, Deadline};
 
@@ -59,6 +61,7 @@ pub struct RingKernelRuntime {
     /// Devices on which the code of registered kernels was made ready.
     prepared: Mutex<BTreeSet<usize>>,
     built: Instant,
+    dead_letters: Arc<DeadLetterQueue>,
     inner: Mutex<Inner>,
 }
 
@@ -118,7 +121,16 @@ impl RingKernelRuntime {
             }
             None => Devices::best(&config, &device, runs_on)?,
         };
+        let bytes = config.dead_letter_capacity as u64 * config.dead_letter_bytes as u64;
+        let dead_letters =
+            DeadLetterQueue::new(config.dead_letter_capacity, config.dead_letter_bytes)
+                .ok_or_else(|| Error::OutOfMemory {
+                    device: "the host".into(),
+                    asked: bytes,
+                    available: 0,
+                })?;
         let runtime = Self {
+            dead_letters: Arc::new(dead_letters),
             backend,
             default_device,
             config,
@@ -185,6 +197,12 @@ impl RingKernelRuntime {
         Ok(self.device(device)?.memory_in_use())
     }
 
+    /// The messages of its kernels that could not be delivered, and how many there were; also of those that have ended.
+    #[must_use]
+    pub fn dead_letters(&self) -> &DeadLetterQueue {
+        &self.dead_letters
+    }
+
     /// The configuration as built.
     #[must_use]
     pub fn config(&self) -> &RuntimeConfig {
@@ -249,9 +267,9 @@ impl RingKernelRuntime {
             &self.config,
             &registration,
             name,
-            grid.into(),
-            block_size.into(),
+            (grid.into(), block_size.into()),
             &options,
+            &self.dead_letters,
         )?;
         inner.state = LifecycleState::Running;
         inner.launches += 1;

@@ -41,7 +41,7 @@ pub enum Overrun {
     Skip,
     /// They are made up for: rounds follow one another without a pause until the loop is on time again.
     CatchUp,
-    /// The loop ends: [`Periodic::wait`] returns [`Missed`].
+    /// The loop ends: [`PeriodicLoop::wait`] returns [`Missed`].
     Abort,
 }
 
@@ -303,7 +303,7 @@ fn clock_ns() -> u64 {
 #[cfg(target_os = "linux")]
 fn sleep_until(due: u64) {
     let until = libc::timespec {
-        tv_sec: (due / NS_PER_SECOND) as libc::time_t,
+        tv_sec: (due / NS_PER_SECOND) as _,
         tv_nsec: (due % NS_PER_SECOND) as _,
     };
     // A signal ends the call early.

@@ -3,6 +3,7 @@
 
 pub mod faults;
 pub mod kernels;
+pub mod letters;
 pub mod life;
 pub mod messages;
 pub mod numbers;
@@ -158,6 +159,10 @@ macro_rules! conformance {
                 nothing_can_be_committed_after_the_end,
                 names_are_unique_and_clean,
             }
+            letters::{
+                what_is_queued_at_the_end_can_be_sent_again,
+                letters_beyond_the_bound_are_counted,
+            }
             numbers::{
                 many_launches_leave_nothing_behind,
                 a_default_echo_takes_little_memory,
@@ -227,6 +232,12 @@ macro_rules! conformance {
                 the_life_of_a_runtime_only_goes_forward,
                 nothing_can_be_committed_after_the_end,
                 names_are_unique_and_clean,
+            }
+            letters::{
+                what_is_queued_at_the_end_can_be_sent_again,
+                letters_beyond_the_bound_are_counted,
+                a_late_reply_is_kept,
+                a_failed_kernels_requests_are_kept,
             }
             numbers::{
                 many_launches_leave_nothing_behind,

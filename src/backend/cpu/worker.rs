@@ -11,7 +11,7 @@ use crate::error::HandlerError;
 use crate::kernel::signals::KernelSignals;
 use crate::kernel::{
     BlockState, CpuHandler, DeadLetterReason, Dim3, FailureReason, KernelContext, KernelFailure,
-    ReplyPort, Request, TelemetryWriter, TypeTable, UndeliveredMessage,
+    Lost, ReplyPort, Request, TelemetryWriter, TypeTable, UndeliveredMessage,
 };
 use crate::message::RAW_KIND;
 use crate::ring::{Consumer, Corruption, Peek};
@@ -261,10 +261,17 @@ impl BlockLoop<'_> {
         let kind = self.requests.header().kind();
         if kind != RAW_KIND && types.type_id_of(kind).is_none() {
             self.port.control.count_dropped();
+            let lost = Lost {
+                block: Some(self.memory.index),
+                header: Some(*self.requests.header()),
+                extension: self.requests.extension(),
+                type_id: None,
+                payload: self.requests.payload(),
+            };
             self.port
                 .signals
                 .dead_letters
-                .count_request(DeadLetterReason::Corrupt);
+                .request(DeadLetterReason::Corrupt, &lost);
             return Err(HandlerError::new(
                 HandlerError::BAD_REQUEST,
                 "kind is not in the type table",
@@ -336,6 +343,7 @@ impl BlockLoop<'_> {
                 kernel: self.port.signals.name.clone(),
                 block: self.memory.index,
                 header: *self.requests.header(),
+                extension: self.requests.extension(),
                 payload: self.requests.payload().to_vec(),
             }),
             _ => None,

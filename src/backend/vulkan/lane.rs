@@ -803,7 +803,7 @@ impl Bridge {
             };
             match relay.publish(&member.kernel) {
                 Ok(()) => member.kernel.show_life(),
-                Err(failure) => member.kernel.fail(failure),
+                Err(failure) => member.kernel.fail(*failure),
             }
         }
         Ok(())

@@ -157,7 +157,7 @@ impl Relay {
     }
 
     /// Publishes what the shader wrote: replies, then how far it is.
-    pub(super) fn publish(&mut self, kernel: &SliceKernel) -> Result<(), KernelFailure> {
+    pub(super) fn publish(&mut self, kernel: &SliceKernel) -> Result<(), Box<KernelFailure>> {
         let capacity = kernel.capacity();
         let (mut progressed, mut replied) = (false, false);
         let mut failure = None;
@@ -169,11 +169,11 @@ impl Relay {
                 || produced.wrapping_sub(relay.read) > capacity
                 || produced.wrapping_sub(relay.published) > capacity
             {
-                return Err(corrupt_device(host.index));
+                return Err(Box::new(corrupt_device(host.index)));
             }
             while relay.published != produced {
                 if !relay.device.copy_reply_to(host, relay.published) {
-                    return Err(corrupt_device(host.index));
+                    return Err(Box::new(corrupt_device(host.index)));
                 }
                 relay.published = relay.published.wrapping_add(1);
                 replied = true;
@@ -195,7 +195,7 @@ impl Relay {
             kernel.signals.reply_written();
         }
         self.blocked = !progressed && !replied;
-        failure.map_or(Ok(()), Err)
+        failure.map_or(Ok(()), |failure| Err(Box::new(failure)))
     }
 
     /// Whether a slice wrote more replies than were copied out with it.

@@ -15,6 +15,10 @@ pub(super) const STACK_MARGIN: usize = 64 * 1024;
 /// glibc, `M_MMAP_THRESHOLD`).
 const HEAP_PIECE: usize = 64 * 1024;
 
+/// Most bytes of heap that can be prefaulted: a thread's own heap has 64 MiB (`HEAP_MAX_SIZE` of glibc on 64-bit systems), and further
+/// ones are given back whatever the allocator was told.
+const HEAP_MOST: usize = 48 << 20;
+
 fn refused(reason: impl Into<String>, remedy: &'static str) -> Refusal {
     Refusal {
         errno: None,
@@ -29,46 +33,71 @@ fn elsewhere() -> Refusal {
     refused("this system is not Linux: nothing is known of it here", "")
 }
 
+/// On these cores, in ascending order, or where the thread was before.
+#[cfg(target_os = "linux")]
 pub(super) fn cores(cores: &[usize]) -> Result<(), Refusal> {
+    let before = affinity::current_affinity();
     match affinity::confine_current_thread(cores) {
         Ok(()) => Ok(()),
-        Err(error) => Err(refused(
-            error.to_string(),
-            "name cores that are online and that the process's cpuset holds",
-        )),
+        Err(error) => {
+            let reason = error.to_string();
+            let _ = affinity::confine_current_thread(&before);
+            Err(refused(
+                reason,
+                "name cores that are online and that the process's cpuset holds",
+            ))
+        }
     }
 }
 
-/// A resource limit of this process, as people write it.
+#[cfg(not(target_os = "linux"))]
+pub(super) fn cores(_cores: &[usize]) -> Result<(), Refusal> {
+    Err(elsewhere())
+}
+
+/// A resource limit of this process, as people write it; `None` if there is none. A macro because the type of a limit's name differs
+/// between C libraries.
 #[cfg(target_os = "linux")]
-fn limit(name: &str, which: libc::__rlimit_resource_t) -> Option<String> {
-    let mut limits = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: the pointer is to a local.
-    if unsafe { libc::getrlimit(which, &raw mut limits) } != 0 {
-        return None;
-    }
-    match limits.rlim_cur {
-        libc::RLIM_INFINITY => Some(format!("{name} is unlimited")),
-        value => Some(format!("{name} is {value}")),
-    }
+macro_rules! limit {
+    ($name:literal, $which:expr) => {{
+        let mut limits = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        // SAFETY: the pointer is to a local.
+        let told = unsafe { libc::getrlimit($which, &raw mut limits) };
+        (told == 0 && limits.rlim_cur != libc::RLIM_INFINITY)
+            .then(|| format!("{} is {}", $name, limits.rlim_cur))
+    }};
 }
 
 #[cfg(target_os = "linux")]
 pub(super) fn schedule(schedule: Schedule) -> Result<(), Refusal> {
     use std::io::Error;
     let set = |policy: libc::c_int, priority: u8| {
-        let parameters = libc::sched_param {
-            sched_priority: priority.into(),
+        // SAFETY: plain numbers, of which some systems have more than this one.
+        let mut parameters: libc::sched_param = unsafe { std::mem::zeroed() };
+        parameters.sched_priority = priority.into();
+        // By number, because musl's function of this name refuses whatever it is asked for. A thread that this one starts is ordinary
+        // again: threads of drivers and kernels do not inherit the priority.
+        let policy = match priority {
+            0 => policy,
+            _ => policy | libc::SCHED_RESET_ON_FORK,
         };
         // SAFETY: the pointer is to a local; 0 is the calling thread.
-        match unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) } {
+        let set = unsafe {
+            libc::syscall(
+                libc::SYS_sched_setscheduler,
+                0,
+                policy,
+                &raw const parameters,
+            )
+        };
+        match set {
             0 => Ok(()),
             _ => Err(Refusal::of(
                 &Error::last_os_error(),
-                limit("RLIMIT_RTPRIO", libc::RLIMIT_RTPRIO),
+                limit!("RLIMIT_RTPRIO", libc::RLIMIT_RTPRIO),
                 "raise it (`ulimit -r`, rtprio in /etc/security/limits.conf, LimitRTPRIO= of a service), or grant CAP_SYS_NICE",
             )),
         }
@@ -77,12 +106,14 @@ pub(super) fn schedule(schedule: Schedule) -> Result<(), Refusal> {
         Schedule::Fifo(priority) => set(libc::SCHED_FIFO, priority),
         Schedule::RoundRobin(priority) => set(libc::SCHED_RR, priority),
         Schedule::Nice(nice) => {
+            // A nice value means nothing to a realtime schedule.
+            set(libc::SCHED_OTHER, 0)?;
             // SAFETY: no pointers; 0 is the calling thread (setpriority(2), "C library/kernel differences").
             match unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice.into()) } {
                 0 => Ok(()),
                 _ => Err(Refusal::of(
                     &Error::last_os_error(),
-                    limit("RLIMIT_NICE", libc::RLIMIT_NICE),
+                    limit!("RLIMIT_NICE", libc::RLIMIT_NICE),
                     "raise it (`ulimit -e`, nice in /etc/security/limits.conf, LimitNICE= of a service), or grant CAP_SYS_NICE",
                 )),
             }
@@ -103,7 +134,7 @@ pub(super) fn lock_memory() -> Result<(), Refusal> {
         0 => Ok(()),
         _ => Err(Refusal::of(
             &std::io::Error::last_os_error(),
-            limit("RLIMIT_MEMLOCK", libc::RLIMIT_MEMLOCK),
+            limit!("RLIMIT_MEMLOCK", libc::RLIMIT_MEMLOCK),
             "raise it (`ulimit -l`, memlock in /etc/security/limits.conf, LimitMEMLOCK= of a service), or grant CAP_IPC_LOCK",
         )),
     }
@@ -150,18 +181,21 @@ pub(super) fn stack(bytes: usize) -> Result<(), Refusal> {
             "start the thread with a larger stack",
         )),
         Some(_) => {
-            touch_stack(bytes);
+            let here = 0_u8;
+            let here = std::ptr::from_ref(black_box(&here)) as usize;
+            touch_stack(here.saturating_sub(bytes));
             Ok(())
         }
     }
 }
 
+/// Goes down until a frame lies at this address or below. Half a page a frame, so that no page is passed over.
 #[inline(never)]
-fn touch_stack(bytes: usize) {
-    let mut frame = [0_u8; PAGE];
-    black_box(&mut frame);
-    if bytes > PAGE {
-        touch_stack(bytes - PAGE);
+fn touch_stack(until: usize) {
+    let mut frame = [0_u8; PAGE / 2];
+    let here = black_box(&mut frame).as_ptr() as usize;
+    if here > until {
+        touch_stack(until);
     }
     // The frame lives until here, so that the call above cannot reuse it.
     black_box(&mut frame);
@@ -169,6 +203,12 @@ fn touch_stack(bytes: usize) {
 
 /// Takes so many bytes of heap, touches them, and gives them back to the allocator, which is told to keep them (glibc).
 pub(super) fn heap(bytes: usize) -> Result<(), Refusal> {
+    if bytes > HEAP_MOST {
+        return Err(refused(
+            format!("no more than {HEAP_MOST} bytes are certain to be kept"),
+            "",
+        ));
+    }
     keep_heap()?;
     let mut pieces: Vec<Vec<u8>> = Vec::with_capacity(bytes.div_ceil(HEAP_PIECE));
     let mut left = bytes;
@@ -208,6 +248,42 @@ fn keep_heap() -> Result<(), Refusal> {
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
 fn keep_heap() -> Result<(), Refusal> {
     Err(refused("nothing is known of this system's allocator", ""))
+}
+
+/// Asks the power management for it as long as the calling thread lives (Documentation/power/pm_qos_interface.rst: 32 bits of
+/// microseconds, in force while the file is open).
+#[cfg(target_os = "linux")]
+pub(super) fn wake_latency(latency: std::time::Duration) -> Result<(), Refusal> {
+    use std::cell::RefCell;
+    use std::fs::{File, OpenOptions};
+    use std::io::Write;
+    thread_local! {
+        static OPEN: RefCell<Option<File>> = const { RefCell::new(None) };
+    }
+    let microseconds = i32::try_from(latency.as_micros()).unwrap_or(i32::MAX);
+    let asked = OpenOptions::new()
+        .write(true)
+        .open("/dev/cpu_dma_latency")
+        .and_then(|mut file| {
+            file.write_all(&microseconds.to_ne_bytes())?;
+            Ok(file)
+        });
+    match asked {
+        Ok(file) => {
+            OPEN.with_borrow_mut(|open| *open = Some(file));
+            Ok(())
+        }
+        Err(error) => Err(Refusal::of(
+            &error,
+            None,
+            "let the user write to /dev/cpu_dma_latency (a udev rule, or a group)",
+        )),
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(super) fn wake_latency(_latency: std::time::Duration) -> Result<(), Refusal> {
+    Err(elsewhere())
 }
 
 /// Makes denormal inputs and results zero.

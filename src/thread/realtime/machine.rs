@@ -118,7 +118,11 @@ pub(super) fn warnings(
     if !cfg!(target_os = "linux") {
         return warnings;
     }
-    let isolated = cores_in("/sys/devices/system/cpu/isolated");
+    // By the kernel's command line, and by partitions of cpusets.
+    let mut isolated = cores_in("/sys/devices/system/cpu/isolated");
+    isolated.extend(cores_in("/sys/fs/cgroup/cpuset.cpus.isolated"));
+    isolated.sort_unstable();
+    isolated.dedup();
     let tickless = cores_in("/sys/devices/system/cpu/nohz_full");
     let online = crate::thread::affinity::online_cores();
     for &core in cores {
@@ -163,7 +167,10 @@ pub(super) fn warnings(
                 period_us,
             });
         }
-        if read("/sys/kernel/realtime") != "1" {
+        // The file is of the kernel's realtime branch alone.
+        let preemptible = read("/sys/kernel/realtime") == "1"
+            || read("/proc/sys/kernel/version").contains("PREEMPT_RT");
+        if !preemptible {
             let kernel = read("/proc/sys/kernel/osrelease");
             warnings.push(RealtimeWarning::NotPreemptible { kernel });
         }

@@ -44,6 +44,9 @@ const JOIN_LOOK: Duration = Duration::from_millis(1);
 /// Bytes of stack of a thread that asks for no other size, beside what is prefaulted: as the standard library has it.
 const STACK: usize = 2 * 1024 * 1024;
 
+/// Longest wake-up latency that can be asked for.
+const LONGEST_WAKE: Duration = Duration::from_secs(3600);
+
 /// Priorities of realtime schedules (sched(7)).
 const PRIORITIES: std::ops::RangeInclusive<u8> = 1..=99;
 
@@ -52,7 +55,7 @@ const NICE: std::ops::RangeInclusive<i8> = -20..=19;
 
 /// What a thread shall have; given to a new one by [`spawn`](Self::spawn), or to the calling one by [`adopt`](Self::adopt).
 ///
-/// Each setting is `Required`, and then the thread does not run without it, or `BestEffort`. Without any it is an ordinary thread.
+/// Each setting is `Required`, and then the thread does not run without it, or `BestEffort`. Without any it is as the thread that starts it.
 #[derive(Clone, Debug)]
 #[must_use = "it starts nothing by itself"]
 pub struct RealtimeThread {
@@ -62,6 +65,7 @@ pub struct RealtimeThread {
     lock_memory: Option<Need>,
     stack: Option<(usize, Need)>,
     heap: Option<(usize, Need)>,
+    wake_latency: Option<(Duration, Need)>,
     flush_to_zero: Option<Need>,
     node: Option<u32>,
 }
@@ -76,6 +80,7 @@ impl RealtimeThread {
             lock_memory: None,
             stack: None,
             heap: None,
+            wake_latency: None,
             flush_to_zero: None,
             node: None,
         }
@@ -83,11 +88,14 @@ impl RealtimeThread {
 
     /// Lets it run on these cores only. One core keeps it from moving.
     pub fn cores(mut self, cores: &[usize], need: Need) -> Self {
-        self.cores = Some((cores.to_vec(), need));
+        let mut cores = cores.to_vec();
+        cores.sort_unstable();
+        cores.dedup();
+        self.cores = Some((cores, need));
         self
     }
 
-    /// Schedules it so. A thread of realtime priority that never waits lets no other run on its core, and is itself stopped for part of
+    /// Schedules it so; threads that it starts itself are ordinary ones again. A thread of realtime priority that never waits lets no other run on its core, and is itself stopped for part of
     /// each second unless the machine is told otherwise ([`RealtimeWarning::Throttled`]).
     pub fn schedule(mut self, schedule: Schedule, need: Need) -> Self {
         self.schedule = Some((schedule, need));
@@ -108,10 +116,17 @@ impl RealtimeThread {
     }
 
     /// Takes so many bytes of heap beforehand, touches them and gives them back to the allocator, which is told to keep all memory that
-    /// it has (with glibc; for the whole process, `M_TRIM_THRESHOLD` and `M_MMAP_MAX`). Allocations that fit fault no more; they still
-    /// take time and locks.
+    /// it has (with glibc's allocator, not with one of the program's own; for the whole process, `M_TRIM_THRESHOLD` and `M_MMAP_MAX`). At
+    /// most 48 MiB. Allocations that fit fault no more; they still take time and locks.
     pub fn prefault_heap(mut self, bytes: usize, need: Need) -> Self {
         self.heap = Some((bytes, need));
+        self
+    }
+
+    /// Keeps every core of the machine from sleeping so deeply that waking it takes longer, in whole microseconds up to an hour, as long as
+    /// the thread lives (`/dev/cpu_dma_latency`). Zero keeps them awake: it costs power, and turbo frequencies of other cores.
+    pub fn wake_latency(mut self, latency: Duration, need: Need) -> Self {
+        self.wake_latency = Some((latency, need));
         self
     }
 
@@ -145,6 +160,11 @@ impl RealtimeThread {
         {
             return invalid("cores", "none is named".into());
         }
+        if let Some((latency, _)) = self.wake_latency
+            && latency > LONGEST_WAKE
+        {
+            return invalid("wake latency", format!("{latency:?} exceeds an hour"));
+        }
         match self.schedule {
             Some((Schedule::Fifo(priority) | Schedule::RoundRobin(priority), _))
                 if !PRIORITIES.contains(&priority) =>
@@ -165,8 +185,8 @@ impl RealtimeThread {
     /// Gives the calling thread everything, as far as the system grants it. Its name stays.
     ///
     /// # Errors
-    /// `InvalidOption`; [`Error::RealtimeRefused`] for the first setting that is required and refused: what was granted by then, and what
-    /// comes after it, is in the report, and stays.
+    /// `InvalidOption`; [`Error::RealtimeRefused`] for the first setting that is required and refused, with the report: what was granted by
+    /// then stays, nothing after it was asked for.
     pub fn adopt(self) -> Result<RealtimeReport, Error> {
         self.validate()?;
         check(self.apply())
@@ -260,19 +280,25 @@ impl RealtimeThread {
         if let Some((bytes, need)) = self.heap {
             ask(Setting::Heap(bytes), need, &mut || apply::heap(bytes));
         }
+        if let Some((latency, need)) = self.wake_latency {
+            ask(Setting::WakeLatency(latency), need, &mut || {
+                apply::wake_latency(latency)
+            });
+        }
         if let Some(need) = self.flush_to_zero {
             // SAFETY: whoever asked for it has taken over what it means.
             ask(Setting::FlushToZero, need, &mut || unsafe {
                 apply::flush_to_zero()
             });
         }
+        let on = cores.unwrap_or_else(crate::thread::affinity::current_affinity);
+        let warnings = machine::warnings(&on, schedule, self.node);
         if let Some((schedule, need)) = self.schedule {
             ask(Setting::Schedule(schedule), need, &mut || {
                 apply::schedule(schedule)
             });
         }
-        let cores = cores.unwrap_or_else(crate::thread::affinity::current_affinity);
-        report.warnings = machine::warnings(&cores, schedule, self.node);
+        report.warnings = warnings;
         report
     }
 }
@@ -285,12 +311,13 @@ fn check(report: RealtimeReport) -> Result<RealtimeReport, Error> {
     match report.fatal() {
         None => Ok(report),
         Some(grant) => Err(Error::RealtimeRefused {
-            thread: report.thread.clone(),
             setting: grant.setting.to_string(),
             reason: grant
                 .refusal
                 .as_ref()
                 .map_or_else(String::new, Refusal::to_string),
+            report: report.to_string(),
+            thread: report.thread,
         }),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::time::Duration;
 
 use super::machine::RealtimeWarning;
 
@@ -19,6 +20,8 @@ pub enum Setting {
     Stack(usize),
     /// That so many bytes of its heap are present.
     Heap(usize),
+    /// That cores sleep no deeper than what takes so long to wake from.
+    WakeLatency(Duration),
     /// That denormal numbers count as zero.
     FlushToZero,
 }
@@ -31,6 +34,7 @@ impl fmt::Display for Setting {
             Self::LockedMemory => f.write_str("locked memory"),
             Self::Stack(bytes) => write!(f, "{bytes} bytes of stack"),
             Self::Heap(bytes) => write!(f, "{bytes} bytes of heap"),
+            Self::WakeLatency(latency) => write!(f, "a wake-up latency of {latency:?}"),
             Self::FlushToZero => f.write_str("denormals as zero"),
         }
     }
