@@ -187,24 +187,26 @@ RK_FN void rk_handler(RK_THREAD Rk& rk);
 #define rk_reply(bytes) rk_publish(rk, rk_in_kind(), 0u, bytes)
 #define rk_reply_raw(bytes) rk_publish(rk, 0u, 0u, bytes)
 
-// 64-bit values in two words, low word first.
+// 64-bit values in two words, low word first. What a device lacks does not compile, and says so by its name.
 #ifdef RK_HAS_U64
 #define rk_in_u64(i) (rk_u64(rk_in(i)) | rk_u64(rk_in((i) + 1u)) << 32)
 #define rk_out_u64(i, value) rk_write_u64(rk, i, value)
-#elif defined(RK_USE_U64)
-#error "this device has no 64-bit integers"
+#else
+#define rk_in_u64(i) rk_this_device_has_no_64_bit_integers
+#define rk_out_u64(i, value) rk_this_device_has_no_64_bit_integers
 #endif
 #ifdef RK_HAS_F64
 #define rk_in_f64(i) rk_as_f64(rk_in_u64(i))
 #define rk_out_f64(i, value) rk_out_u64(i, rk_from_f64(value))
-#elif defined(RK_USE_F64)
-#error "this device has no 64-bit floats"
+#else
+#define rk_in_f64(i) rk_this_device_has_no_64_bit_floats
+#define rk_out_f64(i, value) rk_this_device_has_no_64_bit_floats
 #endif
 // Nanoseconds of the device's own clock.
 #ifdef RK_HAS_CLOCK
 #define rk_time_ns() rk_clock_ns()
-#elif defined(RK_USE_TIME)
-#error "this device has no clock that kernels can read"
+#else
+#define rk_time_ns() rk_this_device_has_no_clock
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -25,17 +25,21 @@ pub enum DeadLetterReason {
     /// An uncorrelated reply that came while calls were pending and nobody received: the kernel's inbox, as large as
     /// its reply ring, was full.
     InboxFull,
-    /// A request that was still queued when its kernel ended. The reports count it as returned.
+    /// A call's reply that the call could not take: of another type, or larger than its buffer.
+    Mismatch,
+    /// A request that was still queued when its kernel ended, or a reply that nobody had received when its last handle went. The reports
+    /// count both as returned.
     Shutdown,
 }
 
 impl DeadLetterReason {
     /// Every reason.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::LateReply,
         Self::Corrupt,
         Self::KernelFailed,
         Self::InboxFull,
+        Self::Mismatch,
         Self::Shutdown,
     ];
 
@@ -47,6 +51,7 @@ impl DeadLetterReason {
             Self::Corrupt => "corrupt",
             Self::KernelFailed => "kernel failed",
             Self::InboxFull => "inbox full",
+            Self::Mismatch => "mismatch",
             Self::Shutdown => "shutdown",
         }
     }
@@ -99,6 +104,7 @@ struct Counters {
     corrupt_replies: AtomicU64,
     kernel_failed: AtomicU64,
     inbox_full: AtomicU64,
+    mismatched: AtomicU64,
     shutdown: AtomicU64,
 }
 
@@ -115,7 +121,9 @@ pub struct DeadLetterCounts {
     pub kernel_failed: u64,
     /// [`DeadLetterReason::InboxFull`]; replies.
     pub inbox_full: u64,
-    /// [`DeadLetterReason::Shutdown`]; requests, which are returned.
+    /// [`DeadLetterReason::Mismatch`]; replies.
+    pub mismatched: u64,
+    /// [`DeadLetterReason::Shutdown`]; requests and replies, which are returned.
     pub shutdown: u64,
 }
 
@@ -129,7 +137,7 @@ impl DeadLetterCounts {
     /// Replies among them.
     #[must_use]
     pub const fn replies(&self) -> u64 {
-        self.late_replies + self.corrupt_replies + self.inbox_full
+        self.late_replies + self.corrupt_replies + self.inbox_full + self.mismatched
     }
 }
 
@@ -139,6 +147,7 @@ impl Counters {
             (DeadLetterReason::LateReply, _) => &self.late_replies,
             (DeadLetterReason::KernelFailed, _) => &self.kernel_failed,
             (DeadLetterReason::InboxFull, _) => &self.inbox_full,
+            (DeadLetterReason::Mismatch, _) => &self.mismatched,
             (DeadLetterReason::Shutdown, _) => &self.shutdown,
             (DeadLetterReason::Corrupt, true) => &self.corrupt_replies,
             (DeadLetterReason::Corrupt, false) => &self.corrupt_requests,
@@ -154,6 +163,7 @@ impl Counters {
             corrupt_replies: of(&self.corrupt_replies),
             kernel_failed: of(&self.kernel_failed),
             inbox_full: of(&self.inbox_full),
+            mismatched: of(&self.mismatched),
             shutdown: of(&self.shutdown),
         }
     }

@@ -13,7 +13,7 @@ use super::instance::KernelInstance;
 use super::metrics::{KernelMetrics, KernelStatus};
 use super::receive::{
     Bytes, Found, Look, Miss, ReceiveSide, WaitEnd, kind_of, read_reply, read_reply_bytes,
-    until_found,
+    until_found, uselessness,
 };
 use super::send::{Address, SendOptions, SendSide, until_sent, write_bytes, write_message};
 use crate::error::{
@@ -576,9 +576,9 @@ impl KernelHandle {
         let read = read.take()?;
         call.take(|header, payload| {
             let outcome = read(header, payload);
-            match outcome {
-                Err(MessageError::Corrupt) => self.instance.give_handed_over_up(header, payload),
-                _ => self.instance.count_handed_over(),
+            match uselessness(&outcome) {
+                Some(reason) => self.instance.give_handed_over_up(reason, header, payload),
+                None => self.instance.count_handed_over(),
             }
             outcome
         })

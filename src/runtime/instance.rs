@@ -370,5 +370,8 @@ impl Drop for KernelInstance {
             dispatch.request_stop();
             let _ = dispatch.join(Deadline::after(self.termination_timeout));
         }
+        if let Some(side) = self.receive.get_mut() {
+            side.give_everything_up(&self.link);
+        }
     }
 }

@@ -105,12 +105,17 @@ impl KernelLink {
         self.handed_over.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Gives up a reply that another thread took out of the ring for a call, and that the call could not read.
+    /// Gives up a reply that another thread took out of the ring for a call, and that the call could not use.
     #[cold]
-    pub(super) fn give_handed_over_up(&self, header: &MessageHeader, payload: &[u8]) {
+    pub(super) fn give_handed_over_up(
+        &self,
+        reason: DeadLetterReason,
+        header: &MessageHeader,
+        payload: &[u8],
+    ) {
         self.signals
             .dead_letters
-            .reply(DeadLetterReason::Corrupt, &self.lost(header, None, payload));
+            .reply(reason, &self.lost(header, None, payload));
     }
 
     /// What is to be said of a message that is given up.

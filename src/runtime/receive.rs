@@ -226,12 +226,13 @@ impl ReceiveSide {
                             return Some(block);
                         }
                         let lost = self.lost(link, block);
-                        give_up(link, &lost);
+                        give_up(link, DeadLetterReason::Corrupt, &lost);
                         self.skip_corrupt(link, block, "kind or lane out of range");
                     }
                     Peek::Corrupt(corruption @ Corruption::Length { .. }) => {
                         give_up(
                             link,
+                            DeadLetterReason::Corrupt,
                             &Lost {
                                 block: u32::try_from(block).ok(),
                                 ..Lost::default()
@@ -289,6 +290,27 @@ impl ReceiveSide {
         link.signals.reply_written();
     }
 
+    /// Gives up whatever lies here: nobody will receive it. To be called when the kernel writes no more; looks at no more messages than
+    /// there are slots.
+    pub(super) fn give_everything_up(&mut self, link: &KernelLink) {
+        let inbox = self.replies.len();
+        while self.inbox_depth > 0 && matches!(self.inbox.peek(), Peek::Ready) {
+            give_up(link, DeadLetterReason::Shutdown, &self.lost(link, inbox));
+            self.release(Found(inbox));
+        }
+        for _ in 0..link.capacity.saturating_mul(inbox as u64) {
+            let Some(block) = self.next_reply(link) else {
+                return;
+            };
+            let reason = match self.replies[block].header().correlation() & CALL_BIT {
+                0 => DeadLetterReason::Shutdown,
+                _ => DeadLetterReason::LateReply,
+            };
+            give_up(link, reason, &self.lost(link, block));
+            self.release_reply(block);
+        }
+    }
+
     /// What is to be said of a block's reply that is given up; the inbox's is block `replies.len()`.
     fn lost(&self, link: &KernelLink, block: usize) -> Lost<'_> {
         let consumer = self.replies.get(block).unwrap_or(&self.inbox);
@@ -334,18 +356,28 @@ impl ReceiveSide {
             side: self,
             link,
             found,
-            corrupt: Cell::new(false),
+            useless: Cell::new(None),
             message: PhantomData,
         }
     }
 }
 
-/// Gives up a reply that no correct kernel writes.
+/// Gives up a reply.
 #[cold]
-fn give_up(link: &KernelLink, lost: &Lost<'_>) {
-    link.signals
-        .dead_letters
-        .reply(DeadLetterReason::Corrupt, lost);
+fn give_up(link: &KernelLink, reason: DeadLetterReason, lost: &Lost<'_>) {
+    link.signals.dead_letters.reply(reason, lost);
+}
+
+/// Why a call's reply is of no use to it, by what it made of it.
+pub(super) fn uselessness<R>(outcome: &Result<R, MessageError>) -> Option<DeadLetterReason> {
+    match outcome {
+        Err(MessageError::Corrupt) => Some(DeadLetterReason::Corrupt),
+        Err(MessageError::TypeMismatch { .. } | MessageError::BufferTooSmall { .. }) => {
+            Some(DeadLetterReason::Mismatch)
+        }
+        // The caller has the handler's error.
+        Err(MessageError::Handler(_)) | Ok(_) => None,
+    }
 }
 
 /// Whether a reply's header names a known type and the one lane there is. Its length has been checked by the ring.
@@ -406,7 +438,8 @@ pub struct Received<'a, M> {
     side: &'a mut ReceiveSide,
     link: &'a KernelLink,
     found: Found,
-    corrupt: Cell<bool>,
+    /// Why it is of no use to whoever took it, if so.
+    useless: Cell<Option<DeadLetterReason>>,
     message: PhantomData<fn() -> M>,
 }
 
@@ -507,7 +540,7 @@ impl<M> Received<'_, M> {
     /// Notes that the payload is no valid archive.
     #[cold]
     fn mark_corrupt(&self) -> MessageError {
-        self.corrupt.set(true);
+        self.useless.set(Some(DeadLetterReason::Corrupt));
         MessageError::Corrupt
     }
 }
@@ -539,11 +572,12 @@ impl<M: RingMessage> Received<'_, M> {
 impl<M> Drop for Received<'_, M> {
     #[inline]
     fn drop(&mut self) {
-        if self.corrupt.get() {
-            give_up(self.link, &self.side.lost(self.link, self.found.0));
+        let useless = self.useless.get();
+        if let Some(reason) = useless {
+            give_up(self.link, reason, &self.side.lost(self.link, self.found.0));
         }
         self.side.release(self.found);
-        if !self.corrupt.get() {
+        if useless.is_none() {
             self.link.count_delivered();
         }
     }
@@ -557,9 +591,7 @@ impl Received<'_, Bytes> {
         read: impl FnOnce(&MessageHeader, &[u8]) -> Result<R, MessageError>,
     ) -> Result<R, MessageError> {
         let outcome = read(self.side.consumer(self.found).header(), self.payload());
-        if let Err(MessageError::Corrupt) = outcome {
-            self.mark_corrupt();
-        }
+        self.useless.set(uselessness(&outcome));
         outcome
     }
 }

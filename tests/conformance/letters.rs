@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use ringkernel::error::{RecvTimeoutError, ReplayError, TrySendError, Unavailable};
+use ringkernel::error::{
+    CallError, MessageError, RecvTimeoutError, ReplayError, TrySendError, Unavailable,
+};
 use ringkernel::kernel::{DeadLetter, DeadLetterReason};
 use ringkernel::{
     KernelHandle, KernelState, LaunchOptions, RingKernelRuntime, RuntimeConfig, SendOptions,
@@ -135,6 +137,49 @@ pub fn letters_beyond_the_bound_are_counted<S: Subject>() {
     assert!(runtime.dead_letters().is_empty());
 }
 
+/// Replies that a call cannot take, and those that nobody has received when the last handle goes.
+pub fn replies_that_nobody_takes_are_kept<S: Subject>() {
+    let runtime = runtime::<S>();
+    let kernel = active(&runtime, "echo", small());
+    assert_eq!(
+        kernel.call_bytes(b"too long for it", &mut [0; 4], LONG),
+        Err(CallError::Message(MessageError::BufferTooSmall {
+            length: 15
+        }))
+    );
+    let letter = runtime.dead_letters().try_recv().unwrap();
+    assert_eq!(letter.reason, DeadLetterReason::Mismatch);
+    assert!(letter.is_reply);
+    assert_eq!(letter.payload, b"too long for it");
+    for number in 0..3_u8 {
+        kernel.send_bytes(&[number]).unwrap();
+    }
+    eventually("the replies", || kernel.metrics().processed == 4);
+    kernel.terminate().unwrap();
+    let metrics = kernel.metrics();
+    assert_eq!(metrics.dead_letters.mismatched, 1);
+    assert_eq!(metrics.received_replies, 0);
+    assert!(
+        runtime.dead_letters().is_empty(),
+        "they can be received still"
+    );
+    drop(kernel);
+    let _ = runtime.kernels();
+    let report = runtime.complete_shutdown().unwrap();
+    assert!(report.replies.adds_up(), "{report}");
+    assert_eq!(
+        (report.replies.dead_lettered, report.replies.returned),
+        (1, 3)
+    );
+    let letters = letters(&runtime);
+    assert_eq!(letters.len(), 3);
+    for (letter, number) in letters.iter().zip(0_u8..) {
+        assert_eq!(letter.reason, DeadLetterReason::Shutdown);
+        assert!(letter.is_reply);
+        assert_eq!(letter.payload, [number]);
+    }
+}
+
 /// A late reply is a letter: the call that it was for has timed out.
 pub fn a_late_reply_is_kept<S: Subject>() {
     let runtime = runtime::<S>();
@@ -184,6 +229,7 @@ pub fn a_failed_kernels_requests_are_kept<S: Subject>() {
     let letters = letters(&runtime);
     let seen: Vec<_> = letters
         .iter()
+        .filter(|letter| !letter.is_reply)
         .map(|letter| (letter.reason, letter.payload.as_slice()))
         .collect();
     assert_eq!(

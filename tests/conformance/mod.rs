@@ -162,6 +162,7 @@ macro_rules! conformance {
             letters::{
                 what_is_queued_at_the_end_can_be_sent_again,
                 letters_beyond_the_bound_are_counted,
+                replies_that_nobody_takes_are_kept,
             }
             numbers::{
                 many_launches_leave_nothing_behind,
@@ -236,6 +237,7 @@ macro_rules! conformance {
             letters::{
                 what_is_queued_at_the_end_can_be_sent_again,
                 letters_beyond_the_bound_are_counted,
+                replies_that_nobody_takes_are_kept,
                 a_late_reply_is_kept,
                 a_failed_kernels_requests_are_kept,
             }

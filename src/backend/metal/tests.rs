@@ -398,6 +398,11 @@ fn what_cannot_be_launched_says_why() {
         .register(KernelRegistration::new("wrong").metal(MetalCode::source(
             "RK_HANDLER {\n  uint good = 1u;\n  uint bad = nothing;\n}",
         )))
+        .register(
+            KernelRegistration::new("floats").portable(PortableCode::new(
+                "#define RK_USE_F64\nRK_HANDLER { rk_out_f64(0u, rk_in_f64(0u)); rk_reply(8u); }",
+            )),
+        )
         .register(KernelRegistration::new("cpu").cpu_handler(|_, _| Ok(())))
         .register(
             KernelRegistration::new("many")
@@ -409,6 +414,12 @@ fn what_cannot_be_launched_says_why() {
         Err(Error::Compile { kernel, log }) => {
             assert_eq!(kernel, "wrong");
             assert!(log.contains("handler:3:"), "{log}");
+        }
+        other => panic!("{other:?}"),
+    }
+    match runtime.launch("floats", 1, 1, small()) {
+        Err(Error::Compile { log, .. }) => {
+            assert!(log.contains("this_device_has_no_64_bit_floats"), "{log}");
         }
         other => panic!("{other:?}"),
     }
