@@ -496,6 +496,8 @@ RK_FN void rk_run(RK_THREAD Rk& rk) {
     }
     rk_group_sync(rk.threads);
     bool ended = rk.group->seen[0][0] == RK_STALE;
+    // A slice behind the last one has nothing to say: least of all that its block is idle.
+    if (ended) commands = RK_STALE;
     rk.turn = 1u;
 
     while (!ended) {
