@@ -1,5 +1,7 @@
 //! The conformance suite on the CPU backend.
 
+// Some of the suite is for devices.
+#[allow(dead_code)]
 mod conformance;
 
 use ringkernel::{BackendType, RingKernelRuntime, RuntimeBuilder, RuntimeConfig};

@@ -9,27 +9,25 @@
 // Some of the suite is for other backends.
 #[allow(dead_code)]
 mod conformance;
+#[path = "support/cuda.rs"]
+mod cuda;
 
-use std::ffi::{CStr, c_void};
-use std::process::Command;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use conformance::{LONG, Subject, active, eventually, one_at_a_time, runtime_from, small};
+use cuda::{
+    FAKE, FAULTY_KERNEL, FOREIGN_CAPTURE, Fake, LOCAL_MEMORY, NO_DEVICES, NO_IMPORT, NO_MEMORY,
+    OLD_COMPILER, OLD_DEVICE, RINGS, WATCHDOG, fake, has_vulkan, run_on_the_fake,
+};
 use ringkernel::error::{
     CallError, HandlerError, MessageError, RecvTimeoutError, SendTimeoutError, Unavailable,
 };
 use ringkernel::kernel::FailureReason;
 use ringkernel::{
-    BackendType, CudaCode, CudaConfig, CudaRingMemory, Error, KernelRegistration, KernelState,
-    LaunchOptions, PortableCode, RingKernelRuntime, RuntimeBuilder, RuntimeConfig, WaitStrategy,
+    BackendType, CudaCode, CudaConfig, CudaRingMemory, Error, KernelRegistration, LaunchOptions,
+    PortableCode, RingKernelRuntime, RuntimeBuilder, RuntimeConfig, WaitStrategy,
 };
-
-/// Names the folder in which the fake driver compiles kernels; set where it is in use.
-const FAKE: &str = "RINGKERNEL_FAKE_CUDA";
-
-/// Set where rings shall lie in the memory of the fake driver's device.
-const RINGS: &str = "RINGKERNEL_FAKE_RINGS";
 
 /// Set where a real device must be there: a test that is skipped fails then.
 const REQUIRED: &str = "RINGKERNEL_REQUIRE_CUDA";
@@ -71,14 +69,6 @@ impl Subject for Cuda {
 
 conformance! { on a device: crate::Cuda }
 
-fn symlink(target: &std::path::Path, link: &std::path::Path) {
-    #[cfg(unix)]
-    std::os::unix::fs::symlink(target, link).unwrap();
-    #[cfg(not(unix))]
-    let _ = (target, link);
-}
-
-/// Runs every other test of this file in a process of its own, on the fake driver.
 #[test]
 fn on_the_fake_driver() {
     run_on_the_fake(&[], &[]);
@@ -88,135 +78,6 @@ fn on_the_fake_driver() {
 #[test]
 fn on_the_fake_driver_with_rings_in_its_memory() {
     run_on_the_fake(&["messages::"], &[(RINGS, "1")]);
-}
-
-fn run_on_the_fake(filters: &[&str], variables: &[(&str, &str)]) {
-    if std::env::var_os(FAKE).is_some() {
-        return;
-    }
-    let _one = one_at_a_time();
-    if !cfg!(target_os = "linux") {
-        println!("skipped: the fake driver is for Linux");
-        return;
-    }
-    let required = std::env::var_os("RINGKERNEL_REQUIRE_CUDA_TOOLS").is_some();
-    if Command::new("c++").arg("--version").output().is_err() {
-        assert!(!required, "no C++ compiler (c++)");
-        println!("skipped: no C++ compiler (c++)");
-        return;
-    }
-    let test = std::env::current_exe().unwrap();
-    let folder = test.parent().unwrap().parent().unwrap();
-    let fake = folder.join("examples/libfake_cuda.so");
-    if !fake.exists() {
-        assert!(!required, "the fake driver is not built");
-        println!("skipped: the fake driver is not built (cargo build --example fake_cuda)");
-        return;
-    }
-    let folder = format!("rk-cuda-{}-{}", std::process::id(), variables.len());
-    let folder = std::env::temp_dir().join(folder);
-    std::fs::create_dir_all(&folder).unwrap();
-    symlink(&fake, &folder.join("libcuda.so"));
-    symlink(&fake, &folder.join("libnvrtc.so"));
-    let output = Command::new(&test)
-        .args(["--test-threads=1", "--nocapture"])
-        .args(filters)
-        .envs(variables.iter().copied())
-        .env(FAKE, &folder)
-        .env("LD_LIBRARY_PATH", &folder)
-        .output()
-        .unwrap();
-    let _ = std::fs::remove_dir_all(&folder);
-    let text = format!(
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    assert!(output.status.success(), "{}: {text}", output.status);
-    assert!(!text.contains("skipped:"), "{text}");
-    assert!(!text.contains("fake CUDA:"), "{text}");
-    let passed = text.lines().find(|line| line.starts_with("test result"));
-    println!("on the fake driver: {}", passed.unwrap_or("no result"));
-}
-
-/// The fake driver, which this process has loaded; `None`, and the reason printed, where a real one may be.
-struct Fake {
-    _one: MutexGuard<'static, ()>,
-}
-
-const NO_MEMORY: u32 = 1;
-const FAULTY_KERNEL: u32 = 2;
-const NO_DEVICES: u32 = 3;
-const WATCHDOG: u32 = 4;
-const OLD_DEVICE: u32 = 5;
-const OLD_COMPILER: u32 = 6;
-const NO_IMPORT: u32 = 7;
-const LOCAL_MEMORY: u32 = 8;
-const FOREIGN_CAPTURE: u32 = 9;
-
-/// Whether the fake driver's first device is one that Vulkan knows too: a software one.
-fn has_vulkan() -> bool {
-    // SAFETY: this is its signature.
-    let has: extern "C" fn() -> bool =
-        unsafe { std::mem::transmute(Fake::function(c"rk_fake_has_vulkan")) };
-    let has = has();
-    if !has {
-        let required = std::env::var_os("RINGKERNEL_REQUIRE_VULKAN");
-        assert!(required.is_none(), "no software Vulkan");
-        println!("only with software Vulkan");
-    }
-    has
-}
-
-fn fake() -> Option<Fake> {
-    let one = one_at_a_time();
-    if std::env::var_os(FAKE).is_none() {
-        println!("only on the fake driver");
-        return None;
-    }
-    Some(Fake { _one: one })
-}
-
-impl Fake {
-    fn function(name: &CStr) -> *mut c_void {
-        let library = std::env::var(FAKE).unwrap() + "/libcuda.so\0";
-        // SAFETY: the library is the fake driver, whose initialisers do nothing.
-        unsafe {
-            let library = libc::dlopen(library.as_ptr().cast(), libc::RTLD_NOW);
-            assert!(!library.is_null());
-            let function = libc::dlsym(library, name.as_ptr());
-            assert!(!function.is_null());
-            function
-        }
-    }
-
-    fn arm(&self, fault: u32) {
-        // SAFETY: this is its signature.
-        let arm: extern "C" fn(u32) =
-            unsafe { std::mem::transmute(Self::function(c"rk_fake_arm")) };
-        arm(fault);
-    }
-
-    /// Contexts that are current on this thread.
-    fn pushed(&self) -> usize {
-        // SAFETY: this is its signature.
-        let pushed: extern "C" fn() -> usize =
-            unsafe { std::mem::transmute(Self::function(c"rk_fake_pushed")) };
-        pushed()
-    }
-
-    fn live(&self) -> usize {
-        // SAFETY: this is its signature.
-        let live: extern "C" fn() -> usize =
-            unsafe { std::mem::transmute(Self::function(c"rk_fake_live")) };
-        live()
-    }
-}
-
-impl Drop for Fake {
-    fn drop(&mut self) {
-        self.arm(0);
-    }
 }
 
 fn unavailable(outcome: Result<RingKernelRuntime, Error>) -> String {
@@ -736,22 +597,6 @@ fn a_resident_kernel_stays_while_it_is_deactivated() {
     eventually("somebody who noted them", || {
         kernel.metrics().heartbeat_age.is_some()
     });
-}
-
-#[test]
-fn a_handler_that_replies_too_often_fails_its_kernel_and_no_other() {
-    let Some(_fake) = fake() else { return };
-    let runtime = runtime_from(Cuda::builder());
-    let other = active(&runtime, "echo", small());
-    let kernel = active(&runtime, "test.panic", small());
-    assert_eq!(kernel.call_bytes(b"fine", &mut [0; 8], LONG), Ok(4));
-    kernel.send_bytes(b"panic").unwrap();
-    eventually("the failure", || {
-        kernel.status().state == KernelState::Failed
-    });
-    let failure = kernel.status().failure.unwrap();
-    assert!(failure.message.contains("more replies"), "{failure}");
-    assert_eq!(other.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
 }
 
 /// The kernel that `docs/writing-kernels.md` shows, on the CPU and here.

@@ -300,42 +300,6 @@ fn any_block_size_gives_the_same_answers() {
 }
 
 #[test]
-fn a_handler_that_replies_too_often_fails_its_kernel_and_no_other() {
-    let Some(_turn) = turn() else { return };
-    for mode in MODES {
-        let runtime = runtime(mode);
-        let kernel = runtime.launch("test.panic", 2, 1, small()).unwrap();
-        kernel.activate().unwrap();
-        let other = active(&runtime, "echo", small());
-        assert_eq!(kernel.call_bytes(b"fine", &mut [0; 8], LONG), Ok(4));
-        kernel.send_bytes(b"panic").unwrap();
-        kernel.send_bytes(b"after").unwrap();
-        eventually("the failure", || {
-            kernel.status().state == KernelState::Failed
-        });
-        let failure = kernel.status().failure.unwrap();
-        assert_eq!(failure.reason, FailureReason::Fault);
-        assert!(failure.message.contains("more replies"), "{failure}");
-        // Waits end, with the reason.
-        let end = loop {
-            match kernel.recv_bytes_timeout(&mut [0; 8], LONG) {
-                Ok(_) => {}
-                Err(error) => break error,
-            }
-        };
-        assert_eq!(end, RecvTimeoutError::Unavailable(Unavailable::Failed));
-        assert_eq!(other.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
-        kernel.terminate().unwrap();
-        assert_eq!(kernel.status().state, KernelState::Failed);
-        let report = runtime.complete_shutdown().unwrap();
-        assert_eq!(report.failed_kernels, [kernel.name()]);
-        assert!(report.requests.adds_up(), "{report}");
-        // The request that it failed on, and no other.
-        assert_eq!(report.requests.dead_lettered, 1, "{report}");
-    }
-}
-
-#[test]
 fn loops_that_the_driver_cuts_fail_the_kernel() {
     let Some(_turn) = turn() else { return };
     for mode in MODES {

@@ -11,7 +11,7 @@ use ringkernel::{
 };
 
 use super::kernels::{Opened, UNSTUCK};
-use super::{LONG, Subject, active, eventually, runtime, runtime_from};
+use super::{LONG, Subject, active, eventually, runtime, runtime_from, small};
 
 pub fn a_panic_fails_its_kernel_and_no_other<S: Subject>() {
     let runtime = runtime::<S>();
@@ -241,4 +241,38 @@ pub fn panics_of_several_blocks_are_all_accounted_for<S: Subject>() {
         accepted
     );
     assert!(report.requests.dead_lettered >= 1);
+}
+
+/// Of handlers for devices: those on the CPU may reply as often as they like.
+pub fn a_handler_that_replies_too_often_fails_its_kernel_and_no_other<S: Subject>() {
+    let runtime = runtime::<S>();
+    let kernel = runtime.launch("test.panic", 2, 1, small()).unwrap();
+    kernel.activate().unwrap();
+    let other = active(&runtime, "echo", small());
+    assert_eq!(kernel.call_bytes(b"fine", &mut [0; 8], LONG), Ok(4));
+    kernel.send_bytes(b"panic").unwrap();
+    // For the other block; the kernel may have failed already.
+    let _ = kernel.send_bytes(b"after");
+    eventually("the failure", || {
+        kernel.status().state == KernelState::Failed
+    });
+    let failure = kernel.status().failure.unwrap();
+    assert_eq!(failure.reason, FailureReason::Fault);
+    assert!(failure.message.contains("more replies"), "{failure}");
+    // Waits end, with the reason.
+    let end = loop {
+        match kernel.recv_bytes_timeout(&mut [0; 8], LONG) {
+            Ok(_) => {}
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(end, RecvTimeoutError::Unavailable(Unavailable::Failed));
+    assert_eq!(other.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
+    kernel.terminate().unwrap();
+    assert_eq!(kernel.status().state, KernelState::Failed);
+    let report = runtime.complete_shutdown().unwrap();
+    assert_eq!(report.failed_kernels, [kernel.name()]);
+    assert!(report.requests.adds_up(), "{report}");
+    // The request that it failed on, and no other.
+    assert_eq!(report.requests.dead_lettered, 1, "{report}");
 }

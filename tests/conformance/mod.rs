@@ -103,77 +103,57 @@ macro_rules! conformance {
             })*
         })*
     };
-    // What holds on devices too: without handlers that panic or wait for the host, and without what only this process's own
-    // threads can show.
-    (on a device: $subject:ty) => {
-        $crate::conformance! { $subject:
-            messages::{
-                echo_returns_every_size_unchanged_and_in_order,
-                a_payload_one_byte_too_long_is_refused_and_loses_nothing,
-                typed_messages_travel_there_and_back,
-                a_message_of_another_type_stays_where_it_is,
-                a_type_that_was_not_registered_is_refused,
-                a_corrupt_archive_is_an_error_of_that_message_alone,
-                handler_errors_reach_the_caller_and_are_counted,
-                a_handler_may_reply_any_number_of_times,
-                a_full_reply_ring_holds_requests_back,
-                a_quarter_of_a_busy_ring_comes_back,
-                a_message_before_the_deadline_is_never_missed,
-                a_receive_without_timeout_is_a_try,
-                timestamps_of_one_kernel_strictly_increase,
-                extensions_travel_with_their_message,
-                saxpy_computes_what_it_says,
-                all_devices_calculate_alike,
-                batches_arrive_whole_and_in_order,
-                messages_are_read_and_written_in_place,
-                bad_correlations_are_refused,
-                state_is_kept_between_messages,
-                an_error_in_a_batch_is_not_lost,
-                a_message_in_place_is_checked_for_its_type,
-            }
-            sharing::{
-                cloned_handles_lose_and_double_nothing,
-                calls_from_many_threads_never_mix,
-                replies_put_aside_by_calls_can_be_received,
-                an_inbox_that_nobody_empties_overflows_into_the_dead_letters,
-                split_is_exclusive_and_gives_back,
-                a_grid_spreads_messages_and_keeps_keys_together,
-                every_wait_strategy_delivers,
-                received_messages_make_room_in_the_inbox,
-                a_message_that_stays_is_found_again_on_a_grid,
-                split_is_refused_while_another_thread_waits,
-            }
-            life::{
-                an_unknown_kernel_is_refused_with_a_list,
-                bad_launch_options_are_refused,
-                bad_configurations_are_refused,
-                transitions_are_enforced,
-                each_state_refuses_sends_with_an_error_of_its_own,
-                deactivation_keeps_state_and_queue,
-                a_kernel_blocked_on_a_full_reply_ring_can_be_deactivated_and_terminated,
-                terminate_wakes_those_who_wait_for_room_and_for_replies,
-                handles_endpoints_and_runtime_may_be_dropped_in_any_order,
-                drain_delivers_what_is_in_flight_and_its_report_adds_up,
-                what_is_queued_at_shutdown_is_returned,
-                the_life_of_a_runtime_only_goes_forward,
-                nothing_can_be_committed_after_the_end,
-                names_are_unique_and_clean,
-            }
-            letters::{
-                what_is_queued_at_the_end_can_be_sent_again,
-                letters_beyond_the_bound_are_counted,
-                replies_that_nobody_takes_are_kept,
-            }
-            numbers::{
-                many_launches_leave_nothing_behind,
-                a_default_echo_takes_little_memory,
-            }
-            faults::{
-                memory_that_is_not_there_is_an_error,
+    // A backend whose blocks are threads of this process.
+    ($subject:ty) => {
+        $crate::conformance! { everywhere: $subject }
+
+        // What takes handlers that panic or wait for the host, or what only threads of this process can show.
+        mod on_the_cpu {
+            $crate::conformance! { $subject:
+                messages::{
+                    a_full_ring_gives_the_message_back_and_frees_its_slots,
+                    a_handler_knows_its_surroundings,
+                }
+                sharing::{
+                    a_late_reply_becomes_a_dead_letter,
+                    calls_beyond_the_limit_are_refused,
+                    auto_starves_nobody,
+                    a_receive_of_no_time_succeeds_beside_a_busy_caller,
+                }
+                life::{
+                    terminate_wakes_blocked_senders_and_receivers,
+                }
+                letters::{
+                    a_late_reply_is_kept,
+                    a_failed_kernels_requests_are_kept,
+                }
+                numbers::{
+                    telemetry_equals_ground_truth,
+                    metrics_show_signs_of_life,
+                    configured_numbers_are_honoured,
+                    several_devices_are_told_apart,
+                }
+                faults::{
+                    a_panic_fails_its_kernel_and_no_other,
+                    a_panic_in_one_block_ends_the_whole_grid,
+                    a_handler_that_never_returns_is_reported_in_time,
+                    a_failed_launch_leaves_nothing_behind,
+                    panics_of_several_blocks_are_all_accounted_for,
+                }
             }
         }
     };
-    ($subject:ty) => {
+    // A backend whose blocks run elsewhere.
+    (on a device: $subject:ty) => {
+        $crate::conformance! { everywhere: $subject }
+
+        mod on_a_device {
+            $crate::conformance! { $subject:
+                faults::{ a_handler_that_replies_too_often_fails_its_kernel_and_no_other }
+            }
+        }
+    };
+    (everywhere: $subject:ty) => {
         $crate::conformance! { $subject:
             messages::{
                 echo_returns_every_size_unchanged_and_in_order,
@@ -184,7 +164,7 @@ macro_rules! conformance {
                 a_corrupt_archive_is_an_error_of_that_message_alone,
                 handler_errors_reach_the_caller_and_are_counted,
                 a_handler_may_reply_any_number_of_times,
-                a_full_ring_gives_the_message_back_and_frees_its_slots,
+                a_full_reply_ring_holds_requests_back,
                 a_quarter_of_a_busy_ring_comes_back,
                 a_message_before_the_deadline_is_never_missed,
                 a_receive_without_timeout_is_a_try,
@@ -196,26 +176,20 @@ macro_rules! conformance {
                 messages_are_read_and_written_in_place,
                 bad_correlations_are_refused,
                 state_is_kept_between_messages,
-                a_handler_knows_its_surroundings,
-                a_full_reply_ring_holds_requests_back,
                 an_error_in_a_batch_is_not_lost,
                 a_message_in_place_is_checked_for_its_type,
             }
             sharing::{
                 cloned_handles_lose_and_double_nothing,
                 calls_from_many_threads_never_mix,
-                a_late_reply_becomes_a_dead_letter,
-                calls_beyond_the_limit_are_refused,
                 replies_put_aside_by_calls_can_be_received,
                 an_inbox_that_nobody_empties_overflows_into_the_dead_letters,
                 split_is_exclusive_and_gives_back,
                 a_grid_spreads_messages_and_keeps_keys_together,
                 every_wait_strategy_delivers,
-                auto_starves_nobody,
                 received_messages_make_room_in_the_inbox,
                 a_message_that_stays_is_found_again_on_a_grid,
                 split_is_refused_while_another_thread_waits,
-                a_receive_of_no_time_succeeds_beside_a_busy_caller,
             }
             life::{
                 an_unknown_kernel_is_refused_with_a_list,
@@ -225,7 +199,6 @@ macro_rules! conformance {
                 each_state_refuses_sends_with_an_error_of_its_own,
                 deactivation_keeps_state_and_queue,
                 a_kernel_blocked_on_a_full_reply_ring_can_be_deactivated_and_terminated,
-                terminate_wakes_blocked_senders_and_receivers,
                 terminate_wakes_those_who_wait_for_room_and_for_replies,
                 handles_endpoints_and_runtime_may_be_dropped_in_any_order,
                 drain_delivers_what_is_in_flight_and_its_report_adds_up,
@@ -238,24 +211,13 @@ macro_rules! conformance {
                 what_is_queued_at_the_end_can_be_sent_again,
                 letters_beyond_the_bound_are_counted,
                 replies_that_nobody_takes_are_kept,
-                a_late_reply_is_kept,
-                a_failed_kernels_requests_are_kept,
             }
             numbers::{
                 many_launches_leave_nothing_behind,
-                telemetry_equals_ground_truth,
-                metrics_show_signs_of_life,
-                configured_numbers_are_honoured,
                 a_default_echo_takes_little_memory,
-                several_devices_are_told_apart,
             }
             faults::{
-                a_panic_fails_its_kernel_and_no_other,
-                a_panic_in_one_block_ends_the_whole_grid,
-                a_handler_that_never_returns_is_reported_in_time,
                 memory_that_is_not_there_is_an_error,
-                a_failed_launch_leaves_nothing_behind,
-                panics_of_several_blocks_are_all_accounted_for,
             }
         }
     };
