@@ -1,6 +1,6 @@
 //! Sends messages to a resident echo kernel, checks every byte that comes back, and prints how long that took.
 //!
-//! `cargo run --release --example echo -- [--backend cpu|vulkan|cuda] [--device INDEX|NAME] [--messages N]
+//! `cargo run --release --example echo -- [--backend cpu|vulkan|cuda|metal] [--device INDEX|NAME] [--messages N]
 //! [--payload BYTES] [--json FILE]`
 
 mod support;

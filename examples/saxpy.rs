@@ -1,7 +1,7 @@
 //! Sends pairs of vectors to a resident `a * x + y` kernel, checks every element that comes back, and prints how long
 //! that took.
 //!
-//! `cargo run --release --example saxpy -- [--backend cpu|vulkan|cuda] [--device INDEX|NAME] [--messages N]
+//! `cargo run --release --example saxpy -- [--backend cpu|vulkan|cuda|metal] [--device INDEX|NAME] [--messages N]
 //! [--payload BYTES] [--json FILE]`
 //!
 //! A payload is two words and two vectors of equal length: 8 bytes and a multiple of 8.

@@ -1,6 +1,6 @@
 //! Round trips and one-way streams: ours, those of other queues, and the floor of the same machine, in one run.
 //!
-//! `cargo bench --bench round_trip -- [--backend cpu|vulkan|cuda] [--device INDEX|NAME] [--mode auto|resident|exchange|staged]
+//! `cargo bench --bench round_trip -- [--backend cpu|vulkan|cuda|metal] [--device INDEX|NAME] [--mode auto|resident|exchange|staged]
 //! [--quick] [--payload 48] [--json FILE]`
 //!
 //! Every path sends, has the message echoed by another pinned thread, receives it, and compares every byte. The paths
@@ -214,6 +214,19 @@ fn describe_device(config: &Config) -> Result<Value, Failure> {
             "watchdog": cuda.watchdog,
             "ring_memory": cuda.ring_memory.name(),
             "ring_memory_reason": cuda.ring_memory_reason,
+        }));
+    }
+    if let Some(metal) = device.metal {
+        println!(
+            "device: '{}', {} mode: {}",
+            device.name,
+            metal.mode.name(),
+            metal.mode_reason
+        );
+        return Ok(json!({
+            "name": device.name,
+            "mode": metal.mode.name(),
+            "mode_reason": metal.mode_reason,
         }));
     }
     let Some(vulkan) = device.vulkan else {

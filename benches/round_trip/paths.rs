@@ -165,7 +165,7 @@ where
             path("std_mpsc", ours, StdMpsc),
         ]),
         Target::Vulkan(_) => paths.extend(submissions::<N>(config)?),
-        Target::Cuda => {}
+        Target::Cuda | Target::Metal => {}
     }
     Ok(paths)
 }

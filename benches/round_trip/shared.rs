@@ -21,6 +21,7 @@ pub enum Target {
     Cpu,
     Vulkan(VulkanMode),
     Cuda,
+    Metal,
 }
 
 impl Target {
@@ -29,6 +30,7 @@ impl Target {
         match config.backend {
             BackendType::Vulkan => Self::Vulkan(config.mode),
             BackendType::Cuda => Self::Cuda,
+            BackendType::Metal => Self::Metal,
             _ => Self::Cpu,
         }
     }
@@ -38,6 +40,7 @@ impl Target {
             Self::Cpu => BackendType::Cpu,
             Self::Vulkan(_) => BackendType::Vulkan,
             Self::Cuda => BackendType::Cuda,
+            Self::Metal => BackendType::Metal,
         }
     }
 }
@@ -68,7 +71,7 @@ pub fn runtime(
                 Ok(index) => builder.device(index),
                 Err(_) => builder.device_name(device),
             },
-            None if variable && target != Target::Cuda => builder,
+            None if variable && matches!(target, Target::Vulkan(_)) => builder,
             None => builder.device(0),
         };
     }
@@ -81,7 +84,7 @@ pub fn pinned<const N: usize>(config: &Config, target: Target) -> LaunchOptions 
         message_size: Some(N),
         cores: match target {
             Target::Cpu => vec![config.kernel_core],
-            Target::Vulkan(_) | Target::Cuda => Vec::new(),
+            Target::Vulkan(_) | Target::Cuda | Target::Metal => Vec::new(),
         },
         ..LaunchOptions::default()
     }

@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use hdrhistogram::Histogram;
 use lexopt::prelude::*;
 use ringkernel::{
-    BackendType, DeviceInfo, RingKernelRuntime, RuntimeConfig, VulkanConfig, VulkanMode,
+    BackendType, DeviceInfo, MetalMode, RingKernelRuntime, RuntimeConfig, VulkanMode,
 };
 use serde_json::json;
 
@@ -49,7 +49,7 @@ pub fn parse(name: &str, payload: usize) -> Result<Option<Arguments>, Failure> {
             Long("json") => parsed.json = Some(arguments.value()?.string()?),
             Short('h') | Long("help") => {
                 say(&format!(
-                    "usage: {name} [--backend cpu|vulkan|cuda] [--device INDEX|NAME] [--mode auto|resident|exchange|staged] \
+                    "usage: {name} [--backend cpu|vulkan|cuda|metal] [--device INDEX|NAME] [--mode auto|resident|exchange|staged] \
                      [--messages {}] [--payload {payload}] [--json FILE]",
                     parsed.messages
                 ))?;
@@ -67,15 +67,19 @@ pub fn parse(name: &str, payload: usize) -> Result<Option<Arguments>, Failure> {
 /// A runtime on the backend and device asked for. Without a device it is the first, which of Vulkan devices is the best,
 /// or the one that `RINGKERNEL_VULKAN_DEVICE` names.
 pub fn runtime(arguments: &Arguments) -> Result<RingKernelRuntime, Failure> {
+    let mut config = RuntimeConfig::default();
+    match (arguments.backend, arguments.mode) {
+        (_, VulkanMode::Auto) => {}
+        (BackendType::Vulkan, mode) => config.vulkan.mode = mode,
+        (BackendType::Metal, VulkanMode::Resident) => config.metal.mode = MetalMode::Resident,
+        (BackendType::Metal, VulkanMode::Exchange) => config.metal.mode = MetalMode::Exchange,
+        (backend, mode) => {
+            return Err(format!("backend {backend} has no mode '{}'", mode.name()).into());
+        }
+    }
     let builder = RingKernelRuntime::builder()
         .backend(arguments.backend)
-        .config(RuntimeConfig {
-            vulkan: VulkanConfig {
-                mode: arguments.mode,
-                ..VulkanConfig::default()
-            },
-            ..RuntimeConfig::default()
-        });
+        .config(config);
     let builder = match &arguments.device {
         None if std::env::var_os("RINGKERNEL_VULKAN_DEVICE").is_some() => builder,
         None => builder.device(0),
