@@ -49,7 +49,7 @@ pub use info::{
 
 pub use options::{CudaConfig, CudaRingMemory, MetalConfig, MetalMode, VulkanConfig, VulkanMode};
 #[cfg(any(feature = "vulkan", feature = "cuda", feature = "metal"))]
-pub(crate) use resident::Resident;
+pub(crate) use resident::{Keeper, Resident, ResidentDispatch};
 
 use crate::error::Error;
 use crate::kernel::{

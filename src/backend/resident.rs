@@ -1,10 +1,12 @@
 //! A kernel whose blocks run on a device that is not this CPU: what the host knows of it, and says for it.
 
+use std::fmt;
+use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use super::{BlockMemory, DispatchRequest};
+use super::{BlockMemory, Dispatch, DispatchRequest, DispatchStatus};
 use crate::kernel::signals::KernelSignals;
 use crate::kernel::{BlockFault, BlockState, FailureReason, KernelFailure, UndeliveredMessage};
 use crate::thread::KernelWait;
@@ -227,5 +229,68 @@ fn failure(block: u32, fault: Option<BlockFault>) -> KernelFailure {
         message: message.into(),
         block: Some(block),
         request: None,
+    }
+}
+
+/// Whoever keeps such kernels running.
+pub(crate) trait Keeper: Send + Sync + fmt::Debug {
+    /// Makes it look at its kernels: one has a new command, or is to end.
+    fn look(&self);
+}
+
+/// What the runtime holds of such a kernel.
+#[derive(Debug)]
+pub(crate) struct ResidentDispatch<K> {
+    kernel: Arc<K>,
+    keeper: Arc<dyn Keeper>,
+    memory_bytes: u64,
+}
+
+impl<K> ResidentDispatch<K> {
+    /// Of a kernel that its keeper has admitted, and that took these bytes beside its blocks' memory.
+    pub(crate) fn new(kernel: Arc<K>, keeper: Arc<dyn Keeper>, memory_bytes: u64) -> Self {
+        Self {
+            kernel,
+            keeper,
+            memory_bytes,
+        }
+    }
+}
+
+impl<K> Dispatch for ResidentDispatch<K>
+where
+    K: Deref<Target = Resident> + Send + Sync + fmt::Debug,
+{
+    fn memory_bytes(&self) -> u64 {
+        self.memory_bytes
+    }
+
+    fn command(&mut self) {
+        self.keeper.look();
+    }
+
+    fn keep_alive(&mut self) -> DispatchStatus {
+        if self.kernel.is_finished() {
+            // A failure has been reported by whoever saw it.
+            DispatchStatus::Ended
+        } else {
+            DispatchStatus::Running
+        }
+    }
+
+    fn request_stop(&mut self) {
+        self.kernel.ask_to_end();
+        self.keeper.look();
+    }
+
+    fn join(&mut self, deadline: Deadline) -> DispatchStatus {
+        self.kernel.wait_finished(deadline);
+        self.keep_alive()
+    }
+
+    fn leftovers(&self, block: u32, position: u32) -> Vec<UndeliveredMessage> {
+        // SAFETY: the caller promises that the dispatch ended, or is stuck in a handler; `request_stop` has asked it to end
+        // before either.
+        unsafe { self.kernel.leftovers(block, position) }
     }
 }

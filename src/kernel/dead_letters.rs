@@ -33,16 +33,6 @@ pub enum DeadLetterReason {
 }
 
 impl DeadLetterReason {
-    /// Every reason.
-    pub const ALL: [Self; 6] = [
-        Self::LateReply,
-        Self::Corrupt,
-        Self::KernelFailed,
-        Self::InboxFull,
-        Self::Mismatch,
-        Self::Shutdown,
-    ];
-
     /// The reason's name.
     #[must_use]
     pub const fn name(self) -> &'static str {
@@ -219,7 +209,7 @@ unsafe impl Sync for Slot {}
 impl Slot {
     /// Takes it from a state; whether that was its state.
     fn take(&self, from: u32) -> bool {
-        // ORDERING: whoever takes it sees what was written to it before.
+        // ORDERING: letters. Pairs with the release stores of the state: whoever takes a slot sees what was written to it.
         self.state
             .compare_exchange(from, TAKEN, Ordering::Acquire, Ordering::Relaxed)
             .is_ok()
@@ -299,7 +289,7 @@ impl DeadLetterQueue {
         let content = unsafe { &mut *slot.content.get() };
         content.write(kernel, reason, is_reply, lost);
         slot.number.store(number, Ordering::Relaxed);
-        // ORDERING: publishes the content.
+        // ORDERING: letters. Publishes the content; pairs with `take`.
         slot.state.store(FULL, Ordering::Release);
     }
 
@@ -316,6 +306,7 @@ impl DeadLetterQueue {
             if oldest.take(FULL) {
                 // SAFETY: the slot was taken above.
                 let letter = unsafe { &*oldest.content.get() }.read();
+                // ORDERING: letters. The content has been read; pairs with `take`.
                 oldest.state.store(EMPTY, Ordering::Release);
                 return Some(letter);
             }

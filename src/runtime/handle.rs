@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use parking_lot::{MappedMutexGuard, MutexGuard};
 
-use super::calls::{CALL_BIT, PendingCall};
+use super::calls::PendingCall;
 use super::endpoints::{Receiver, Sender};
 use super::instance::KernelInstance;
 use super::metrics::{KernelMetrics, KernelStatus};
@@ -17,10 +17,9 @@ use super::receive::{
 };
 use super::send::{Address, SendOptions, SendSide, until_sent, write_bytes, write_message};
 use crate::error::{
-    CallError, Error, MessageError, RecvTimeoutError, Rejection, ReplayError, SendTimeoutError,
-    TryRecvError, TrySendError, Unavailable,
+    CallError, Error, MessageError, RecvTimeoutError, Rejection, SendTimeoutError, TryRecvError,
+    TrySendError, Unavailable,
 };
-use crate::kernel::DeadLetter;
 use crate::message::{MessageHeader, RAW_KIND, RingMessage};
 use crate::time::Deadline;
 
@@ -49,7 +48,7 @@ const PATIENCE: Duration = Duration::from_micros(100);
 /// ```
 #[derive(Clone)]
 pub struct KernelHandle {
-    instance: Arc<KernelInstance>,
+    pub(super) instance: Arc<KernelInstance>,
 }
 
 impl fmt::Debug for KernelHandle {
@@ -215,49 +214,8 @@ impl KernelHandle {
         self.send_until(timeout, &address, |body| write_bytes(payload, body))
     }
 
-    /// Sends a request again that could not be delivered, to this kernel, whichever it was for: under the same type, priority,
-    /// deadline, trace id and correlation (but a call's, which is no more), with a timestamp of its own if it had one. Does not wait for room.
-    ///
-    /// # Errors
-    /// [`ReplayError`]; nothing has been sent then.
-    pub fn replay(&self, letter: &DeadLetter) -> Result<(), ReplayError> {
-        if letter.is_reply {
-            return Err(ReplayError::NotARequest);
-        }
-        let Some(header) = &letter.header else {
-            return Err(ReplayError::Incomplete);
-        };
-        if letter.is_cut() {
-            return Err(ReplayError::Incomplete);
-        }
-        let kind = match letter.type_id {
-            _ if header.kind() == RAW_KIND => RAW_KIND,
-            Some(type_id) => self
-                .instance
-                .types
-                .kind_of(type_id)
-                .map_err(TrySendError::from)?,
-            None => return Err(ReplayError::Incomplete),
-        };
-        let extension = letter.extension.unwrap_or_default();
-        let options = SendOptions {
-            correlation: match header.correlation() {
-                call if call & CALL_BIT != 0 => 0,
-                own => own,
-            },
-            priority: header.priority(),
-            timestamp: extension.timestamp_ns != 0,
-            deadline_ns: Some(extension.deadline_ns).filter(|deadline| *deadline != 0),
-            trace_id: Some(extension.trace_id).filter(|id| *id != [0; 16]),
-            ..SendOptions::default()
-        };
-        let address = Address::with(kind, &options).map_err(TrySendError::from)?;
-        self.send_once(&address, |body| write_bytes(&letter.payload, body))?;
-        Ok(())
-    }
-
     #[inline]
-    fn send_once(
+    pub(super) fn send_once(
         &self,
         address: &Address,
         write: impl FnOnce(&mut [u8]) -> Result<usize, Rejection>,

@@ -12,6 +12,7 @@ mod lifecycle;
 mod link;
 mod metrics;
 mod receive;
+mod replay;
 mod ring_kernel_runtime;
 mod send;
 

@@ -38,6 +38,18 @@ pub fn usable_cores() -> Vec<usize> {
     listed_cores()
 }
 
+/// The [`usable_cores`] without the reserved ones; all of them if that would leave none.
+#[cfg(any(feature = "vulkan", feature = "cuda", feature = "metal"))]
+pub(crate) fn unreserved_cores(reserved: &[usize]) -> Vec<usize> {
+    let usable = usable_cores();
+    let cores: Vec<usize> = usable
+        .iter()
+        .copied()
+        .filter(|core| !reserved.contains(core))
+        .collect();
+    if cores.is_empty() { usable } else { cores }
+}
+
 /// What the process was allowed when it was started.
 #[cfg(target_os = "linux")]
 mod inherited {

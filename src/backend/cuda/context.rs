@@ -1,23 +1,22 @@
 //! An open CUDA device: its context, memory, streams and modules, and whether it is lost.
 
 use std::any::Any;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fmt;
-use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use cudarc::driver::sys::{
-    self, CUcontext, CUdevice, CUresult, CUstream, CUstream_flags, CUstreamCaptureMode,
-};
+use cudarc::driver::sys::{self, CUcontext, CUresult, CUstream};
 use parking_lot::Mutex;
 
 use super::arena::{Arena, NotTaken, Piece, Place};
 use super::bar::Bar;
+use super::current::Current;
 use super::driver::{CallFailed, check};
 use super::module::Module;
 use super::physical::Physical;
+use super::residents::{Remains, Residents, Shape};
 use super::unavailable;
 use crate::backend::{Account, CudaConfig, CudaRingMemory, DeviceMemory, Placement};
 use crate::error::Error;
@@ -75,159 +74,12 @@ impl Memory {
     }
 }
 
-/// What runs on a device in this process, whose runtimes share its one primary context. Locked during everything that would
-/// wait for running kernels.
-#[derive(Debug, Default)]
-struct Residents {
-    kernels: Vec<Shape>,
-    /// What runtimes left that ended while kernels of others ran.
-    remains: Vec<Remains>,
-    /// Why nothing can be taken or given back any more: a kernel that never ends.
-    abandoned: Option<String>,
-}
-
-/// What a kernel takes of the multiprocessors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Shape {
-    blocks: u32,
-    threads: u32,
-    /// Blocks of it that one multiprocessor holds, alone.
-    each: u32,
-}
-
-impl Residents {
-    fn of(device: CUdevice) -> Arc<Mutex<Self>> {
-        static ALL: Mutex<BTreeMap<CUdevice, Arc<Mutex<Residents>>>> = Mutex::new(BTreeMap::new());
-        Arc::clone(ALL.lock().entry(device).or_default())
-    }
-
-    /// How many more blocks of a shape are certain to be resident at once. Blocks of another shape may each lie on a
-    /// multiprocessor of its own, of which then nothing is counted.
-    fn room(&self, shape: Shape, multiprocessors: u32) -> u32 {
-        let (mut alike, mut others) = (0, 0);
-        for kernel in &self.kernels {
-            if (kernel.threads, kernel.each) == (shape.threads, shape.each) {
-                alike += kernel.blocks;
-            } else {
-                others += kernel.blocks;
-            }
-        }
-        let room = multiprocessors
-            .saturating_sub(others)
-            .saturating_mul(shape.each);
-        room.saturating_sub(alike)
-    }
-}
-
-/// What an open device took of the driver.
-#[derive(Debug)]
-struct Remains {
-    device: CUdevice,
-    raw: CUcontext,
-    streams: Vec<CUstream>,
-    modules: Vec<Arc<Module>>,
-    host: Arena,
-    state: Arena,
-    bar: Option<Arena>,
-}
-
-// SAFETY: handles of the driver, which may be used by any thread that makes the context current.
-unsafe impl Send for Remains {}
-
-impl Remains {
-    /// Takes what must be there before a kernel runs: memory, and a stream for each.
-    fn take(&mut self, kernels: usize) -> Result<(), NotTaken> {
-        let _current = Current::push(self.raw)?;
-        self.host.grow(0)?;
-        self.state.grow(0)?;
-        if let Some(bar) = &mut self.bar {
-            bar.grow(0)?;
-        }
-        for _ in 0..kernels {
-            let mut stream: CUstream = ptr::null_mut();
-            let flags = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-            // SAFETY: the context is current; the pointer is to a local.
-            check("make a stream", unsafe {
-                sys::cuStreamCreate(&raw mut stream, flags)
-            })?;
-            self.streams.push(stream);
-        }
-        Ok(())
-    }
-
-    /// Gives everything back.
-    ///
-    /// # Safety
-    /// No kernel that uses any of it may run, nor any other kernel on the device: the calls would wait for it.
-    unsafe fn free(mut self) {
-        let current = Current::push(self.raw);
-        // SAFETY: the caller's promise; each is given back once. A lost context refuses, which is no loss.
-        unsafe {
-            for module in self.modules {
-                module.unload();
-            }
-            for stream in self.streams {
-                let _ = sys::cuStreamDestroy_v2(stream);
-            }
-            self.host.free();
-            self.state.free();
-            if let Some(bar) = &mut self.bar {
-                bar.free();
-            }
-            drop(current);
-            let _ = sys::cuDevicePrimaryCtxRelease_v2(self.device);
-        }
-    }
-}
-
 impl fmt::Debug for Context {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Context")
             .field("device", &self.name())
             .field("lost", &self.lost())
             .finish_non_exhaustive()
-    }
-}
-
-/// A context that is the calling thread's as long as this lives; then the one before is it again.
-///
-/// A graph that another thread of the process captures in global mode forbids most calls to all threads; those here have nothing
-/// to do with it, and say so (`cuThreadExchangeStreamCaptureMode`).
-#[must_use]
-#[derive(Debug)]
-pub(super) struct Current {
-    /// The thread's own mode, for when it gets its context back.
-    capture_mode: CUstreamCaptureMode,
-    /// It belongs to the thread.
-    _not_send: PhantomData<*const ()>,
-}
-
-impl Current {
-    fn push(context: CUcontext) -> Result<Self, CallFailed> {
-        // SAFETY: the context is live.
-        check("make a context current", unsafe {
-            sys::cuCtxPushCurrent_v2(context)
-        })?;
-        let mut capture_mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // SAFETY: the pointer is to a local.
-        unsafe {
-            let _ = sys::cuThreadExchangeStreamCaptureMode(&raw mut capture_mode);
-        }
-        Ok(Self {
-            capture_mode,
-            _not_send: PhantomData,
-        })
-    }
-}
-
-impl Drop for Current {
-    fn drop(&mut self) {
-        let mut popped: CUcontext = ptr::null_mut();
-        // SAFETY: `push` has pushed one, on this thread, and exchanged the mode.
-        unsafe {
-            let _ = sys::cuThreadExchangeStreamCaptureMode(&raw mut self.capture_mode);
-            let _ = sys::cuCtxPopCurrent_v2(&raw mut popped);
-        }
     }
 }
 

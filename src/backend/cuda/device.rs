@@ -7,14 +7,14 @@ use parking_lot::Mutex;
 
 use super::bar::Bar;
 use super::context::Context;
-use super::dispatch::{CudaDispatch, Launched};
+use super::launched::Launched;
 use super::monitor::Monitor;
 use super::physical::{self, Physical};
 use super::{driver, unavailable};
 use crate::backend::cpp::{self, LaunchWords};
 use crate::backend::{
     Account, Backend, CudaConfig, CudaRingMemory, Device, DeviceInfo, DeviceMemory, Dispatch,
-    DispatchRequest, Handler, Placement, probe,
+    DispatchRequest, Handler, Placement, ResidentDispatch, probe,
 };
 use crate::error::Error;
 use crate::kernel::CudaCode;
@@ -49,13 +49,7 @@ impl CudaBackend {
         reserved_cores: &[usize],
         termination_timeout: Duration,
     ) -> Result<Self, Error> {
-        let usable = affinity::usable_cores();
-        let cores: Vec<usize> = usable
-            .iter()
-            .copied()
-            .filter(|core| !reserved_cores.contains(core))
-            .collect();
-        let cores = if cores.is_empty() { usable } else { cores };
+        let cores = affinity::unreserved_cores(reserved_cores);
         let devices = affinity::on_cores("rk-cuda-open", &cores, || {
             driver::load()?;
             physical::enumerate(config)
@@ -335,9 +329,8 @@ impl Device for CudaDevice {
             grid,
             residency,
         )?;
-        Ok(Box::new(CudaDispatch::start(
-            kernel,
-            Arc::clone(&self.monitor.handle),
-        )))
+        let monitor = Arc::clone(&self.monitor.handle);
+        monitor.admit(Arc::clone(&kernel));
+        Ok(Box::new(ResidentDispatch::new(kernel, monitor, 0)))
     }
 }

@@ -1,4 +1,4 @@
-//! A launched kernel, and what the runtime holds of it.
+//! A launched kernel.
 
 use std::ffi::c_void;
 use std::fmt;
@@ -13,14 +13,9 @@ use parking_lot::Mutex;
 use super::context::{Buffer, Context, Residency};
 use super::driver::{CallFailed, check};
 use super::module::Module;
-use super::monitor::MonitorHandle;
 use crate::backend::cpp::LaunchWords;
-use crate::backend::{
-    DeviceMemory, Dispatch, DispatchRequest, DispatchStatus, GridMemory, Resident,
-};
+use crate::backend::{DeviceMemory, DispatchRequest, GridMemory, Resident};
 use crate::error::Error;
-use crate::kernel::UndeliveredMessage;
-use crate::time::Deadline;
 
 /// Slices that are launched at once: one more than runs.
 const SLICES: usize = 2;
@@ -213,53 +208,5 @@ impl Drop for Launched {
             }
         }
         self.context.give_stream_back(self.stream);
-    }
-}
-
-/// What the runtime holds of a kernel.
-#[derive(Debug)]
-pub(super) struct CudaDispatch {
-    kernel: Arc<Launched>,
-    monitor: Arc<MonitorHandle>,
-}
-
-impl CudaDispatch {
-    pub(super) fn start(kernel: Arc<Launched>, monitor: Arc<MonitorHandle>) -> Self {
-        monitor.admit(Arc::clone(&kernel));
-        Self { kernel, monitor }
-    }
-}
-
-impl Dispatch for CudaDispatch {
-    fn command(&mut self) {
-        // A resident kernel sees the command itself; one that runs by slices may have none.
-        if self.kernel.is_sliced() {
-            self.monitor.doorbell.notify();
-        }
-    }
-
-    fn keep_alive(&mut self) -> DispatchStatus {
-        if self.kernel.is_finished() {
-            // A failure has been reported by whoever saw it.
-            DispatchStatus::Ended
-        } else {
-            DispatchStatus::Running
-        }
-    }
-
-    fn request_stop(&mut self) {
-        self.kernel.ask_to_end();
-        self.monitor.doorbell.notify();
-    }
-
-    fn join(&mut self, deadline: Deadline) -> DispatchStatus {
-        self.kernel.wait_finished(deadline);
-        self.keep_alive()
-    }
-
-    fn leftovers(&self, block: u32, position: u32) -> Vec<UndeliveredMessage> {
-        // SAFETY: the caller promises that the dispatch ended, or is stuck in a handler; `request_stop` has asked it to end
-        // before either.
-        unsafe { self.kernel.leftovers(block, position) }
     }
 }

@@ -12,13 +12,15 @@ mod bar;
 #[path = "no_bar.rs"]
 mod bar;
 mod context;
+mod current;
 mod device;
-mod dispatch;
 mod driver;
+mod launched;
 mod module;
 mod monitor;
 mod nvrtc;
 mod physical;
+mod residents;
 
 pub(crate) use device::CudaBackend;
 

@@ -12,7 +12,8 @@ use cudarc::driver::sys::CUresult;
 use parking_lot::Mutex;
 
 use super::context::Context;
-use super::dispatch::Launched;
+use super::launched::Launched;
+use crate::backend::Keeper;
 use crate::error::Error;
 use crate::kernel::BlockState;
 use crate::thread::affinity;
@@ -45,6 +46,13 @@ impl MonitorHandle {
     /// Hands a kernel over.
     pub(super) fn admit(&self, kernel: Arc<Launched>) {
         self.inbox.lock().push(kernel);
+        self.doorbell.notify();
+    }
+}
+
+impl Keeper for MonitorHandle {
+    /// A resident kernel sees commands itself; one that runs by slices may have none, and one that ends is looked at more often.
+    fn look(&self) {
         self.doorbell.notify();
     }
 }

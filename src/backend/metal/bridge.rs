@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 
 use super::slice_kernel::SliceKernel;
 use crate::backend::slices::{Attention, PARKING_IDLE_POLLS, Pace, SHARED_POLLS};
-use crate::backend::{DeviceInfo, ExecutionMode};
+use crate::backend::{DeviceInfo, ExecutionMode, Keeper};
 use crate::error::Error;
 use crate::kernel::BlockState;
 use crate::thread::affinity;
@@ -86,11 +86,12 @@ impl BridgeHandle {
     /// Hands a kernel over.
     pub(super) fn admit(&self, kernel: Arc<SliceKernel>) {
         self.inbox.lock().push(kernel);
-        self.ring();
+        self.look();
     }
+}
 
-    /// Makes the thread look at its kernels.
-    pub(super) fn ring(&self) {
+impl Keeper for BridgeHandle {
+    fn look(&self) {
         self.news.notify();
         self.work.notify();
     }
@@ -118,7 +119,7 @@ impl Bridge {
             news: EventCount::new(),
             stop: AtomicBool::new(false),
         });
-        let keeper = Keeper {
+        let thread = BridgeThread {
             handle: Arc::clone(&handle),
             health: Arc::clone(health),
             members: Vec::new(),
@@ -135,7 +136,7 @@ impl Bridge {
                 {
                     log::warn!("the thread of a Metal device runs anywhere: {error}");
                 }
-                keeper.run();
+                thread.run();
             })
             .map_err(|source| Error::Os {
                 operation: "start the thread of a Metal device",
@@ -152,7 +153,7 @@ impl Drop for Bridge {
     /// Ends the thread once all kernels have: bounded, because a slice that does not end in time loses the device.
     fn drop(&mut self) {
         self.handle.stop.store(true, Ordering::Release);
-        self.handle.ring();
+        self.handle.look();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -174,7 +175,7 @@ struct Member {
 }
 
 /// The thread's own.
-struct Keeper {
+struct BridgeThread {
     handle: Arc<BridgeHandle>,
     health: Arc<Health>,
     members: Vec<Member>,
@@ -185,7 +186,7 @@ struct Keeper {
     limit: Duration,
 }
 
-impl Keeper {
+impl BridgeThread {
     fn run(mut self) {
         loop {
             let admitted = std::mem::take(&mut *self.handle.inbox.lock());

@@ -11,12 +11,12 @@ use parking_lot::Mutex;
 
 use super::api::{Description, Gpu, Pipeline, Shared};
 use super::bridge::{Bridge, Health};
-use super::slice_kernel::{MetalDispatch, SliceKernel};
+use super::slice_kernel::SliceKernel;
 use crate::backend::cpp::{self, LaunchWords};
 use crate::backend::{
     Account, Backend, BackendType, Device, DeviceInfo, DeviceKind, DeviceMemory, Dispatch,
     DispatchRequest, ExecutionMode, Handler, MetalConfig, MetalDeviceInfo, MetalMode, Placement,
-    probe,
+    ResidentDispatch, probe,
 };
 use crate::error::Error;
 use crate::kernel::MetalCode;
@@ -52,12 +52,6 @@ impl MetalBackend {
         reserved_cores: &[usize],
         termination_timeout: Duration,
     ) -> Result<Self, Error> {
-        let usable = affinity::usable_cores();
-        let cores: Vec<usize> = usable
-            .iter()
-            .copied()
-            .filter(|core| !reserved_cores.contains(core))
-            .collect();
         let devices = super::gpus()?
             .into_iter()
             .enumerate()
@@ -69,7 +63,7 @@ impl MetalBackend {
             .collect();
         Ok(Self {
             config: config.clone(),
-            cores: if cores.is_empty() { usable } else { cores },
+            cores: affinity::unreserved_cores(reserved_cores),
             termination_timeout,
             devices,
         })
@@ -117,9 +111,7 @@ impl Backend for MetalBackend {
             available: self.devices.len(),
         })?;
         let account = Arc::new(Account::new(info.memory_limit));
-        // What the compiler has against code that is coherent with the host, if anything.
-        let incoherent = gpu.pipeline(&library_source(ECHO, true)).err();
-        let open = |mode| {
+        let open = |mode, coherent| {
             let health = Health::new(info);
             let bridge = Bridge::start(
                 info,
@@ -134,7 +126,7 @@ impl Backend for MetalBackend {
                 described: described.clone(),
                 bridge,
                 health,
-                coherent: incoherent.is_none(),
+                coherent,
                 libraries: Mutex::new(HashMap::new()),
                 account: Arc::clone(&account),
                 gpu: Arc::clone(gpu),
@@ -142,6 +134,9 @@ impl Backend for MetalBackend {
         };
         // Drivers start threads, which inherit the cores of the thread that calls them.
         let opened = affinity::on_cores("rk-metal-open", &self.cores, || {
+            // What the compiler has against code that is coherent with the host, if anything.
+            let incoherent = gpu.pipeline(&library_source(ECHO, true)).err();
+            let coherent = incoherent.is_none();
             let (mode, reason) = match (self.config.mode, &incoherent) {
                 (MetalMode::Resident, _) => (ExecutionMode::Resident, "forced".to_owned()),
                 (MetalMode::Exchange, _) => (ExecutionMode::Exchange, "forced".to_owned()),
@@ -153,7 +148,7 @@ impl Backend for MetalBackend {
                     ),
                 ),
                 (MetalMode::Auto, None) => {
-                    let device = open(ExecutionMode::Resident)?;
+                    let device = open(ExecutionMode::Resident, coherent)?;
                     match device.probe() {
                         Ok(Ok(seen)) => return Ok((device, seen)),
                         Ok(Err(failed)) => (
@@ -168,7 +163,7 @@ impl Backend for MetalBackend {
                     }
                 }
             };
-            Ok::<_, Error>((open(mode)?, reason))
+            Ok::<_, Error>((open(mode, coherent)?, reason))
         })?;
         let (mut device, reason) = opened?;
         log::info!(
@@ -339,10 +334,9 @@ impl Device for MetalDevice {
                 reason: "there is no further command queue".into(),
             })?;
         let kernel = SliceKernel::new(request, pipeline, queue, words, threads, grid);
-        Ok(Box::new(MetalDispatch::start(
-            Arc::new(kernel),
-            Arc::clone(&self.bridge.handle),
-        )))
+        let (kernel, bridge) = (Arc::new(kernel), Arc::clone(&self.bridge.handle));
+        bridge.admit(Arc::clone(&kernel));
+        Ok(Box::new(ResidentDispatch::new(kernel, bridge, 0)))
     }
 }
 

@@ -1,4 +1,4 @@
-//! A kernel on a Metal device, and what the runtime holds of it.
+//! A kernel on a Metal device.
 
 use std::fmt;
 use std::ops::Deref;
@@ -10,11 +10,7 @@ use super::api::{Pipeline, Queue, Slice};
 use super::bridge::BridgeHandle;
 use super::device::Buffer;
 use crate::backend::cpp::LaunchWords;
-use crate::backend::{
-    DeviceMemory, Dispatch, DispatchRequest, DispatchStatus, GridMemory, Resident,
-};
-use crate::kernel::UndeliveredMessage;
-use crate::time::Deadline;
+use crate::backend::{DeviceMemory, DispatchRequest, GridMemory, Keeper, Resident};
 
 /// A launched kernel.
 pub(super) struct SliceKernel {
@@ -87,7 +83,7 @@ impl SliceKernel {
             },
             Box::new(move |outcome| {
                 outcomes.lock().push(outcome);
-                bridge.ring();
+                bridge.look();
             }),
         )
     }
@@ -111,49 +107,4 @@ impl SliceKernel {
 
 fn shared(memory: &Arc<dyn DeviceMemory>) -> Option<&Buffer> {
     memory.as_any().downcast_ref()
-}
-
-/// What the runtime holds of a kernel.
-#[derive(Debug)]
-pub(super) struct MetalDispatch {
-    kernel: Arc<SliceKernel>,
-    bridge: Arc<BridgeHandle>,
-}
-
-impl MetalDispatch {
-    pub(super) fn start(kernel: Arc<SliceKernel>, bridge: Arc<BridgeHandle>) -> Self {
-        bridge.admit(Arc::clone(&kernel));
-        Self { kernel, bridge }
-    }
-}
-
-impl Dispatch for MetalDispatch {
-    fn command(&mut self) {
-        self.bridge.ring();
-    }
-
-    fn keep_alive(&mut self) -> DispatchStatus {
-        if self.kernel.is_finished() {
-            // A failure has been reported by whoever saw it.
-            DispatchStatus::Ended
-        } else {
-            DispatchStatus::Running
-        }
-    }
-
-    fn request_stop(&mut self) {
-        self.kernel.ask_to_end();
-        self.bridge.ring();
-    }
-
-    fn join(&mut self, deadline: Deadline) -> DispatchStatus {
-        self.kernel.wait_finished(deadline);
-        self.keep_alive()
-    }
-
-    fn leftovers(&self, block: u32, position: u32) -> Vec<UndeliveredMessage> {
-        // SAFETY: the caller promises that the dispatch ended, or is stuck in a handler; `request_stop` has asked it to end
-        // before either.
-        unsafe { self.kernel.leftovers(block, position) }
-    }
 }

@@ -6,7 +6,6 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::context::Context;
-use super::dispatch::VulkanDispatch;
 use super::lane::Lane;
 use super::loader::Instance;
 use super::memory::Buffer;
@@ -15,7 +14,7 @@ use super::probe;
 use super::slice_kernel::SliceKernel;
 use crate::backend::{
     Account, Backend, Device, DeviceInfo, DeviceMemory, Dispatch, DispatchRequest, ExecutionMode,
-    GridMemory, Placement, VulkanConfig, VulkanMode,
+    GridMemory, Placement, ResidentDispatch, VulkanConfig, VulkanMode,
 };
 use crate::error::Error;
 use crate::thread::affinity;
@@ -112,15 +111,7 @@ impl VulkanBackend {
 /// The cores for a driver's threads and for those of this backend: all but the reserved ones. A software GPU's threads
 /// spin, so that one core is left to the callers if none is reserved.
 fn driver_cores(reserved: &[usize], software: bool) -> Vec<usize> {
-    let usable = affinity::usable_cores();
-    let mut cores: Vec<usize> = usable
-        .iter()
-        .copied()
-        .filter(|core| !reserved.contains(core))
-        .collect();
-    if cores.is_empty() {
-        return usable;
-    }
+    let mut cores = affinity::unreserved_cores(reserved);
     if reserved.is_empty() && software && cores.len() > 1 {
         cores.remove(0);
     }
@@ -373,10 +364,8 @@ impl Device for VulkanDevice {
             device_grid,
             relay_blocks,
         )?);
-        Ok(Box::new(VulkanDispatch::start(
-            kernel,
-            self.lane()?,
-            memory_bytes,
-        )))
+        let lane = self.lane()?;
+        lane.admit(Arc::clone(&kernel));
+        Ok(Box::new(ResidentDispatch::new(kernel, lane, memory_bytes)))
     }
 }

@@ -19,8 +19,8 @@ use parking_lot::Mutex;
 use super::context::Context;
 use super::relay::Relay;
 use super::slice_kernel::{SOFTWARE_ITERATIONS, SliceKernel};
-use crate::backend::ExecutionMode;
 use crate::backend::slices::{Attention, PARKING_IDLE_POLLS, Pace, SHARED_POLLS};
+use crate::backend::{ExecutionMode, Keeper};
 use crate::error::Error;
 use crate::kernel::{BlockState, FailureReason, KernelFailure};
 use crate::thread::affinity;
@@ -55,7 +55,7 @@ const SHARED_IDLE_POLLS: u32 = 48;
 pub(super) struct LaneHandle {
     context: Arc<Context>,
     inbox: Mutex<Vec<Arc<SliceKernel>>>,
-    /// Kernels that are on the lane, for whoever interrupts it.
+    /// Kernels that are on the lane, for whoever makes it look.
     members: Mutex<Vec<Arc<SliceKernel>>>,
     epoch: AtomicU32,
     stop: AtomicBool,
@@ -95,10 +95,12 @@ impl LaneHandle {
             .lock()
             .retain(|member| !Arc::ptr_eq(member, kernel));
     }
+}
 
+impl Keeper for LaneHandle {
     /// Makes all slices in flight end at once, so that the lane looks at its kernels again. Those that go on lose some
     /// 100 us by it.
-    pub(super) fn interrupt(&self) {
+    fn look(&self) {
         {
             let members = self.members.lock();
             let epoch = self.epoch.load(Ordering::Relaxed).wrapping_add(1);
@@ -168,7 +170,7 @@ impl Drop for Lane {
     /// Ends the thread. Bounded: a fence that never signals ends the device.
     fn drop(&mut self) {
         self.handle.stop.store(true, Ordering::Release);
-        self.handle.interrupt();
+        self.handle.look();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {

@@ -7,7 +7,6 @@
 
 mod context;
 mod device;
-mod dispatch;
 #[cfg(feature = "glsl")]
 mod glsl;
 mod lane;
