@@ -302,6 +302,8 @@ channel_error! {
     SendTimeoutError {
         /// The ring stayed full for the whole timeout.
         Timeout => "the request ring stayed full for the whole timeout",
+        /// There is no room, and the client's [`Backpressure`](crate::Backpressure) says not to wait for it.
+        Full => "there is no room",
         @
         /// The kernel takes nothing, or stopped taking messages during the wait.
         Unavailable(Unavailable),
@@ -360,7 +362,7 @@ channel_error! {
 impl From<SendTimeoutError> for CallError {
     fn from(error: SendTimeoutError) -> Self {
         match error {
-            SendTimeoutError::Timeout => Self::Timeout,
+            SendTimeoutError::Timeout | SendTimeoutError::Full => Self::Timeout,
             SendTimeoutError::Unavailable(unavailable) => Self::Unavailable(unavailable),
             SendTimeoutError::Rejected(rejection) => Self::Rejected(rejection),
         }

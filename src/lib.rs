@@ -85,6 +85,8 @@ pub mod thread;
 #[cfg(all(feature = "std", not(loom)))]
 pub mod backend;
 #[cfg(all(feature = "std", not(loom)))]
+pub mod bridge;
+#[cfg(all(feature = "std", not(loom)))]
 pub mod kernel;
 #[cfg(all(feature = "std", not(loom)))]
 mod runtime;
@@ -101,15 +103,17 @@ pub use crate::{
         BackendType, CudaConfig, CudaRingMemory, DeviceInfo, MetalConfig, MetalMode, VulkanConfig,
         VulkanMode,
     },
+    bridge::RingBufferBridge,
     kernel::{
         ControlBlock, CpuHandler, CudaCode, Dim3, HandlerResult, KernelContext, KernelRegistration,
         KernelState, LaunchOptions, MetalCode, PortableCode, Request, ShaderCode, TelemetryBuffer,
         find_kernel,
     },
     runtime::{
-        Bytes, DrainReport, KernelHandle, KernelMetrics, KernelStatus, LifecycleState,
-        MessageTally, Received, Receiver, RingKernelRuntime, RuntimeBuilder, RuntimeConfig,
-        SendBatch, SendOptions, SendSlot, Sender, ShutdownReport,
+        Backpressure, Bytes, Client, ClientOptions, ClientStats, DrainReport, KernelHandle,
+        KernelMetrics, KernelStatus, Latest, LifecycleState, MessageTally, Received, Receiver,
+        RingKernelRuntime, RuntimeBuilder, RuntimeConfig, SendBatch, SendOptions, SendSlot, Sender,
+        ShutdownReport,
     },
     thread::WaitStrategy,
 };

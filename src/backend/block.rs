@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::host_memory::HostMemory;
+use super::host_memory::{HostMemory, HostPool};
 use super::{Device, DeviceMemory, Placement};
 use crate::error::Error;
 use crate::kernel::{
@@ -443,12 +443,12 @@ impl BlockMemory {
     }
 }
 
-/// Both ends of a ring in host memory, of a device's account.
+/// Both ends of a ring in host memory.
 pub(crate) fn host_ring(
-    device: &dyn Device,
+    pool: &HostPool,
     layout: RingLayout,
 ) -> Result<(HostProducer, HostConsumer), Error> {
-    let memory = device.allocate_host(host_ring_bytes(layout))?;
+    let memory = pool.allocate(host_ring_bytes(layout))?;
     let start = memory.start();
     // SAFETY: the allocation has CURSOR_BYTES behind its `slots_bytes()`.
     let cursor = unsafe { start.add(layout.slots_bytes()) };

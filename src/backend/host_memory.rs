@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::backend::DeviceMemory;
+use crate::error::Error;
 use crate::ring::WriteCombining;
 
 /// Alignment of every allocation, and the distance at which pages are touched: the smallest page there is.
@@ -47,6 +48,31 @@ impl Account {
     /// Gives back what was taken.
     pub(crate) fn give_back(&self, bytes: u64) {
         self.used.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
+/// Memory of this process that is booked on a device.
+#[derive(Clone, Debug)]
+pub(crate) struct HostPool {
+    device: String,
+    account: Arc<Account>,
+}
+
+impl HostPool {
+    pub(crate) fn new(device: String, account: Arc<Account>) -> Self {
+        Self { device, account }
+    }
+
+    /// At least `bytes` of zeroed memory, every page of it present.
+    pub(crate) fn allocate(&self, bytes: usize) -> Result<Arc<HostMemory>, Error> {
+        match HostMemory::allocate(bytes, &self.account) {
+            Some(memory) => Ok(Arc::new(memory)),
+            None => Err(Error::OutOfMemory {
+                device: self.device.clone(),
+                asked: bytes as u64,
+                available: self.account.available(),
+            }),
+        }
     }
 }
 

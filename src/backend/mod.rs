@@ -41,7 +41,7 @@ pub(crate) use block::{
     BlockLayout, BlockMemory, DeviceEnds, GridMemory, HostConsumer, HostProducer, host_ring,
     host_ring_bytes,
 };
-pub(crate) use host_memory::{Account, HostMemory};
+pub(crate) use host_memory::{Account, HostPool};
 pub use info::{
     CudaDeviceInfo, DeviceInfo, DeviceKind, ExecutionMode, MemoryHeap, MemoryPlacement,
     MetalDeviceInfo, QueueFamily, VulkanDeviceInfo,
@@ -165,15 +165,8 @@ pub(crate) trait Device: Send + Sync + fmt::Debug {
     }
 
     /// Memory of this process alone, booked on the device.
-    fn allocate_host(&self, bytes: usize) -> Result<Arc<HostMemory>, Error> {
-        match HostMemory::allocate(bytes, self.account()) {
-            Some(memory) => Ok(Arc::new(memory)),
-            None => Err(Error::OutOfMemory {
-                device: self.info().name.clone(),
-                asked: bytes as u64,
-                available: self.account().available(),
-            }),
-        }
+    fn host_pool(&self) -> HostPool {
+        HostPool::new(self.info().name.clone(), Arc::clone(self.account()))
     }
 
     /// What wakes the threads behind its blocks, if one event serves all of them.

@@ -27,6 +27,11 @@ pub enum DeadLetterReason {
     InboxFull,
     /// A call's reply that the call could not take: of another type, or larger than its buffer.
     Mismatch,
+    /// A request whose deadline had passed before its handler saw it.
+    Expired,
+    /// A request of a client that keeps only the newest one, replaced by a newer one or without room in its block's ring; a reply that
+    /// found its client's lane full (of a kernel that answers a request more than once).
+    Full,
     /// A request that was still queued when its kernel ended, or a reply that nobody had received when its last handle went. The reports
     /// count both as returned.
     Shutdown,
@@ -42,6 +47,8 @@ impl DeadLetterReason {
             Self::KernelFailed => "kernel failed",
             Self::InboxFull => "inbox full",
             Self::Mismatch => "mismatch",
+            Self::Expired => "expired",
+            Self::Full => "full",
             Self::Shutdown => "shutdown",
         }
     }
@@ -95,6 +102,9 @@ struct Counters {
     kernel_failed: AtomicU64,
     inbox_full: AtomicU64,
     mismatched: AtomicU64,
+    expired: AtomicU64,
+    full_requests: AtomicU64,
+    full_replies: AtomicU64,
     shutdown: AtomicU64,
 }
 
@@ -113,6 +123,12 @@ pub struct DeadLetterCounts {
     pub inbox_full: u64,
     /// [`DeadLetterReason::Mismatch`]; replies.
     pub mismatched: u64,
+    /// [`DeadLetterReason::Expired`]; requests.
+    pub expired: u64,
+    /// [`DeadLetterReason::Full`]; requests.
+    pub full_requests: u64,
+    /// [`DeadLetterReason::Full`]; replies.
+    pub full_replies: u64,
     /// [`DeadLetterReason::Shutdown`]; requests and replies, which are returned.
     pub shutdown: u64,
 }
@@ -121,13 +137,17 @@ impl DeadLetterCounts {
     /// Requests among them that were not returned.
     #[must_use]
     pub const fn requests(&self) -> u64 {
-        self.corrupt_requests + self.kernel_failed
+        self.corrupt_requests + self.kernel_failed + self.expired + self.full_requests
     }
 
     /// Replies among them.
     #[must_use]
     pub const fn replies(&self) -> u64 {
-        self.late_replies + self.corrupt_replies + self.inbox_full + self.mismatched
+        self.late_replies
+            + self.corrupt_replies
+            + self.inbox_full
+            + self.mismatched
+            + self.full_replies
     }
 }
 
@@ -139,6 +159,9 @@ impl Counters {
             (DeadLetterReason::InboxFull, _) => &self.inbox_full,
             (DeadLetterReason::Mismatch, _) => &self.mismatched,
             (DeadLetterReason::Shutdown, _) => &self.shutdown,
+            (DeadLetterReason::Expired, _) => &self.expired,
+            (DeadLetterReason::Full, true) => &self.full_replies,
+            (DeadLetterReason::Full, false) => &self.full_requests,
             (DeadLetterReason::Corrupt, true) => &self.corrupt_replies,
             (DeadLetterReason::Corrupt, false) => &self.corrupt_requests,
         };
@@ -154,6 +177,9 @@ impl Counters {
             kernel_failed: of(&self.kernel_failed),
             inbox_full: of(&self.inbox_full),
             mismatched: of(&self.mismatched),
+            expired: of(&self.expired),
+            full_requests: of(&self.full_requests),
+            full_replies: of(&self.full_replies),
             shutdown: of(&self.shutdown),
         }
     }

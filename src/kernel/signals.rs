@@ -1,7 +1,7 @@
 //! What the host side of a kernel and the thread or bridge behind it tell each other outside the device's memory.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
@@ -83,6 +83,85 @@ impl Gate {
     }
 }
 
+/// Who sees to it that replies reach the lanes of a kernel's clients.
+///
+/// While a client waits awake, it routes the replies of all of them. Who ceases to, looks at the rings once more; whoever writes a reply
+/// while nobody does, wakes the bridge.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(crate) struct LaneWatch {
+    /// Clients that wait awake.
+    watchers: Apart<AtomicU32>,
+    /// Whether replies go to lanes at all.
+    pub(crate) in_use: AtomicBool,
+    /// What wakes the bridge.
+    bell: OnceLock<Arc<EventCount>>,
+    /// What wakes each client.
+    clients: Mutex<Vec<Arc<EventCount>>>,
+}
+
+/// On cache lines of its own.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Apart<T>(T);
+
+impl LaneWatch {
+    /// Says who is to be woken for replies that no client waits for.
+    pub(crate) fn set_bell(&self, bell: Arc<EventCount>) {
+        // There is one bridge.
+        let _ = self.bell.set(bell);
+    }
+
+    #[inline]
+    fn reply_written(&self) {
+        // ORDERING: watch. The reply was written before; pairs with the fence in `leave`: either the last watcher sees the reply, or we see
+        // that it has gone.
+        fence(Ordering::SeqCst);
+        if self.watchers.0.load(Ordering::Relaxed) == 0
+            && let Some(bell) = self.bell.get()
+        {
+            bell.notify();
+        }
+    }
+
+    /// The caller routes replies from now on.
+    #[inline]
+    pub(crate) fn watch(&self) {
+        self.watchers.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The caller does so no more. Whether nobody does now: then it must look at the rings once more.
+    #[inline]
+    pub(crate) fn leave(&self) -> bool {
+        let is_last = self.watchers.0.fetch_sub(1, Ordering::Relaxed) == 1;
+        // ORDERING: watch. See `reply_written`.
+        fence(Ordering::SeqCst);
+        is_last
+    }
+
+    /// Whether nobody routes replies, so that the bridge must.
+    pub(crate) fn is_unwatched(&self) -> bool {
+        self.watchers.0.load(Ordering::Relaxed) == 0
+    }
+
+    /// Adds what wakes a client.
+    pub(crate) fn add_client(&self, event: Arc<EventCount>) {
+        self.clients.lock().push(event);
+    }
+
+    pub(crate) fn remove_client(&self, event: &Arc<EventCount>) {
+        self.clients
+            .lock()
+            .retain(|other| !Arc::ptr_eq(other, event));
+    }
+
+    fn wake_all(&self) {
+        for event in self.clients.lock().iter() {
+            event.notify();
+        }
+    }
+}
+
 /// Everything about one kernel that is host memory and shared between its callers and whoever runs it. On cache lines of
 /// its own: both sides look at it with every message, and it hardly ever changes.
 #[derive(Debug)]
@@ -101,6 +180,8 @@ pub(crate) struct KernelSignals {
     pub(crate) alive_at_ns: AtomicU64,
     /// Messages that could not be delivered.
     pub(crate) dead_letters: DeadLetters,
+    /// Its clients' lanes.
+    pub(crate) lanes: LaneWatch,
     failure: Mutex<Option<KernelFailure>>,
     /// Blocks whose handler panicked: the request that it had is still the first in its ring.
     poisoned: Mutex<Vec<u32>>,
@@ -127,6 +208,7 @@ impl KernelSignals {
             callers_park,
             work: (0..blocks).map(|_| bell()).collect(),
             alive_at_ns: AtomicU64::new(0),
+            lanes: LaneWatch::default(),
             failure: Mutex::new(None),
             poisoned: Mutex::new(Vec::new()),
         }
@@ -156,6 +238,7 @@ impl KernelSignals {
     /// Wakes callers and blocks, to look at the state.
     pub(crate) fn wake_all(&self) {
         self.replied.notify();
+        self.lanes.wake_all();
         for work in &self.work {
             work.notify();
         }
@@ -174,7 +257,9 @@ impl KernelSignals {
     /// Tells callers of a reply that was just written, or handed over.
     #[inline]
     pub(crate) fn reply_written(&self) {
-        if self.callers_park {
+        if self.lanes.in_use.load(Ordering::Relaxed) {
+            self.lanes.reply_written();
+        } else if self.callers_park {
             self.replied.notify();
         }
     }

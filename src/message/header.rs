@@ -114,6 +114,23 @@ impl Head {
         }
     }
 
+    /// The same on a lane.
+    #[inline]
+    #[cfg(all(feature = "std", not(loom)))]
+    pub(crate) const fn on_lane(self, lane: u16) -> Self {
+        Self {
+            kind_lane: (self.kind_lane & 0xffff) | ((lane as u32) << 16),
+            ..self
+        }
+    }
+
+    /// The message's priority, 0 to 3.
+    #[inline]
+    #[cfg(all(feature = "std", not(loom)))]
+    pub(crate) const fn level(self) -> usize {
+        ((self.flags & PRIORITY_MASK) >> PRIORITY_SHIFT) as usize
+    }
+
     /// The header's second word for a payload of `length` bytes, which the ring has checked against its slots.
     #[inline]
     pub(crate) const fn length_flags(self, length: usize) -> u32 {
@@ -229,6 +246,26 @@ impl MessageHeader {
     #[must_use]
     pub const fn is_extended(&self) -> bool {
         self.length_flags & EXTENDED_BIT != 0
+    }
+
+    /// The same on a lane.
+    #[cfg(all(feature = "std", not(loom)))]
+    pub(crate) const fn on_lane(self, lane: u16) -> Self {
+        Self {
+            kind_lane: (self.kind_lane & 0xffff) | ((lane as u32) << 16),
+            ..self
+        }
+    }
+
+    /// The header without its sequence and length.
+    #[inline]
+    #[cfg(all(feature = "std", not(loom)))]
+    pub(crate) const fn head(&self) -> Head {
+        Head {
+            correlation: self.correlation,
+            flags: self.length_flags & !LENGTH_MASK,
+            kind_lane: self.kind_lane,
+        }
     }
 
     /// The head of a reply of this kind: to the same correlation and lane, of the same priority, and extended if the

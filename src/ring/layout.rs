@@ -137,6 +137,16 @@ impl RingLayout {
         })
     }
 
+    /// The same slots, but `capacity` of them, rounded up as by [`new`](Self::new).
+    #[cfg(all(feature = "std", not(loom)))]
+    pub(crate) fn with_capacity(&self, capacity: usize) -> Result<Self, LayoutError> {
+        let payload = self.max_payload().min(MAX_PAYLOAD_BYTES);
+        Ok(Self {
+            stride: self.stride,
+            ..Self::new(capacity, payload, false)?
+        })
+    }
+
     /// Number of slots, a power of two.
     #[inline]
     #[must_use]

@@ -28,12 +28,18 @@ pub struct RuntimeConfig {
     /// Largest payload in bytes, for kernels that declare none: 0 to 2^24 - 1. Default 48, which is one cache line
     /// with its header.
     pub default_message_size: usize,
-    /// How long a thread that polls rings on behalf of a device (the threads of the CPU backend) sleeps between two
-    /// empty polls. Zero, the default, means that the wait strategy decides; anything else overrides it, saves the
+    /// How long a thread that polls rings on behalf of a device (the threads of the CPU backend, and each device's bridge) sleeps between
+    /// two empty polls. Zero, the default, means that the wait strategy decides; anything else overrides it, saves the
     /// core, and adds up to that much latency. At most a day.
     pub bridge_poll_interval: Duration,
     /// How long `activate`, `deactivate` and `terminate` wait for a kernel. Default 5 s; 1 ms to a day.
     pub termination_timeout: Duration,
+    /// How the thread of a device's bridge waits ([`RingBufferBridge`](crate::RingBufferBridge)). While it spins, clients leave the moving of
+    /// messages between lanes and kernels to it; else those who wait for replies do so themselves. It only ever spins while several clients
+    /// share a kernel; with `Auto`, the default, if there is a core for it then.
+    pub bridge_wait: WaitStrategy,
+    /// The core that the bridges' threads run on; `None`, the default, lets them run on any that is not reserved.
+    pub bridge_core: Option<usize>,
     /// Whether kernels keep [`Telemetry`](crate::kernel::Telemetry). It costs two counter reads (some 20 ns) a
     /// message.
     pub enable_telemetry: bool,
@@ -73,6 +79,8 @@ impl Default for RuntimeConfig {
             default_queue_capacity: 4096,
             default_message_size: 48,
             bridge_poll_interval: Duration::ZERO,
+            bridge_wait: WaitStrategy::Auto,
+            bridge_core: None,
             termination_timeout: Duration::from_secs(5),
             enable_telemetry: true,
             kernel_wait: WaitStrategy::Auto,
@@ -98,6 +106,7 @@ impl RuntimeConfig {
         Self {
             kernel_wait: WaitStrategy::Park,
             host_wait: WaitStrategy::Park,
+            bridge_wait: WaitStrategy::Park,
             termination_timeout: Duration::from_secs(30),
             default_timeout: Duration::from_secs(30),
             ..Self::default()
@@ -171,7 +180,7 @@ impl RuntimeConfig {
             return invalid("dead_letter_bytes", reason);
         }
         self.cuda.validate()?;
-        for core in &self.reserved_cores {
+        for core in self.reserved_cores.iter().chain(&self.bridge_core) {
             affinity::check_core(*core)?;
         }
         Ok(())

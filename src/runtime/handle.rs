@@ -554,17 +554,8 @@ impl KernelHandle {
     pub fn split<Req: RingMessage, Resp: RingMessage>(
         &self,
     ) -> Result<(Sender<Req>, Receiver<Resp>), Error> {
-        let kind = |type_id, type_name| {
-            self.instance
-                .types
-                .kind_of(type_id)
-                .map_err(|_| Error::UnknownType {
-                    kernel: self.name().to_owned(),
-                    type_name,
-                })
-        };
-        let request = kind(Req::TYPE_ID, Req::NAME)?;
-        kind(Resp::TYPE_ID, Resp::NAME)?;
+        let request = self.declared_kind(Req::TYPE_ID, Req::NAME)?;
+        self.declared_kind(Resp::TYPE_ID, Resp::NAME)?;
         let (send, receive) = self.take_sides()?;
         Ok((
             Sender::new(Arc::clone(&self.instance), send, request),
@@ -584,11 +575,30 @@ impl KernelHandle {
         ))
     }
 
-    fn take_sides(&self) -> Result<(SendSide, ReceiveSide), Error> {
-        let busy = |reason| Error::EndpointsBusy {
+    /// The kind of a type that the kernel must know.
+    pub(super) fn declared_kind(
+        &self,
+        type_id: u64,
+        type_name: &'static str,
+    ) -> Result<u16, Error> {
+        self.instance
+            .types
+            .kind_of(type_id)
+            .map_err(|_| Error::UnknownType {
+                kernel: self.name().to_owned(),
+                type_name,
+            })
+    }
+
+    pub(super) fn busy(&self, reason: &'static str) -> Error {
+        Error::EndpointsBusy {
             kernel: self.name().to_owned(),
             reason,
-        };
+        }
+    }
+
+    pub(super) fn take_sides(&self) -> Result<(SendSide, ReceiveSide), Error> {
+        let busy = |reason| self.busy(reason);
         let instance = &*self.instance;
         let mut send = instance
             .send
@@ -616,7 +626,9 @@ impl KernelHandle {
             (put_back_send, put_back_receive) => {
                 *send = put_back_send;
                 *receive = put_back_receive;
-                Err(busy("they are split off already"))
+                Err(busy(
+                    "they are split off already, or in the hands of clients",
+                ))
             }
         }
     }

@@ -2,17 +2,20 @@
 
 use std::fmt;
 use std::ops::Deref;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use super::clients::LaneHub;
 use super::lifecycle::MessageTally;
 use super::link::KernelLink;
 use super::metrics::{KernelMetrics, KernelStatus};
 use super::receive::ReceiveSide;
 use super::send::SendSide;
 use crate::backend::{Dispatch, DispatchStatus};
+use crate::bridge::{Bridge, Port};
 use crate::error::Error;
 use crate::kernel::{
     BlockState, DeadLetterReason, FailureReason, KernelFailure, KernelState, Lost, Telemetry,
@@ -38,6 +41,10 @@ pub(crate) struct KernelInstance {
     /// Whether an endpoint holds the receiving side; changed under its lock.
     pub(super) receiver_split: AtomicBool,
     pub(super) control: Mutex<ControlPlane>,
+    /// The bridge of its device.
+    pub(super) bridge: Arc<Bridge>,
+    /// Where its clients' lanes meet.
+    pub(super) clients: Mutex<LaneHub>,
 }
 
 /// What only the control plane touches.
@@ -97,7 +104,10 @@ impl KernelInstance {
         let activated = self
             .command(&mut control, true, BlockState::Polling, "activation")
             .and_then(|()| self.change_state(KernelState::Active));
-        if activated.is_err() {
+        if activated.is_ok() {
+            // What waits in lanes can go on.
+            self.bridge.attention.bell.notify();
+        } else {
             // No block may work for a kernel that is not active; those that did answer stop again.
             for block in &self.blocks {
                 block.control().set_active(false);
@@ -199,6 +209,9 @@ impl KernelInstance {
         self.signals.wake_all();
         // A send by handle that passed the gate before it closed ends here.
         drop(self.send.try_lock_for(SEND_IN_FLIGHT));
+        if let Some(hub) = self.clients.lock().upgrade() {
+            drop(hub.take_before(Deadline::after(SEND_IN_FLIGHT)));
+        }
         self.end(&mut control)
     }
 
@@ -258,7 +271,9 @@ impl KernelInstance {
             .iter()
             .map(|block| u64::from(block.control().dropped()))
             .sum();
-        for _ in letters.counts().corrupt_requests..refused {
+        let counts = letters.counts();
+        let in_lanes = self.lanes.totals().expired;
+        for _ in counts.corrupt_requests + counts.expired - in_lanes..refused {
             letters.request(DeadLetterReason::Corrupt, &Lost::default());
         }
         for (block, counter) in self.blocks.iter().zip(&self.accepted) {
@@ -300,7 +315,40 @@ impl KernelInstance {
             });
             returned.append(&mut left);
         }
+        self.give_lanes_back(&mut returned, &mut requests);
         Closing { requests, returned }
+    }
+
+    /// Takes back what no kernel will see any more of what its clients had sent, and closes the lanes' accounts.
+    fn give_lanes_back(&self, returned: &mut Vec<UndeliveredMessage>, requests: &mut MessageTally) {
+        let before = returned.len();
+        if let Some(hub) = self.clients.lock().upgrade() {
+            match hub.take_before(Deadline::after(self.termination_timeout)) {
+                Some(mut merger) => merger.give_back(|port, lane, header, extension, payload| {
+                    port.lose_request(DeadLetterReason::Shutdown, header, extension, payload);
+                    returned.push(UndeliveredMessage {
+                        kernel: self.signals.name.clone(),
+                        // In a lane it says which block, if that matters.
+                        block: u32::from(header.lane()).saturating_sub(1),
+                        header: header.on_lane(lane),
+                        extension,
+                        payload: payload.to_vec(),
+                    });
+                }),
+                None => log::error!(
+                    "kernel '{}': a client does not let go of the lanes; what is in them is not returned",
+                    self.signals.name
+                ),
+            }
+        }
+        let returned = (returned.len() - before) as u64;
+        let dead_lettered = self.lanes.totals().dead();
+        requests.merge(&MessageTally {
+            accepted: returned + dead_lettered,
+            delivered: 0,
+            dead_lettered,
+            returned,
+        });
     }
 
     pub(super) fn status(&self) -> KernelStatus {
@@ -325,14 +373,16 @@ impl KernelInstance {
             }
             sum
         });
+        // Lanes first: what leaves one meanwhile is counted twice rather than not at all.
+        let lanes = self.lanes.totals();
         let (accepted, processed) = self.request_counts();
         let controls = || self.blocks.iter().map(|block| block.control());
         KernelMetrics {
             status: self.status(),
             blocks: self.blocks.len() as u32,
-            accepted,
+            accepted: accepted + lanes.backlog + lanes.dead(),
             processed,
-            queue_depth: accepted - processed,
+            queue_depth: accepted - processed + lanes.backlog,
             produced: self.reply_tally().accepted,
             received_replies: self.reply_tally().delivered,
             dropped: controls().map(|control| u64::from(control.dropped())).sum(),
@@ -346,13 +396,13 @@ impl KernelInstance {
             slices: controls()
                 .map(|control| u64::from(control.slice_number()))
                 .sum(),
-            heartbeat_age: telemetry
-                .map(|telemetry| {
-                    let seen = self.signals.alive_at_ns.load(Ordering::Relaxed);
-                    telemetry.alive_at_ns.max(seen)
-                })
-                .filter(|alive_at| *alive_at > 0)
-                .map(|alive_at| Duration::from_nanos(time::now_ns().saturating_sub(alive_at))),
+            heartbeat_age: Some(
+                telemetry
+                    .map_or(0, |telemetry| telemetry.alive_at_ns)
+                    .max(self.signals.alive_at_ns.load(Ordering::Relaxed)),
+            )
+            .filter(|alive_at| *alive_at > 0)
+            .map(|alive_at| Duration::from_nanos(time::now_ns().saturating_sub(alive_at))),
             telemetry,
             dead_letters: self.signals.dead_letters.counts(),
             memory_bytes: self.memory_bytes,

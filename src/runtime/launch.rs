@@ -7,15 +7,17 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::calls::{CallTable, MAX_CALLS};
+use super::clients::LaneHub;
 use super::config::RuntimeConfig;
 use super::instance::{ControlPlane, KernelInstance};
-use super::link::{Counter, KernelLink};
+use super::link::{Counter, KernelLink, Lanes};
 use super::receive::ReceiveSide;
 use super::send::SendSide;
 use crate::backend::{
     BackendType, BlockLayout, Device, DeviceKind, DispatchRequest, GridMemory, Handler, host_ring,
     host_ring_bytes,
 };
+use crate::bridge::Bridge;
 use crate::error::{Error, HandlerError};
 use crate::kernel::signals::KernelSignals;
 use crate::kernel::{DeadLetterQueue, Dim3, KernelRegistration, KernelState, LaunchOptions};
@@ -42,6 +44,7 @@ pub(super) fn launch(
     (grid, block_size): (Dim3, Dim3),
     options: &LaunchOptions,
     dead_letters: &Arc<DeadLetterQueue>,
+    bridge: &Arc<Bridge>,
 ) -> Result<Arc<KernelInstance>, Error> {
     let blocks = check_shape(grid, block_size)?;
     let layout = layout(config, registration, options)?;
@@ -57,6 +60,7 @@ pub(super) fn launch(
         device.doorbell(),
         Some(Arc::clone(dead_letters)),
     ));
+    signals.lanes.set_bell(Arc::clone(&bridge.attention.bell));
     let types = Arc::new(registration.type_table());
     let (mut producers, mut consumers, mut device_ends) = (Vec::new(), Vec::new(), Vec::new());
     for (producer, consumer, ends) in GridMemory::allocate(device, blocks, layout)? {
@@ -64,7 +68,7 @@ pub(super) fn launch(
         consumers.push(consumer);
         device_ends.push(ends);
     }
-    let inbox = host_ring(device, layout.ring)?;
+    let inbox = host_ring(&device.host_pool(), layout.ring)?;
     let call_bytes = CallTable::bytes(calls, layout.ring.max_payload());
     let calls =
         CallTable::new(calls, layout.ring.max_payload()).ok_or_else(|| Error::OutOfMemory {
@@ -122,6 +126,9 @@ pub(super) fn launch(
         delivered: Counter::default(),
         handed_over: AtomicU64::new(0),
         waiters: AtomicU32::new(0),
+        ring: layout.ring,
+        lanes: Lanes::default(),
+        checks_deadlines: device.info().kind == DeviceKind::Cpu,
     };
     Ok(Arc::new(KernelInstance {
         link,
@@ -134,6 +141,8 @@ pub(super) fn launch(
             leases: placement.leases,
             closing: None,
         }),
+        bridge: Arc::clone(bridge),
+        clients: Mutex::new(LaneHub::new()),
     }))
 }
 

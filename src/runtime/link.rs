@@ -5,12 +5,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
+use parking_lot::Mutex;
+
 use super::calls::CallTable;
 use super::lifecycle::MessageTally;
 use crate::backend::BlockMemory;
+use crate::bridge::LaneShared;
 use crate::kernel::signals::KernelSignals;
 use crate::kernel::{DeadLetterReason, FailureReason, KernelFailure, KernelState, Lost, TypeTable};
 use crate::message::{Extension, MessageHeader};
+use crate::ring::RingLayout;
 use crate::thread::{WaitStrategy, Waiter};
 use crate::time::TimestampSource;
 
@@ -43,6 +47,8 @@ pub(crate) struct KernelLink {
     pub(super) blocks: Box<[Arc<BlockMemory>]>,
     /// Slots of each ring.
     pub(super) capacity: u64,
+    /// The same, and their size.
+    pub(super) ring: RingLayout,
     /// Whether a sender must look for a sleeping kernel.
     pub(super) needs_wake: bool,
     pub(super) host_wait: WaitStrategy,
@@ -64,6 +70,81 @@ pub(crate) struct KernelLink {
     pub(super) handed_over: AtomicU64,
     /// Threads that wait by handle for a message or for room.
     pub(super) waiters: AtomicU32,
+    /// The lanes of its clients.
+    pub(super) lanes: Lanes,
+    /// Whether its loop gives expired requests up.
+    pub(super) checks_deadlines: bool,
+}
+
+/// The lanes of a kernel's clients, for its accounts.
+#[derive(Debug, Default)]
+pub(super) struct Lanes {
+    /// The highest number that a lane has had.
+    highest: AtomicU32,
+    book: Mutex<LaneBook>,
+}
+
+#[derive(Debug, Default)]
+struct LaneBook {
+    live: Vec<Arc<LaneShared>>,
+    gone: LaneTotals,
+}
+
+/// What became of the messages in a kernel's lanes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct LaneTotals {
+    /// Requests waiting.
+    pub(super) backlog: u64,
+    /// Requests that had expired there.
+    pub(super) expired: u64,
+    /// Requests that newer ones replaced, or that found no room.
+    pub(super) overflowed: u64,
+    /// Replies that clients received.
+    pub(super) delivered: u64,
+}
+
+impl LaneTotals {
+    /// Requests given up in lanes.
+    pub(super) fn dead(&self) -> u64 {
+        self.expired + self.overflowed
+    }
+
+    fn add(&mut self, lane: &LaneShared) {
+        self.backlog += lane.backlog();
+        self.expired += lane.expired.get();
+        self.overflowed += lane.displaced.get() + lane.overflowed.get();
+        self.delivered += lane.delivered.get();
+    }
+}
+
+impl Lanes {
+    /// Whether there is, or was, a lane of this number.
+    #[inline]
+    pub(super) fn knows(&self, number: u16) -> bool {
+        u32::from(number) <= self.highest.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn add(&self, number: u16, lane: Arc<LaneShared>) {
+        self.highest.fetch_max(number.into(), Ordering::Relaxed);
+        self.book.lock().live.push(lane);
+    }
+
+    pub(super) fn totals(&self) -> LaneTotals {
+        let mut book = self.book.lock();
+        let LaneBook { live, gone } = &mut *book;
+        live.retain(|lane| {
+            let is_gone = lane.retired.load(Ordering::Acquire);
+            if is_gone {
+                gone.add(lane);
+            }
+            !is_gone
+        });
+        let mut totals = *gone;
+        for lane in live {
+            totals.add(lane);
+        }
+        totals
+    }
 }
 
 /// A thread that waits by handle.
@@ -188,16 +269,20 @@ impl KernelLink {
             .fold((0, 0), |sum, counts| (sum.0 + counts.0, sum.1 + counts.1))
     }
 
-    /// Requests that are queued or in a handler's hands.
+    /// Requests that are queued, in lanes too, or in a handler's hands.
     pub(super) fn queue_depth(&self) -> u64 {
+        // Lanes first: what leaves one meanwhile is counted twice rather than not at all.
+        let backlog = self.lanes.totals().backlog;
         let (accepted, processed) = self.request_counts();
-        accepted - processed
+        backlog + accepted - processed
     }
 
     /// Accounts of the replies, as of now.
     pub(super) fn reply_tally(&self) -> MessageTally {
         let dead_lettered = self.signals.dead_letters.counts().replies();
-        let delivered = self.delivered.get() + self.handed_over.load(Ordering::Relaxed);
+        let delivered = self.delivered.get()
+            + self.handed_over.load(Ordering::Relaxed)
+            + self.lanes.totals().delivered;
         let produced = self.blocks.iter().fold(0_u32, |sum, block| {
             sum.wrapping_add(block.control().produced())
         });

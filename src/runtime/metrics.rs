@@ -27,11 +27,11 @@ pub struct KernelMetrics {
     pub status: KernelStatus,
     /// Blocks in its grid.
     pub blocks: u32,
-    /// Requests accepted by sends.
+    /// Requests accepted by sends: those processed, those queued, and those that were given up in a client's lane.
     pub accepted: u64,
     /// Requests that the handler is done with.
     pub processed: u64,
-    /// Requests accepted and not yet processed.
+    /// Requests accepted and not yet processed, those in the lanes of clients included.
     pub queue_depth: u64,
     /// Replies written.
     pub produced: u64,
@@ -47,7 +47,8 @@ pub struct KernelMetrics {
     /// While heartbeats stand still, a number that grows means "between slices", one that does not means "stuck". Always 0 on
     /// the CPU.
     pub slices: u64,
-    /// Time since the oldest sign of life among the blocks; `None` without telemetry or before the first.
+    /// Time since the oldest sign of life among the blocks; `None` before the first, and without telemetry unless the device's
+    /// bridge has seen one.
     pub heartbeat_age: Option<Duration>,
     /// The loop's own counters, summed over the grid; `None` if `RuntimeConfig::enable_telemetry` is off.
     pub telemetry: Option<Telemetry>,

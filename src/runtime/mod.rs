@@ -3,23 +3,31 @@
 
 mod builder;
 mod calls;
+mod client;
+mod client_options;
+mod clients;
 mod config;
 mod endpoints;
 mod handle;
 mod instance;
+mod latest;
 mod launch;
 mod lifecycle;
 mod link;
 mod metrics;
+mod port;
 mod receive;
 mod replay;
 mod ring_kernel_runtime;
 mod send;
 
 pub use builder::RuntimeBuilder;
+pub use client::Client;
+pub use client_options::{Backpressure, ClientOptions, ClientStats};
 pub use config::RuntimeConfig;
 pub use endpoints::{Receiver, Sender};
 pub use handle::KernelHandle;
+pub use latest::Latest;
 pub use lifecycle::{DrainReport, LifecycleState, MessageTally, ShutdownReport};
 pub use metrics::{KernelMetrics, KernelStatus};
 pub use receive::{Bytes, Received};

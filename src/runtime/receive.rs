@@ -100,10 +100,7 @@ impl ReceiveSide {
         {
             // One block, nothing put aside: the message, if there is one, is at hand.
             match only.peek_spinning(polls) {
-                Peek::Ready
-                    if only.header().correlation() & CALL_BIT == 0
-                        && is_valid(link, only.header()) =>
-                {
+                Peek::Ready if is_uncorrelated(only.header()) && is_valid(link, only.header()) => {
                     return Ok(Found(0));
                 }
                 Peek::Empty => {
@@ -154,6 +151,7 @@ impl ReceiveSide {
                 Peek::Empty => return None,
                 Peek::Ready
                     if only.header().correlation() == call.correlation
+                        && only.header().lane() == 0
                         && is_valid(link, only.header()) =>
                 {
                     return Some(Found(0));
@@ -168,6 +166,10 @@ impl ReceiveSide {
         loop {
             let block = self.next_reply(link)?;
             let header = *self.replies[block].header();
+            if header.lane() != 0 {
+                self.give_late_up(link, block);
+                continue;
+            }
             if header.correlation() == call.correlation {
                 return Some(Found(block));
             }
@@ -201,11 +203,41 @@ impl ReceiveSide {
         loop {
             let block = self.next_reply(link)?;
             let header = *self.replies[block].header();
-            if header.correlation() & CALL_BIT == 0 {
+            if is_uncorrelated(&header) {
                 return Some(Found(block));
             }
-            self.hand_over(link, block, &header);
+            if header.lane() != 0 {
+                self.give_late_up(link, block);
+            } else {
+                self.hand_over(link, block, &header);
+            }
         }
+    }
+
+    /// Gives the reply to a client up that is gone.
+    #[cold]
+    fn give_late_up(&mut self, link: &KernelLink, block: usize) {
+        give_up(link, DeadLetterReason::LateReply, &self.lost(link, block));
+        self.release_reply(block);
+    }
+
+    /// As `next_reply`, but looks up to `polls` times.
+    #[inline]
+    pub(super) fn next_reply_spinning(&mut self, link: &KernelLink, polls: u32) -> Option<usize> {
+        if let [only] = &mut *self.replies {
+            match only.peek_spinning(polls) {
+                Peek::Empty => return None,
+                Peek::Ready if is_valid(link, only.header()) => return Some(0),
+                _ => {}
+            }
+        }
+        self.next_reply(link)
+    }
+
+    /// A block's reply that `next_reply` found.
+    #[inline]
+    pub(super) fn reply(&self, block: usize) -> &HostConsumer {
+        &self.replies[block]
     }
 
     /// The next message of any block, whose header has been checked.
@@ -260,7 +292,7 @@ impl ReceiveSide {
 
     /// Gives a reply to the call that waits for it.
     #[cold]
-    fn hand_over(&mut self, link: &KernelLink, block: usize, header: &MessageHeader) {
+    pub(super) fn hand_over(&mut self, link: &KernelLink, block: usize, header: &MessageHeader) {
         let consumer = &self.replies[block];
         // The call itself counts what it makes of the reply.
         if !link.calls.deliver(*header, consumer.payload()) {
@@ -274,7 +306,7 @@ impl ReceiveSide {
 
     /// Moves an uncorrelated reply into the inbox.
     #[cold]
-    fn put_aside(&mut self, link: &KernelLink, block: usize, header: &MessageHeader) {
+    pub(super) fn put_aside(&mut self, link: &KernelLink, block: usize, header: &MessageHeader) {
         let consumer = &self.replies[block];
         let envelope = header.envelope(consumer.extension());
         // All that was received from it is free, not only what went back by quarter ring.
@@ -302,9 +334,10 @@ impl ReceiveSide {
             let Some(block) = self.next_reply(link) else {
                 return;
             };
-            let reason = match self.replies[block].header().correlation() & CALL_BIT {
-                0 => DeadLetterReason::Shutdown,
-                _ => DeadLetterReason::LateReply,
+            let reason = if is_uncorrelated(self.replies[block].header()) {
+                DeadLetterReason::Shutdown
+            } else {
+                DeadLetterReason::LateReply
             };
             give_up(link, reason, &self.lost(link, block));
             self.release_reply(block);
@@ -312,7 +345,7 @@ impl ReceiveSide {
     }
 
     /// What is to be said of a block's reply that is given up; the inbox's is block `replies.len()`.
-    fn lost(&self, link: &KernelLink, block: usize) -> Lost<'_> {
+    pub(super) fn lost(&self, link: &KernelLink, block: usize) -> Lost<'_> {
         let consumer = self.replies.get(block).unwrap_or(&self.inbox);
         Lost {
             block: u32::try_from(block)
@@ -329,7 +362,7 @@ impl ReceiveSide {
 
     /// Gives a block's slot back. Only now is it the next block's turn: a message that stays is found again.
     #[inline]
-    fn release_reply(&mut self, block: usize) {
+    pub(super) fn release_reply(&mut self, block: usize) {
         self.replies[block].release();
         self.next = if block + 1 < self.replies.len() {
             block + 1
@@ -380,11 +413,17 @@ pub(super) fn uselessness<R>(outcome: &Result<R, MessageError>) -> Option<DeadLe
     }
 }
 
-/// Whether a reply's header names a known type and the one lane there is. Its length has been checked by the ring.
+/// Whether a reply's header names a known type and a lane that there is or was. Its length has been checked by the ring.
 #[inline]
 fn is_valid(link: &KernelLink, header: &MessageHeader) -> bool {
-    header.lane() == 0
+    (header.lane() == 0 || link.lanes.knows(header.lane()))
         && (header.kind() == RAW_KIND || link.types.type_id_of(header.kind()).is_some())
+}
+
+/// Whether a reply is what `find` looks for: of the handle or the endpoints, and no call's.
+#[inline]
+fn is_uncorrelated(header: &MessageHeader) -> bool {
+    header.lane() == 0 && header.correlation() & CALL_BIT == 0
 }
 
 /// How hard an attempt to find a message may try.

@@ -16,6 +16,7 @@ use super::lifecycle::{DrainReport, LifecycleState, ShutdownReport};
 use super::metrics::KernelStatus;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, BackendType, Device, DeviceInfo, ExecutionMode};
+use crate::bridge::{Bridge, BridgeSettings, RingBufferBridge};
 use crate::error::Error;
 use crate::kernel::{
     DeadLetterQueue, Dim3, KernelRegistration, KernelState, LaunchOptions, registered_kernels,
@@ -62,6 +63,8 @@ pub struct RingKernelRuntime {
     prepared: Mutex<BTreeSet<usize>>,
     built: Instant,
     dead_letters: Arc<DeadLetterQueue>,
+    /// One a device that kernels were launched on.
+    bridges: Mutex<BTreeMap<usize, Arc<Bridge>>>,
     inner: Mutex<Inner>,
 }
 
@@ -138,6 +141,7 @@ impl RingKernelRuntime {
             registry: Mutex::new(registry),
             prepared: Mutex::new(BTreeSet::new()),
             built: Instant::now(),
+            bridges: Mutex::new(BTreeMap::new()),
             inner: Mutex::new(Inner {
                 state: LifecycleState::Initializing,
                 kernels: Vec::new(),
@@ -160,6 +164,31 @@ impl RingKernelRuntime {
             }
         }
         Ok(device)
+    }
+
+    /// The bridge of a device, whose thread runs from when it is first needed.
+    fn bridge_of(&self, device: &dyn Device) -> Arc<Bridge> {
+        let info = device.info();
+        let mut bridges = self.bridges.lock();
+        let bridge = bridges.entry(info.index).or_insert_with(|| {
+            let settings = BridgeSettings {
+                device: format!("{}{}", self.backend, info.index),
+                wait: self.config.bridge_wait,
+                poll_interval: self.config.bridge_poll_interval,
+                core: self.config.bridge_core,
+                cores: affinity::unreserved_cores(&self.config.reserved_cores),
+                sample_interval: self.config.heartbeat_interval,
+            };
+            Arc::new(Bridge::new(settings, device.host_pool()))
+        });
+        Arc::clone(bridge)
+    }
+
+    /// The bridge of a device, once a kernel was launched there.
+    #[must_use]
+    pub fn bridge(&self, device: usize) -> Option<RingBufferBridge> {
+        let bridges = self.bridges.lock();
+        bridges.get(&device).map(RingBufferBridge::new)
     }
 
     /// The backend in use.
@@ -270,6 +299,7 @@ impl RingKernelRuntime {
             (grid.into(), block_size.into()),
             &options,
             &self.dead_letters,
+            &self.bridge_of(&*device),
         )?;
         inner.state = LifecycleState::Running;
         inner.launches += 1;
@@ -343,6 +373,7 @@ impl RingKernelRuntime {
         };
         for kernel in &kernels {
             kernel.signals.gate.set_draining();
+            kernel.bridge.attention.bell.notify();
         }
         let busy = || {
             kernels
@@ -387,6 +418,9 @@ impl RingKernelRuntime {
             }
         }
         drop(kernels);
+        for bridge in self.bridges.lock().values() {
+            bridge.stop();
+        }
         let mut inner = self.inner.lock();
         inner.book(|instance| Some(instance.control.lock()));
         inner.state = LifecycleState::Stopped;

@@ -9,6 +9,7 @@ use crate::backend::HostProducer;
 use crate::error::{Rejection, SendTimeoutError, TrySendError, Unavailable};
 use crate::message::{Envelope, Extension, Head, Priority, RingMessage};
 use crate::ring::{Batch, PushError, Reservation};
+use crate::time;
 
 /// How long a sender that may sleep does so between two looks at a full ring. A full ring has work for longer.
 const NAP: Duration = Duration::from_micros(100);
@@ -32,18 +33,45 @@ pub struct SendOptions {
     /// extension, and reads the clock.
     pub timestamp: bool,
     /// When the message stops being of use, in nanoseconds since the Unix epoch
-    /// ([`now_ns`](crate::time::now_ns) gives the present). For the handler to see: nothing discards an expired message.
-    /// Takes the extension.
+    /// ([`now_ns`](crate::time::now_ns) gives the present). An expired message goes to the dead letters instead of the handler: of every
+    /// message on the CPU backend; elsewhere of those that a [`Client`](crate::Client) sends, until they are in the kernel's ring. Takes
+    /// the extension.
     pub deadline_ns: Option<u64>,
+    /// The same as a time from the moment of sending; the earlier one counts if there are both. Takes the extension, and reads the clock.
+    pub time_to_live: Option<Duration>,
     /// W3C trace id. Takes the extension.
     pub trace_id: Option<[u8; 16]>,
 }
 
 /// Which block a message goes to.
 #[derive(Clone, Copy, Debug)]
-enum Route {
+pub(super) enum Route {
     RoundRobin,
     Key(u64),
+    /// This block.
+    Block(usize),
+}
+
+impl Route {
+    /// The route of a request in a lane, as its header says it: a block, plus one, or 0 for whose turn it is.
+    #[inline]
+    pub(super) fn of_lane(lane: u16) -> Self {
+        match lane {
+            0 => Self::RoundRobin,
+            lane => Self::Block(usize::from(lane) - 1),
+        }
+    }
+
+    /// What a request in a lane says of its route, to a kernel of so many blocks, of which there are at most 1024.
+    #[inline]
+    fn in_lane(self, blocks: usize) -> u16 {
+        match self {
+            _ if blocks == 1 => 0,
+            Self::RoundRobin => 0,
+            Self::Key(key) => block_of(key, blocks) as u16 + 1,
+            Self::Block(block) => block as u16 + 1,
+        }
+    }
 }
 
 /// Everything about a message but its payload: which block it goes to, and its header.
@@ -85,11 +113,22 @@ impl Address {
                 correlation: options.correlation,
             });
         }
-        let extended =
-            options.timestamp || options.deadline_ns.is_some() || options.trace_id.is_some();
+        let deadline_ns = match options.time_to_live {
+            None => options.deadline_ns,
+            Some(time_to_live) => {
+                let nanos = u64::try_from(time_to_live.as_nanos()).unwrap_or(u64::MAX);
+                let own = time::now_ns().saturating_add(nanos);
+                Some(
+                    options
+                        .deadline_ns
+                        .map_or(own, |deadline| deadline.min(own)),
+                )
+            }
+        };
+        let extended = options.timestamp || deadline_ns.is_some() || options.trace_id.is_some();
         let extension = extended.then(|| Extension {
             timestamp_ns: 0,
-            deadline_ns: options.deadline_ns.unwrap_or(0),
+            deadline_ns: deadline_ns.unwrap_or(0),
             trace_id: options.trace_id.unwrap_or_default(),
         });
         let envelope = Envelope {
@@ -110,7 +149,7 @@ impl Address {
     /// The extension at the moment of sending. Stamped by whoever holds the sending side, so that stamps increase in
     /// the order of the messages.
     #[inline]
-    fn extension_now(&self, link: &KernelLink) -> Option<Extension> {
+    pub(super) fn extension_now(&self, link: &KernelLink) -> Option<Extension> {
         self.extension.map(|extension| Extension {
             timestamp_ns: if self.stamped {
                 link.timestamps.next()
@@ -119,6 +158,36 @@ impl Address {
             },
             ..extension
         })
+    }
+}
+
+impl Address {
+    /// The header's words.
+    #[inline]
+    pub(super) fn head(&self) -> Head {
+        self.head
+    }
+
+    /// What a request in a lane says of its route.
+    #[inline]
+    pub(super) fn route_in_lane(&self, blocks: usize) -> u16 {
+        self.route.in_lane(blocks)
+    }
+
+    /// Whether it has a deadline.
+    #[inline]
+    pub(super) fn has_deadline(&self) -> bool {
+        self.extension
+            .is_some_and(|extension| extension.deadline_ns != 0)
+    }
+
+    /// The same for a call.
+    #[inline]
+    pub(super) fn for_call(self, correlation: u32) -> Self {
+        Self {
+            head: self.head.correlated(correlation),
+            ..self
+        }
     }
 }
 
@@ -147,16 +216,46 @@ impl SendSide {
         write: impl FnOnce(&mut [u8]) -> Result<usize, Rejection>,
     ) -> Result<(), TrySendError> {
         link.signals.gate.check_send()?;
-        let block = self.choose(link, address.route)?;
-        let producer = &mut self.producers[block];
         let extension = address.extension_now(link);
+        self.put(link, address.route, address.head, extension, write)?;
+        Ok(())
+    }
+
+    /// Puts one request into the ring of a block, whatever the kernel's state; gives the block and the request's position.
+    #[inline]
+    pub(super) fn put<E>(
+        &mut self,
+        link: &KernelLink,
+        route: Route,
+        head: Head,
+        extension: Option<Extension>,
+        write: impl FnOnce(&mut [u8]) -> Result<usize, E>,
+    ) -> Result<(usize, u32), TrySendError>
+    where
+        TrySendError: From<E>,
+    {
+        let block = self.choose(link, route)?;
+        let producer = &mut self.producers[block];
+        let position = producer.position();
         let mut reservation = producer
-            .reserve_head(address.head, extension.as_ref())
+            .reserve_head(head, extension.as_ref())
             .map_err(refused)?;
         let length = write(reservation.body_mut())?;
         reservation.commit(length).map_err(refused)?;
         link.sent(block, 1);
-        Ok(())
+        Ok((block, position))
+    }
+
+    /// Whether a request that may go to any block has room.
+    pub(super) fn has_room(&mut self) -> bool {
+        self.producers
+            .iter_mut()
+            .any(|producer| producer.free_slots(1) > 0)
+    }
+
+    /// Position of each block's next request.
+    pub(super) fn positions(&self) -> impl Iterator<Item = u32> {
+        self.producers.iter().map(|producer| producer.position())
     }
 
     /// The block that the next message goes to, with at least one free slot.
@@ -166,13 +265,8 @@ impl SendSide {
         let first = match route {
             _ if count == 1 => 0,
             Route::RoundRobin => self.next,
-            Route::Key(key) => {
-                let block = block_of(key, count);
-                return match self.producers[block].free_slots(1) {
-                    0 => Err(self.full(link)),
-                    _ => Ok(block),
-                };
-            }
+            Route::Key(key) => return self.with_room(link, block_of(key, count)),
+            Route::Block(block) => return self.with_room(link, block),
         };
         for offset in 0..count {
             let block = if first + offset < count {
@@ -186,6 +280,17 @@ impl SendSide {
             }
         }
         Err(self.full(link))
+    }
+
+    /// This block, if it has room.
+    #[inline]
+    fn with_room(&mut self, link: &KernelLink, block: usize) -> Result<usize, TrySendError> {
+        let producer = self.producers.get_mut(block);
+        if producer.is_some_and(|producer| producer.free_slots(1) > 0) {
+            Ok(block)
+        } else {
+            Err(self.full(link))
+        }
     }
 
     /// A ring that looks full because the kernel published an impossible cursor is a ring that cannot be trusted.
@@ -276,7 +381,7 @@ fn block_of(key: u64, count: usize) -> usize {
 }
 
 #[inline]
-fn refused(error: PushError) -> TrySendError {
+pub(super) fn refused(error: PushError) -> TrySendError {
     match error {
         PushError::Full => TrySendError::Full,
         PushError::TooLong { max, .. } => TrySendError::Rejected(Rejection::TooLarge { max }),

@@ -1,8 +1,12 @@
-//! Floor 4: how threads wait, and where they run.
+//! Floor 4: how threads wait, where they run, and how they pass values on.
 
 // Under loom only its own model uses it.
 #[cfg_attr(loom, allow(dead_code))]
+pub(crate) mod baton;
+// Under loom only its own model uses it.
+#[cfg_attr(loom, allow(dead_code))]
 pub(crate) mod event_count;
+mod mailbox;
 
 #[cfg(not(loom))]
 pub mod affinity;
@@ -17,6 +21,7 @@ mod wait;
 
 #[cfg(not(loom))]
 pub(crate) use cores::{CoreLease, SpinPermit};
+pub use mailbox::{MailboxReader, MailboxWriter, mailbox};
 #[cfg(not(loom))]
 pub use wait::WaitStrategy;
 #[cfg(not(loom))]

@@ -475,6 +475,7 @@ pub fn extensions_travel_with_their_message<S: Subject>() {
         timestamp: true,
         deadline_ns: Some(77),
         trace_id: Some(*b"0123456789abcdef"),
+        time_to_live: None,
     };
     sender.try_send_bytes_with(&payload, &options).unwrap();
     sender.try_send_bytes(&payload).unwrap();

@@ -1,6 +1,7 @@
 //! What must hold on every backend, as functions over a [`Subject`]. A backend's own test file instantiates all of them
 //! by [`conformance!`].
 
+pub mod clients;
 pub mod faults;
 pub mod kernels;
 pub mod letters;
@@ -123,6 +124,12 @@ macro_rules! conformance {
                 life::{
                     terminate_wakes_blocked_senders_and_receivers,
                 }
+                clients::{
+                    the_loop_gives_expired_messages_up,
+                    lanes_get_their_turns_by_weight,
+                    a_late_reply_to_a_client_becomes_a_dead_letter,
+                    a_failure_reaches_every_client,
+                }
                 letters::{
                     a_late_reply_is_kept,
                     a_failed_kernels_requests_are_kept,
@@ -206,6 +213,27 @@ macro_rules! conformance {
                 the_life_of_a_runtime_only_goes_forward,
                 nothing_can_be_committed_after_the_end,
                 names_are_unique_and_clean,
+            }
+            clients::{
+                many_clients_of_many_kernels_lose_double_and_mix_nothing,
+                a_second_client_may_come_at_any_time,
+                calls_of_clients_never_mix,
+                a_call_of_a_client_puts_other_replies_aside,
+                a_client_that_reads_nothing_holds_up_nobody,
+                credit_comes_back_whatever_the_kernel_replies,
+                urgent_messages_overtake_at_the_merge,
+                without_room_a_client_does_what_its_policy_says,
+                the_newest_value_wins,
+                expired_messages_never_reach_the_kernel,
+                what_waits_in_lanes_at_the_end_is_returned,
+                deactivation_keeps_what_is_in_lanes,
+                a_drain_delivers_what_is_in_lanes,
+                terminate_wakes_clients,
+                the_last_client_gives_the_kernel_back,
+                clients_and_runtime_may_be_dropped_in_any_order,
+                bad_client_options_are_refused,
+                every_way_to_wait_serves_clients,
+                the_bridge_merges_for_those_who_do_not_wait,
             }
             letters::{
                 what_is_queued_at_the_end_can_be_sent_again,

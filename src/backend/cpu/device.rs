@@ -103,7 +103,7 @@ impl Device for CpuDevice {
         bytes: usize,
         _placement: Placement,
     ) -> Result<Arc<dyn DeviceMemory>, Error> {
-        Ok(self.allocate_host(bytes)?)
+        Ok(self.host_pool().allocate(bytes)?)
     }
 
     fn dispatch(&self, request: DispatchRequest) -> Result<Box<dyn Dispatch>, Error> {

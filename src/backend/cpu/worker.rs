@@ -277,6 +277,9 @@ impl BlockLoop<'_> {
                 "kind is not in the type table",
             ));
         }
+        if self.requests.header().is_extended() && self.has_expired() {
+            return self.give_expired_up();
+        }
         let request = Request {
             ring: &self.requests,
             types,
@@ -291,6 +294,34 @@ impl BlockLoop<'_> {
             types,
         };
         self.handler.handle(&request, &mut context)
+    }
+
+    /// Whether the deadline of the request at hand, which carries an extension, has passed.
+    fn has_expired(&self) -> bool {
+        let deadline = self
+            .requests
+            .extension()
+            .map_or(0, |extension| extension.deadline_ns);
+        deadline != 0 && time::now_ns() >= deadline
+    }
+
+    /// Gives the request at hand up. It is not answered: whoever sent it with a deadline has gone on.
+    #[cold]
+    fn give_expired_up(&mut self) -> Result<(), HandlerError> {
+        self.port.control.count_dropped();
+        let kind = self.requests.header().kind();
+        let lost = Lost {
+            block: Some(self.memory.index),
+            header: Some(*self.requests.header()),
+            extension: self.requests.extension(),
+            type_id: self.setup.types.type_of(kind),
+            payload: self.requests.payload(),
+        };
+        self.port
+            .signals
+            .dead_letters
+            .request(DeadLetterReason::Expired, &lost);
+        Ok(())
     }
 
     #[cold]

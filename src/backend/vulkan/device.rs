@@ -312,8 +312,8 @@ impl Device for VulkanDevice {
                 self.buffer(name, bytes, Buffer::location(placement))
             }
             // The state is taken with the rest of the shader's memory.
-            (_, Placement::DeviceState) => Ok(self.allocate_host(1)?),
-            _ => Ok(self.allocate_host(bytes)?),
+            (_, Placement::DeviceState) => Ok(self.host_pool().allocate(1)?),
+            _ => Ok(self.host_pool().allocate(bytes)?),
         }
     }
 

@@ -1,0 +1,467 @@
+//! A device's bridge: a thread, what it looks after, and what it says of itself.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use parking_lot::Mutex;
+
+use super::load::{BridgeLoad, LoadMeter};
+use crate::backend::HostPool;
+use crate::error::Error;
+use crate::thread::event_count::EventCount;
+use crate::thread::{CoreLease, IdleStep, KernelWait, SpinPermit, WaitStrategy, affinity};
+use crate::time::{self, Deadline};
+
+/// Kernels and connections that one bridge looks after at most.
+const MAX_STATIONS: usize = 1024;
+
+/// Commands that may wait for the thread.
+const COMMANDS: usize = 64;
+
+/// Rounds between two looks at the commands while there is work: some 10 us.
+const ROUNDS_PER_COMMAND: u32 = 64;
+
+/// How long the thread sleeps while messages wait for a kernel that has no room for them: what waking it up would cost, ten times. A full
+/// ring has work for longer.
+const BLOCKED_NAP: Duration = Duration::from_micros(50);
+
+/// How long a stop waits for the thread, which does nothing that blocks.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What threads that need the bridge see of it.
+#[derive(Debug)]
+pub(crate) struct Attention {
+    /// Wakes the thread.
+    pub(crate) bell: Arc<EventCount>,
+    /// Whether the thread spins at the moment, so that nobody needs to do its work.
+    spinning: AtomicBool,
+}
+
+impl Attention {
+    pub(crate) fn new() -> Self {
+        Self {
+            bell: Arc::new(EventCount::new()),
+            spinning: AtomicBool::new(false),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn is_spinning(&self) -> bool {
+        self.spinning.load(Ordering::Relaxed)
+    }
+}
+
+/// What one look at a station came to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Service {
+    /// Messages moved.
+    pub(crate) moved: u32,
+    /// Whether messages wait that could not be moved.
+    pub(crate) is_waiting: bool,
+    /// Whether another thread is at it.
+    pub(crate) is_contended: bool,
+    /// Whether it is worth to spin for it.
+    pub(crate) is_crowded: bool,
+    /// Whether there is nothing left to look after.
+    pub(crate) is_done: bool,
+}
+
+impl Service {
+    pub(crate) const IDLE: Self = Self {
+        moved: 0,
+        is_waiting: false,
+        is_contended: false,
+        is_crowded: false,
+        is_done: false,
+    };
+    pub(crate) const CONTENDED: Self = Self {
+        is_contended: true,
+        is_crowded: true,
+        ..Self::IDLE
+    };
+    pub(crate) const DONE: Self = Self {
+        is_done: true,
+        ..Self::IDLE
+    };
+}
+
+/// Something that a bridge looks after.
+pub(crate) trait Station: Send + Sync + fmt::Debug {
+    /// Moves what can be moved, a bounded number of messages. Neither blocks nor allocates.
+    fn serve(&self) -> Service;
+
+    /// Whether `serve` would find anything to move.
+    fn is_ready(&self) -> bool;
+
+    /// Notes signs of life of the kernels behind it.
+    fn sample(&self, now_ns: u64);
+}
+
+/// How a bridge's thread behaves.
+#[derive(Clone, Debug)]
+pub(crate) struct BridgeSettings {
+    /// Name of the device.
+    pub(crate) device: String,
+    pub(crate) wait: WaitStrategy,
+    /// How long it sleeps between two looks that find nothing; zero means that the strategy decides.
+    pub(crate) poll_interval: Duration,
+    /// The core it is to run on.
+    pub(crate) core: Option<usize>,
+    /// The cores it may run on otherwise.
+    pub(crate) cores: Vec<usize>,
+    /// Between two looks at the kernels' signs of life.
+    pub(crate) sample_interval: Duration,
+}
+
+enum Command {
+    Add(Arc<dyn Station>),
+    Stop,
+}
+
+enum Thread {
+    NotStarted(Receiver<Command>),
+    Running(JoinHandle<()>),
+    Stopped,
+}
+
+/// The bridge of one device. Its thread is started when it is first needed, and ended by [`stop`](Self::stop).
+pub(crate) struct Bridge {
+    settings: BridgeSettings,
+    /// Where the memory of its lanes is taken from.
+    pub(crate) pool: HostPool,
+    pub(crate) attention: Arc<Attention>,
+    commands: Sender<Command>,
+    thread: Mutex<Thread>,
+    load: Arc<LoadMeter>,
+}
+
+impl fmt::Debug for Bridge {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Bridge")
+            .field("settings", &self.settings)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Bridge {
+    pub(crate) fn new(settings: BridgeSettings, pool: HostPool) -> Self {
+        let (commands, receiver) = bounded(COMMANDS);
+        Self {
+            settings,
+            pool,
+            attention: Arc::new(Attention::new()),
+            commands,
+            thread: Mutex::new(Thread::NotStarted(receiver)),
+            load: Arc::new(LoadMeter::default()),
+        }
+    }
+
+    /// Has the thread look after a station until that says that it is done. Starts the thread if nobody has.
+    pub(crate) fn add(&self, station: Arc<dyn Station>) -> Result<(), Error> {
+        let mut thread = self.thread.lock();
+        if let Thread::NotStarted(_) = *thread
+            && let Thread::NotStarted(commands) = std::mem::replace(&mut *thread, Thread::Stopped)
+        {
+            *thread = Thread::Running(self.start(commands)?);
+        }
+        if let Thread::Stopped = *thread {
+            return Err(self.stopped());
+        }
+        let deadline = Deadline::after(STOP_TIMEOUT);
+        let mut command = Command::Add(station);
+        loop {
+            match self.commands.try_send(command) {
+                Ok(()) => break,
+                Err(TrySendError::Full(back)) if !deadline.has_passed() => command = back,
+                Err(_) => return Err(self.stopped()),
+            }
+            self.attention.bell.notify();
+            std::thread::sleep(BLOCKED_NAP);
+        }
+        self.attention.bell.notify();
+        Ok(())
+    }
+
+    fn stopped(&self) -> Error {
+        Error::InvalidLifecycle {
+            state: "Stopped",
+            operation: "start or reach a bridge",
+        }
+    }
+
+    fn start(&self, commands: Receiver<Command>) -> Result<JoinHandle<()>, Error> {
+        let wait = if self.settings.poll_interval.is_zero() {
+            self.settings.wait
+        } else {
+            WaitStrategy::Park
+        };
+        let worker = Worker {
+            settings: self.settings.clone(),
+            attention: Arc::clone(&self.attention),
+            commands,
+            load: Arc::clone(&self.load),
+            stations: Vec::with_capacity(MAX_STATIONS),
+            wait,
+            permit: None,
+            _lease: self.settings.core.map(CoreLease::of),
+        };
+        // Names of threads have 15 bytes on Linux: what tells them apart comes first.
+        std::thread::Builder::new()
+            .name(format!("rk-br-{}", self.settings.device))
+            .spawn(move || worker.run())
+            .map_err(|source| Error::Os {
+                operation: "start a bridge",
+                source,
+            })
+    }
+
+    /// Ends the thread, and lets go of everything that it looked after.
+    pub(crate) fn stop(&self) {
+        let thread = std::mem::replace(&mut *self.thread.lock(), Thread::Stopped);
+        let Thread::Running(thread) = thread else {
+            return;
+        };
+        let deadline = Deadline::after(STOP_TIMEOUT);
+        while !thread.is_finished() && !deadline.has_passed() {
+            let _ = self.commands.try_send(Command::Stop);
+            self.attention.bell.notify();
+            std::thread::sleep(BLOCKED_NAP);
+        }
+        if !thread.is_finished() {
+            log::error!(
+                "the bridge of {} does not end; its thread is left behind",
+                self.settings.device
+            );
+        } else if thread.join().is_err() {
+            log::error!("the bridge of {} panicked", self.settings.device);
+        }
+    }
+
+    /// How busy the thread is; `None` if it was never started.
+    pub(crate) fn load(&self) -> Option<BridgeLoad> {
+        match *self.thread.lock() {
+            Thread::NotStarted(_) => None,
+            Thread::Running(_) | Thread::Stopped => Some(self.load.read()),
+        }
+    }
+}
+
+/// The bridge of a device, for those who watch it: a pinned thread, started when it is first needed, that merges the lanes of
+/// [`Client`](crate::Client)s into the rings of kernels and routes replies back. Where and how it waits is
+/// [`RuntimeConfig`](crate::RuntimeConfig)'s to say: `bridge_core`, `bridge_wait`, `bridge_poll_interval`.
+#[derive(Clone, Debug)]
+pub struct RingBufferBridge {
+    bridge: Arc<Bridge>,
+}
+
+impl RingBufferBridge {
+    pub(crate) fn new(bridge: &Arc<Bridge>) -> Self {
+        Self {
+            bridge: Arc::clone(bridge),
+        }
+    }
+
+    /// Name of its device, by backend and index.
+    #[must_use]
+    pub fn device(&self) -> &str {
+        &self.bridge.settings.device
+    }
+
+    /// Its load; `None` while it has not been needed. Allocates; does not disturb the thread beyond the transfer of a few cache lines.
+    #[must_use]
+    pub fn load(&self) -> Option<BridgeLoad> {
+        self.bridge.load()
+    }
+
+    /// Whether its thread spins at the moment, so that clients leave the moving of messages to it.
+    #[must_use]
+    pub fn is_spinning(&self) -> bool {
+        self.bridge.attention.is_spinning()
+    }
+}
+
+struct Worker {
+    settings: BridgeSettings,
+    attention: Arc<Attention>,
+    commands: Receiver<Command>,
+    load: Arc<LoadMeter>,
+    stations: Vec<Arc<dyn Station>>,
+    wait: WaitStrategy,
+    /// Held while it spins by `Auto`, or because it was told to.
+    permit: Option<SpinPermit>,
+    _lease: Option<CoreLease>,
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        // However the thread ends, nobody may rely on it any more.
+        self.attention.spinning.store(false, Ordering::SeqCst);
+    }
+}
+
+/// What one round over all stations came to.
+#[derive(Default)]
+struct Round {
+    moved: u32,
+    is_waiting: bool,
+    is_contended: bool,
+    is_crowded: bool,
+}
+
+impl Worker {
+    fn run(mut self) {
+        let pinned = match self.settings.core {
+            Some(core) => affinity::pin_current_thread(core),
+            None if self.settings.cores.is_empty() => Ok(()),
+            None => affinity::confine_current_thread(&self.settings.cores),
+        };
+        if let Err(error) = pinned {
+            // It works anywhere.
+            log::warn!("the bridge of {}: {error}", self.settings.device);
+        }
+        self.load.begin();
+        let mut empty = 0_u32;
+        let mut rounds = 0_u32;
+        let mut sampled = Deadline::after(self.settings.sample_interval);
+        let mut before = time::ticks();
+        loop {
+            rounds = rounds.wrapping_add(1);
+            if (empty > 0 || rounds.is_multiple_of(ROUNDS_PER_COMMAND)) && !self.obey() {
+                return;
+            }
+            let round = self.round();
+            let now = time::ticks();
+            self.load.round(now.wrapping_sub(before), round.moved);
+            before = now;
+            if rounds.is_multiple_of(ROUNDS_PER_COMMAND) || empty > 0 {
+                self.sample(&mut sampled);
+            }
+            if round.moved > 0 {
+                empty = 0;
+                continue;
+            }
+            empty = empty.wrapping_add(1);
+            self.idle(empty, &round);
+            if empty > 1 {
+                // Time that it slept, or spun for nothing, is no round.
+                before = time::ticks();
+            }
+        }
+    }
+
+    /// Does what it is told; false once that is to end.
+    fn obey(&mut self) -> bool {
+        while let Ok(command) = self.commands.try_recv() {
+            match command {
+                Command::Add(station) => {
+                    if self.stations.len() < MAX_STATIONS {
+                        self.stations.push(station);
+                    } else {
+                        log::error!("the bridge of {} is full", self.settings.device);
+                    }
+                }
+                Command::Stop => return false,
+            }
+        }
+        true
+    }
+
+    fn round(&mut self) -> Round {
+        let mut round = Round::default();
+        let mut index = 0;
+        while let Some(station) = self.stations.get(index) {
+            let service = station.serve();
+            if service.is_done {
+                self.stations.swap_remove(index);
+                continue;
+            }
+            round.moved += service.moved;
+            round.is_waiting |= service.is_waiting;
+            round.is_contended |= service.is_contended;
+            round.is_crowded |= service.is_crowded;
+            index += 1;
+        }
+        round
+    }
+
+    fn sample(&self, due: &mut Deadline) {
+        if !due.has_passed() {
+            return;
+        }
+        *due = Deadline::after(self.settings.sample_interval);
+        let now = time::now_ns();
+        for station in &self.stations {
+            station.sample(now);
+        }
+    }
+
+    /// How it waits now: `Auto` spins while there are lanes to look after and a core for it.
+    fn strategy(&mut self, is_crowded: bool) -> KernelWait {
+        let wait = match self.wait {
+            _ if !is_crowded => KernelWait::Park,
+            WaitStrategy::Spin => KernelWait::Spin,
+            WaitStrategy::SpinYield => KernelWait::SpinYield,
+            WaitStrategy::Park => KernelWait::Park,
+            WaitStrategy::Auto => {
+                if self.permit.is_none() {
+                    self.permit = SpinPermit::for_kernel(1);
+                }
+                match self.permit {
+                    Some(_) => KernelWait::Spin,
+                    None => KernelWait::Park,
+                }
+            }
+        };
+        match wait {
+            KernelWait::Spin => {
+                if self.permit.is_none() {
+                    self.permit = Some(SpinPermit::forced(1));
+                }
+            }
+            KernelWait::SpinYield | KernelWait::Park | KernelWait::Interval(_) => {
+                self.permit = None;
+            }
+        }
+        wait
+    }
+
+    fn idle(&mut self, empty: u32, round: &Round) {
+        let wait = self.strategy(round.is_crowded);
+        let spins = matches!(wait, KernelWait::Spin | KernelWait::SpinYield);
+        if spins != self.attention.is_spinning() {
+            // Before it looks once more whether there is anything to do, in `sleep`.
+            self.attention.spinning.store(spins, Ordering::SeqCst);
+        }
+        match wait.idle(empty) {
+            IdleStep::Poll => {}
+            // Another thread does the work, and may end any time.
+            IdleStep::Sleep if round.is_contended => std::thread::yield_now(),
+            IdleStep::Sleep | IdleStep::SleepFor(_) => self.sleep(round.is_waiting),
+        }
+    }
+
+    fn sleep(&self, is_waiting: bool) {
+        let interval = self.settings.poll_interval;
+        let longest = match (is_waiting, interval.is_zero()) {
+            (true, true) => BLOCKED_NAP,
+            (true, false) => interval,
+            (false, _) => self.settings.sample_interval,
+        };
+        if !interval.is_zero() {
+            // Looks once an interval, whoever rings.
+            std::thread::sleep(longest.min(interval));
+            return;
+        }
+        let prepared = self.attention.bell.prepare();
+        let is_ready = !self.commands.is_empty()
+            || (!is_waiting && self.stations.iter().any(|station| station.is_ready()));
+        if !is_ready {
+            prepared.wait(longest);
+            self.load.slept();
+        }
+    }
+}

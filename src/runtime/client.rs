@@ -1,0 +1,937 @@
+//! Clients: any number of threads share a kernel, each with a private lane.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::calls::CALL_BIT;
+use super::client_options::{Backpressure, ClientOptions, ClientStats};
+use super::instance::KernelInstance;
+use super::port::KernelPort;
+use super::receive::{Miss, WaitEnd, read_reply, read_reply_bytes, uselessness};
+use super::send::{Address, SendOptions, refused, until_sent, write_bytes, write_message};
+use crate::bridge::{ClientEnds, Hub, Outbox, Port};
+use crate::error::{
+    CallError, MessageError, RecvTimeoutError, Rejection, SendTimeoutError, TryRecvError,
+    TrySendError,
+};
+use crate::kernel::{DeadLetterReason, Lost};
+use crate::message::{EXTENSION_BYTES, Extension, MessageHeader, RAW_KIND, RingMessage};
+use crate::ring::Peek;
+use crate::time::Deadline;
+
+/// One of several clients of a kernel, for one thread. `Send`, but neither `Sync` nor `Clone`; each has a private lane, so that no other
+/// client can hold it up, and its replies never reach another one.
+///
+/// Sending and receiving are wait-free, allocate nothing and take no lock. Who has to wait for a reply passes the time by moving messages
+/// between lanes and kernel, unless a bridge spins on a core of its own and does so ([`RuntimeConfig::bridge_wait`](crate::RuntimeConfig)).
+/// The only client of a kernel writes to its ring and reads from it directly; a second one may come and go at any time.
+///
+/// ```
+/// use std::time::Duration;
+/// use ringkernel::{LaunchOptions, RingKernelRuntime};
+///
+/// let runtime = RingKernelRuntime::builder().build()?;
+/// let kernel = runtime.launch("echo", 1, 1, LaunchOptions::default())?;
+/// kernel.activate()?;
+/// let (mut one, mut two) = (kernel.client_bytes()?, kernel.client_bytes()?);
+/// one.try_send_bytes(b"one")?;
+/// let mut reply = [0; 48];
+/// assert_eq!(two.call_bytes(b"two!", &mut reply, Duration::from_secs(1))?, 4);
+/// assert_eq!(one.recv_bytes_timeout(&mut reply, Duration::from_secs(1))?, 3);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// Two threads that use one cannot be written:
+/// ```compile_fail,E0277
+/// use ringkernel::{Bytes, Client};
+/// fn share(client: &'static Client<Bytes, Bytes>) { std::thread::spawn(move || println!("{client:?}")); }
+/// ```
+/// Nor can two of one lane:
+/// ```compile_fail,E0599
+/// use ringkernel::{Bytes, Client};
+/// fn copy(client: Client<Bytes, Bytes>) -> [Client<Bytes, Bytes>; 2] { [client.clone(), client] }
+/// ```
+pub struct Client<Req, Resp> {
+    lane: ClientLane,
+    kind: u16,
+    reply_kind: Option<u16>,
+    /// Address of messages that are sent without options.
+    plain: Address,
+    messages: PhantomData<fn(Req) -> Resp>,
+}
+
+impl<Req, Resp> fmt::Debug for Client<Req, Resp> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client")
+            .field("kernel", &self.lane.instance)
+            .field("lane", &self.lane.number)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<Req, Resp> Client<Req, Resp> {
+    pub(super) fn new(lane: ClientLane, kind: u16, reply_kind: Option<u16>) -> Self {
+        Self {
+            plain: lane.address(kind),
+            lane,
+            kind,
+            reply_kind,
+            messages: PhantomData,
+        }
+    }
+
+    /// Name of the kernel.
+    #[must_use]
+    pub fn kernel(&self) -> &str {
+        &self.lane.instance.signals.name
+    }
+
+    /// Number of the client's lane, as handlers see it in a request's header; never 0.
+    #[must_use]
+    pub fn lane(&self) -> u16 {
+        self.lane.number
+    }
+
+    /// Whether messages go to the kernel directly at the moment, past the lane.
+    #[must_use]
+    pub fn is_direct(&self) -> bool {
+        !self.lane.hub.is_crowded() && !self.lane.options.newest_only()
+    }
+
+    /// What it has done so far.
+    #[must_use]
+    pub fn stats(&self) -> ClientStats {
+        self.lane.stats()
+    }
+
+    /// Sends raw bytes without waiting for room. Wait-free; neither allocates, locks nor (unless somebody sleeps who must be woken) calls
+    /// the system.
+    ///
+    /// # Errors
+    /// [`TrySendError`], but never `Busy`; nothing has been sent then.
+    #[inline]
+    pub fn try_send_bytes(&mut self, payload: &[u8]) -> Result<(), TrySendError> {
+        let address = self.lane.address(RAW_KIND);
+        self.lane
+            .try_send(&address, |body| write_bytes(payload, body))
+    }
+
+    /// As [`try_send_bytes`](Self::try_send_bytes), with options.
+    ///
+    /// # Errors
+    /// As `try_send_bytes`.
+    #[inline]
+    pub fn try_send_bytes_with(
+        &mut self,
+        payload: &[u8],
+        options: &SendOptions,
+    ) -> Result<(), TrySendError> {
+        let address = Address::with(RAW_KIND, options)?;
+        self.lane
+            .try_send(&address, |body| write_bytes(payload, body))
+    }
+
+    /// Sends raw bytes; without room it does what the client's [`Backpressure`] says, for `timeout` at most.
+    ///
+    /// # Errors
+    /// [`SendTimeoutError`]; nothing has been sent then.
+    #[inline]
+    pub fn send_bytes_timeout(
+        &mut self,
+        payload: &[u8],
+        timeout: Duration,
+    ) -> Result<(), SendTimeoutError> {
+        let address = self.lane.address(RAW_KIND);
+        self.lane
+            .send(&address, timeout, |body| write_bytes(payload, body))
+    }
+
+    /// Receives a reply of any type as raw bytes, if one is waiting, and returns its length. Wait-free.
+    ///
+    /// # Errors
+    /// [`TryRecvError`], but never `Busy`. A message that `buffer` is too small for stays where it is.
+    #[inline]
+    pub fn try_recv_bytes(&mut self, buffer: &mut [u8]) -> Result<usize, TryRecvError> {
+        let read =
+            |header: &MessageHeader, payload: &[u8]| read_reply_bytes(buffer, header, payload);
+        Ok(self.lane.find(Wanted::ANY, 1, read)??)
+    }
+
+    /// Receives a reply of any type as raw bytes, waiting for `timeout` at most, and returns its length.
+    ///
+    /// # Errors
+    /// [`RecvTimeoutError`]. A message that `buffer` is too small for stays where it is.
+    #[inline]
+    pub fn recv_bytes_timeout(
+        &mut self,
+        buffer: &mut [u8],
+        timeout: Duration,
+    ) -> Result<usize, RecvTimeoutError> {
+        let read =
+            |header: &MessageHeader, payload: &[u8]| read_reply_bytes(buffer, header, payload);
+        Ok(self.lane.find_until(Wanted::ANY, timeout, read)??)
+    }
+
+    /// Sends raw bytes and waits for the reply to them, `timeout` at most for both; returns its length. A reply of any type is taken.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call); a reply that exceeds `reply` is lost.
+    #[inline]
+    pub fn call_bytes(
+        &mut self,
+        request: &[u8],
+        reply: &mut [u8],
+        timeout: Duration,
+    ) -> Result<usize, CallError> {
+        let address = self.lane.address(RAW_KIND);
+        self.lane.call(
+            address,
+            timeout,
+            |body| write_bytes(request, body),
+            |header, payload| read_reply_bytes(reply, header, payload),
+        )
+    }
+}
+
+impl<Req: RingMessage, Resp: RingMessage> Client<Req, Resp> {
+    /// Sends a message without waiting for room, archived straight into its slot. Wait-free; neither allocates, locks nor (unless somebody
+    /// sleeps who must be woken) calls the system.
+    ///
+    /// # Errors
+    /// [`TrySendError`], but never `Busy`; nothing has been sent then.
+    #[inline]
+    pub fn try_send(&mut self, message: &Req) -> Result<(), TrySendError> {
+        let address = self.plain_address();
+        self.lane
+            .try_send(&address, |body| write_message(message, body))
+    }
+
+    /// As [`try_send`](Self::try_send), with options, which replace the client's own priority and time to live.
+    ///
+    /// # Errors
+    /// As `try_send`.
+    #[inline]
+    pub fn try_send_with(
+        &mut self,
+        message: &Req,
+        options: &SendOptions,
+    ) -> Result<(), TrySendError> {
+        let address = Address::with(self.kind, options)?;
+        self.lane
+            .try_send(&address, |body| write_message(message, body))
+    }
+
+    /// Sends a message; without room it does what the client's [`Backpressure`] says, for `timeout` at most.
+    ///
+    /// # Errors
+    /// [`SendTimeoutError`]; nothing has been sent then.
+    #[inline]
+    pub fn send_timeout(
+        &mut self,
+        message: &Req,
+        timeout: Duration,
+    ) -> Result<(), SendTimeoutError> {
+        let address = self.plain_address();
+        self.lane
+            .send(&address, timeout, |body| write_message(message, body))
+    }
+
+    /// Sends a message; without room it does what the client's [`Backpressure`] says, for `RuntimeConfig::default_timeout` at most.
+    ///
+    /// # Errors
+    /// As [`send_timeout`](Self::send_timeout).
+    #[inline]
+    pub fn send(&mut self, message: &Req) -> Result<(), SendTimeoutError> {
+        let timeout = self.lane.instance.default_timeout;
+        self.send_timeout(message, timeout)
+    }
+
+    /// Receives a reply, if one is waiting. Wait-free; allocates only if the type does.
+    ///
+    /// # Errors
+    /// [`TryRecvError`], but never `Busy`. A message of another type stays where it is.
+    #[inline]
+    pub fn try_recv(&mut self) -> Result<Resp, TryRecvError> {
+        let (kind, instance) = (self.reply_kind, Arc::clone(&self.lane.instance));
+        let read = |header: &MessageHeader, payload: &[u8]| {
+            read_reply::<Resp>(
+                kind,
+                || instance.types.type_id_of(header.kind()),
+                header,
+                payload,
+            )
+        };
+        Ok(self.lane.find(Wanted::ANY, 1, read)??)
+    }
+
+    /// Receives a reply, waiting for `timeout` at most. One that comes before the deadline is never missed.
+    ///
+    /// # Errors
+    /// [`RecvTimeoutError`]. A message of another type stays where it is.
+    #[inline]
+    pub fn recv_timeout(&mut self, timeout: Duration) -> Result<Resp, RecvTimeoutError> {
+        let (kind, instance) = (self.reply_kind, Arc::clone(&self.lane.instance));
+        let read = |header: &MessageHeader, payload: &[u8]| {
+            read_reply::<Resp>(
+                kind,
+                || instance.types.type_id_of(header.kind()),
+                header,
+                payload,
+            )
+        };
+        Ok(self.lane.find_until(Wanted::ANY, timeout, read)??)
+    }
+
+    /// Receives a reply, waiting for `RuntimeConfig::default_timeout` at most.
+    ///
+    /// # Errors
+    /// As [`recv_timeout`](Self::recv_timeout).
+    #[inline]
+    pub fn recv(&mut self) -> Result<Resp, RecvTimeoutError> {
+        let timeout = self.lane.instance.default_timeout;
+        self.recv_timeout(timeout)
+    }
+
+    /// Sends a request and waits for the reply to it, `timeout` at most for both. Replies to other requests, which come meanwhile, wait for
+    /// `recv`. Further replies to this one, and one that comes after the timeout, go to the dead letters.
+    ///
+    /// # Errors
+    /// [`CallError`], but never `TooManyCalls`.
+    #[inline]
+    pub fn call(&mut self, request: &Req, timeout: Duration) -> Result<Resp, CallError> {
+        let address = self.plain_address();
+        let (kind, instance) = (self.reply_kind, Arc::clone(&self.lane.instance));
+        self.lane.call(
+            address,
+            timeout,
+            |body| write_message(request, body),
+            |header, payload| {
+                let found = || instance.types.type_id_of(header.kind());
+                read_reply::<Resp>(kind, found, header, payload)
+            },
+        )
+    }
+
+    #[inline]
+    fn plain_address(&self) -> Address {
+        match self.lane.options.time_to_live {
+            None => self.plain,
+            Some(_) => self.lane.address(self.kind),
+        }
+    }
+}
+
+/// Which reply is looked for.
+#[derive(Clone, Copy, Debug)]
+struct Wanted {
+    /// Correlation of a call; 0 for any reply that is no call's.
+    call: u32,
+}
+
+impl Wanted {
+    const ANY: Self = Self { call: 0 };
+}
+
+/// What is to be done with a reply that was found in a ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fit {
+    /// It is wanted.
+    Wanted,
+    /// It is for `recv`, and a call goes on looking.
+    Aside,
+    /// Its call has timed out, or had its reply.
+    Late,
+}
+
+impl Wanted {
+    #[inline]
+    fn fit(self, header: &MessageHeader) -> Fit {
+        let correlation = header.correlation();
+        if self.call != 0 {
+            match correlation {
+                own if own == self.call => Fit::Wanted,
+                other if other & CALL_BIT != 0 => Fit::Late,
+                _ => Fit::Aside,
+            }
+        } else if correlation & CALL_BIT != 0 {
+            Fit::Late
+        } else {
+            Fit::Wanted
+        }
+    }
+}
+
+/// A client but for the types of its messages.
+pub(super) struct ClientLane {
+    instance: Arc<KernelInstance>,
+    hub: Arc<Hub<KernelPort>>,
+    number: u16,
+    ends: ClientEnds,
+    options: ClientOptions,
+    /// Whether requests may lie in the lane that the kernel has not been given.
+    is_dirty: bool,
+    /// Replies that a call put aside.
+    aside: usize,
+    /// Whether it is one of those who route replies.
+    is_watching: bool,
+    /// Counts calls.
+    calls: u32,
+    /// Requests that went to the kernel directly.
+    direct: u64,
+    waited: u64,
+    refused: u64,
+}
+
+impl ClientLane {
+    pub(super) fn new(
+        instance: Arc<KernelInstance>,
+        hub: Arc<Hub<KernelPort>>,
+        number: u16,
+        ends: ClientEnds,
+        options: ClientOptions,
+    ) -> Self {
+        Self {
+            instance,
+            hub,
+            number,
+            ends,
+            options,
+            is_dirty: false,
+            aside: 0,
+            is_watching: false,
+            calls: 0,
+            direct: 0,
+            waited: 0,
+            refused: 0,
+        }
+    }
+
+    /// Address of a message that is sent without options.
+    #[inline]
+    fn address(&self, kind: u16) -> Address {
+        let options = SendOptions {
+            priority: self.options.priority,
+            time_to_live: self.options.time_to_live,
+            ..SendOptions::default()
+        };
+        // Without a correlation nothing can be wrong with it.
+        Address::with(kind, &options).unwrap_or(Address::plain(kind))
+    }
+
+    fn stats(&self) -> ClientStats {
+        let shared = &self.ends.shared;
+        ClientStats {
+            sent: self.direct + shared.pushed.get(),
+            received: shared.delivered.get(),
+            waited: self.waited,
+            refused: self.refused,
+            dropped: shared.displaced.get() + shared.overflowed.get(),
+            expired: shared.expired.get(),
+            lost_replies: shared.lost_replies.get(),
+            queued: shared.backlog(),
+        }
+    }
+
+    #[inline]
+    fn try_send(
+        &mut self,
+        address: &Address,
+        write: impl FnOnce(&mut [u8]) -> Result<usize, Rejection>,
+    ) -> Result<(), TrySendError> {
+        self.instance.signals.gate.check_send()?;
+        if address.has_deadline() && !self.instance.checks_deadlines && !self.hub.is_crowded() {
+            // Deadlines are looked at where lanes are merged, if not by the kernel.
+            match self.hub.try_take() {
+                Some(merger) => self.hub.use_lanes(&merger),
+                // Taken by whoever adds a client, or by the bridge, for nanoseconds.
+                None => return Err(TrySendError::Full),
+            }
+        }
+        let extension = address.extension_now(&self.instance);
+        let route = address.route_in_lane(self.instance.blocks.len());
+        if let Outbox::Mailbox(_) = self.ends.outbox {
+            return self.replace(address, route, extension, write);
+        }
+        if !self.hub.is_crowded()
+            && let Some(mut merger) = self.hub.try_take()
+        {
+            if self.is_dirty {
+                merger.merge_some();
+                self.is_dirty = merger.has_backlog(self.number);
+            }
+            // Looked at again: nobody changes it without the baton.
+            if !self.is_dirty && !self.hub.is_crowded() {
+                let sent = merger.send(self.number, route, address.head(), extension, write);
+                match sent {
+                    Ok(()) => self.direct += 1,
+                    Err(TrySendError::Full) => self.refused += 1,
+                    Err(_) => {}
+                }
+                return sent;
+            }
+        }
+        self.push(address, route, extension, write)
+    }
+
+    /// Puts a request into the lane.
+    #[inline]
+    fn push(
+        &mut self,
+        address: &Address,
+        route: u16,
+        extension: Option<Extension>,
+        write: impl FnOnce(&mut [u8]) -> Result<usize, Rejection>,
+    ) -> Result<(), TrySendError> {
+        let head = address.head().on_lane(route);
+        let level = head.level();
+        let Outbox::Queues(queues) = &mut self.ends.outbox else {
+            return Err(TrySendError::Full);
+        };
+        if queues[level].free_slots(1) == 0 {
+            self.hand_on();
+        }
+        let Outbox::Queues(queues) = &mut self.ends.outbox else {
+            return Err(TrySendError::Full);
+        };
+        let used = self.ends.shared.levels.load(Ordering::Relaxed);
+        if used & (1 << level) == 0 {
+            self.ends
+                .shared
+                .levels
+                .store(used | (1 << level), Ordering::Relaxed);
+        }
+        let pushed = queues[level]
+            .reserve_head(head, extension.as_ref())
+            .map_err(refused)
+            .and_then(|mut slot| {
+                let length = write(slot.body_mut())?;
+                slot.commit(length).map_err(refused)
+            });
+        match pushed {
+            Ok(()) => {
+                self.ends.shared.pushed.add(1);
+                self.is_dirty = true;
+                self.hand_on();
+            }
+            Err(TrySendError::Full) => self.refused += 1,
+            Err(_) => {}
+        }
+        pushed
+    }
+
+    /// Puts a request into the mailbox.
+    #[inline]
+    fn replace(
+        &mut self,
+        address: &Address,
+        route: u16,
+        extension: Option<Extension>,
+        write: impl FnOnce(&mut [u8]) -> Result<usize, Rejection>,
+    ) -> Result<(), TrySendError> {
+        let Outbox::Mailbox(writer) = &mut self.ends.outbox else {
+            return Err(TrySendError::Full);
+        };
+        let letter = writer.buffer_mut();
+        let room = match extension {
+            None => letter.body_mut(),
+            // As much as there is beside it in the kernel's slots.
+            Some(_) => {
+                let body = letter.body_mut();
+                let max = body.len().saturating_sub(EXTENSION_BYTES);
+                &mut body[..max]
+            }
+        };
+        let length = write(room)?;
+        letter.head = address.head().on_lane(route);
+        letter.extension = extension;
+        letter.length = length;
+        // Counted before it can be taken.
+        self.ends.shared.pushed.add(1);
+        if let Some(displaced) = writer.publish() {
+            self.ends.shared.displaced.add(1);
+            let lost = self.instance.lost(
+                &displaced.header(),
+                displaced.extension,
+                displaced.payload(),
+            );
+            self.instance
+                .signals
+                .dead_letters
+                .request(DeadLetterReason::Full, &lost);
+        }
+        // A mailbox has one level.
+        self.ends.shared.levels.store(u32::MAX, Ordering::Relaxed);
+        self.is_dirty = true;
+        self.hand_on();
+        Ok(())
+    }
+
+    /// Sees to it that what lies in the lane is merged: does so itself, or has the bridge do it.
+    #[inline]
+    fn hand_on(&mut self) {
+        if !self.hub.is_attended()
+            && let Some(mut merger) = self.hub.try_take()
+        {
+            merger.pass();
+            self.is_dirty = merger.has_backlog(self.number);
+            if !self.is_dirty {
+                return;
+            }
+        }
+        self.hub.call_bridge();
+    }
+
+    /// As `try_send`, but does what its policy says if there is no room.
+    #[inline]
+    fn send(
+        &mut self,
+        address: &Address,
+        timeout: Duration,
+        write: impl Fn(&mut [u8]) -> Result<usize, Rejection>,
+    ) -> Result<(), SendTimeoutError> {
+        match self.try_send(address, &write) {
+            Ok(()) => return Ok(()),
+            Err(TrySendError::Full | TrySendError::Busy) => {}
+            Err(TrySendError::Unavailable(unavailable)) => return Err(unavailable.into()),
+            Err(TrySendError::Rejected(rejection)) => return Err(rejection.into()),
+        }
+        if self.options.backpressure == Backpressure::Fail {
+            return Err(SendTimeoutError::Full);
+        }
+        self.wait_for_room(address, timeout, write)
+    }
+
+    /// Repeats a `try_send` that found no room.
+    #[cold]
+    fn wait_for_room(
+        &mut self,
+        address: &Address,
+        timeout: Duration,
+        write: impl Fn(&mut [u8]) -> Result<usize, Rejection>,
+    ) -> Result<(), SendTimeoutError> {
+        if timeout.is_zero() {
+            return Err(SendTimeoutError::Timeout);
+        }
+        let refused = self.refused - 1;
+        self.waited += 1;
+        let instance = Arc::clone(&self.instance);
+        let sent = until_sent(&instance, timeout, || self.try_send(address, &write));
+        // One send that waited is not many that failed.
+        self.refused = refused + u64::from(sent.is_err());
+        sent
+    }
+
+    fn call<R>(
+        &mut self,
+        address: Address,
+        timeout: Duration,
+        write: impl Fn(&mut [u8]) -> Result<usize, Rejection>,
+        read: impl FnOnce(&MessageHeader, &[u8]) -> Result<R, MessageError>,
+    ) -> Result<R, CallError> {
+        // 31 bits of a counter: an earlier call's reply that is late by 2^31 calls is taken for one in time.
+        self.calls = self.calls.wrapping_add(1);
+        let wanted = Wanted {
+            call: CALL_BIT | self.calls,
+        };
+        let address = address.for_call(wanted.call);
+        let mut left = timeout;
+        match self.try_send(&address, &write) {
+            Ok(()) => {}
+            Err(TrySendError::Unavailable(unavailable)) => return Err(unavailable.into()),
+            Err(TrySendError::Rejected(rejection)) => return Err(rejection.into()),
+            Err(TrySendError::Full | TrySendError::Busy) => {
+                let deadline = Deadline::after(timeout);
+                self.wait_for_room(&address, timeout, &write)?;
+                left = deadline.remaining();
+            }
+        }
+        match self.find_until(wanted, left, read) {
+            Ok(outcome) => outcome.map_err(CallError::from),
+            Err(WaitEnd::Timeout) => Err(CallError::Timeout),
+            Err(WaitEnd::Unavailable(unavailable)) => Err(unavailable.into()),
+        }
+    }
+
+    /// Waits for a reply, and hands it to `read`.
+    #[inline]
+    fn find_until<R>(
+        &mut self,
+        wanted: Wanted,
+        timeout: Duration,
+        read: impl FnOnce(&MessageHeader, &[u8]) -> Result<R, MessageError>,
+    ) -> Result<Result<R, MessageError>, WaitEnd> {
+        let mut read = Some(read);
+        match self.look(wanted, 1, &mut read) {
+            Err(Miss::Empty | Miss::Busy) if !timeout.is_zero() => {}
+            Err(Miss::Empty | Miss::Busy) => return Err(WaitEnd::Timeout),
+            Err(Miss::Unavailable(unavailable)) => return Err(WaitEnd::Unavailable(unavailable)),
+            Ok(outcome) => return Ok(outcome),
+        }
+        let instance = Arc::clone(&self.instance);
+        let mut waiter = instance.waiter(timeout);
+        let mut last = false;
+        let end = loop {
+            if !self.is_watching && self.hub.is_crowded() {
+                self.is_watching = true;
+                instance.signals.lanes.watch();
+            }
+            match self.look(wanted, waiter.polls(), &mut read) {
+                Ok(outcome) => break Ok(outcome),
+                Err(Miss::Unavailable(unavailable)) => {
+                    break Err(WaitEnd::Unavailable(unavailable));
+                }
+                Err(Miss::Empty | Miss::Busy) if last => break Err(WaitEnd::Timeout),
+                Err(Miss::Empty | Miss::Busy) => {}
+            }
+            // In a crowd it is woken by whoever routes, alone by the kernel.
+            last = if self.is_watching {
+                let event = Arc::clone(&self.ends.shared.replied);
+                !waiter.pause(&event, || self.may_go_on())
+            } else {
+                !waiter.pause(&instance.signals.replied, || {
+                    self.hub.is_crowded() || self.may_have_reply()
+                })
+            };
+        };
+        if self.is_watching {
+            self.stop_watching();
+        }
+        end
+    }
+
+    /// Leaves the routing of replies to others. Whether any replies were moved on this occasion.
+    #[inline]
+    fn stop_watching(&mut self) -> bool {
+        self.is_watching = false;
+        if !self.instance.signals.lanes.leave() {
+            return false;
+        }
+        match self.hub.try_take() {
+            // Nobody else would notice what came in this very moment.
+            Some(mut merger) => merger.port_mut().has_reply() && merger.pass() > 0,
+            // Whoever has it may have looked before.
+            None => {
+                self.hub.call_bridge();
+                false
+            }
+        }
+    }
+
+    /// Whether a client in a crowd, about to sleep, should look once more instead. From now on others route its replies.
+    fn may_go_on(&mut self) -> bool {
+        let moved = self.stop_watching();
+        moved
+            || !matches!(self.ends.replies.peek(), Peek::Empty)
+            || self.instance.signals.gate.check_receive().is_err()
+    }
+
+    /// A reply that is there, handed to `read`.
+    #[inline]
+    fn find<R>(
+        &mut self,
+        wanted: Wanted,
+        polls: u32,
+        read: impl FnOnce(&MessageHeader, &[u8]) -> Result<R, MessageError>,
+    ) -> Result<Result<R, MessageError>, Miss> {
+        self.look(wanted, polls, &mut Some(read))
+    }
+
+    /// Looks for a reply, first among those put aside, then in the lane, then in the kernel's rings.
+    #[inline]
+    fn look<R, F>(
+        &mut self,
+        wanted: Wanted,
+        polls: u32,
+        read: &mut Option<F>,
+    ) -> Result<Result<R, MessageError>, Miss>
+    where
+        F: FnOnce(&MessageHeader, &[u8]) -> Result<R, MessageError>,
+    {
+        if wanted.call == 0 && self.aside > 0 {
+            let consumer = &mut self.ends.aside.1;
+            if let Peek::Ready = consumer.peek() {
+                let Some(read) = read.take() else {
+                    return Err(Miss::Empty);
+                };
+                let outcome = read(consumer.header(), consumer.payload());
+                let is_taken = self.settle(wanted, &outcome, |lane| {
+                    let (aside, instance) = (&lane.ends.aside.1, &lane.instance);
+                    instance.lost(aside.header(), aside.extension(), aside.payload())
+                });
+                if is_taken {
+                    self.ends.aside.1.release();
+                    self.aside -= 1;
+                }
+                return Ok(outcome);
+            }
+        }
+        // Looked at before everything else: what the kernel wrote until it ended is found below.
+        let ended = self.instance.signals.gate.check_receive();
+        let helps = !self.hub.is_attended() || ended.is_err();
+        if let Some(outcome) = self.look_in_lane(wanted, if helps { 1 } else { polls }, read) {
+            return Ok(outcome);
+        }
+        if !helps {
+            return Err(Miss::Empty);
+        }
+        let hub = Arc::clone(&self.hub);
+        let Some(mut merger) = hub.try_take() else {
+            // Whoever has it finds our replies too.
+            return Err(Miss::Empty);
+        };
+        if self.is_dirty || hub.is_crowded() {
+            merger.merge_some();
+            self.is_dirty = self.is_dirty && merger.has_backlog(self.number);
+        }
+        // With the baton in hand nobody puts anything into the lane; what is there was there first.
+        loop {
+            if let Some(outcome) = self.look_in_lane(wanted, 1, read) {
+                return Ok(outcome);
+            }
+            let Some(block) = merger.next_reply_of(self.number, polls) else {
+                return match ended {
+                    Ok(()) => Err(Miss::Empty),
+                    Err(unavailable) => Err(Miss::Unavailable(unavailable)),
+                };
+            };
+            let (header, _, payload) = merger.port().reply(block);
+            if wanted.fit(header) != Fit::Wanted {
+                merger.route_one(block);
+                continue;
+            }
+            let Some(read) = read.take() else {
+                return Err(Miss::Empty);
+            };
+            let outcome = read(header, payload);
+            let is_taken = self.settle(wanted, &outcome, |lane| {
+                let (header, extension, payload) = merger.port().reply(block);
+                lane.instance.lost(header, extension, payload)
+            });
+            if is_taken {
+                merger.port_mut().release(block);
+            } else {
+                merger.route_one(block);
+            }
+            return Ok(outcome);
+        }
+    }
+
+    /// A reply in the lane, handed to `read`. Those that are of no use are cleared away.
+    #[inline]
+    fn look_in_lane<R, F>(
+        &mut self,
+        wanted: Wanted,
+        polls: u32,
+        read: &mut Option<F>,
+    ) -> Option<Result<R, MessageError>>
+    where
+        F: FnOnce(&MessageHeader, &[u8]) -> Result<R, MessageError>,
+    {
+        let mut polls = polls;
+        loop {
+            let consumer = &mut self.ends.replies;
+            // The lane's rings are this process's own: what is there is what was put there.
+            let Peek::Ready = consumer.peek_spinning(polls) else {
+                return None;
+            };
+            polls = 1;
+            match wanted.fit(consumer.header()) {
+                Fit::Wanted => {
+                    let outcome = read.take()?(consumer.header(), consumer.payload());
+                    let is_taken = self.settle(wanted, &outcome, Self::lost_in_lane);
+                    if is_taken {
+                        self.ends.replies.release();
+                    }
+                    return Some(outcome);
+                }
+                Fit::Aside => self.put_aside(),
+                Fit::Late => {
+                    let lost = self.lost_in_lane();
+                    let letters = &self.instance.signals.dead_letters;
+                    letters.reply(DeadLetterReason::LateReply, &lost);
+                    self.ends.replies.release();
+                }
+            }
+        }
+    }
+
+    /// Moves the reply at hand from the lane to those put aside.
+    #[cold]
+    fn put_aside(&mut self) {
+        let consumer = &self.ends.replies;
+        let envelope = consumer.header().envelope(consumer.extension());
+        self.ends.aside.1.publish_cursor();
+        match self.ends.aside.0.try_push(&envelope, consumer.payload()) {
+            Ok(()) => self.aside += 1,
+            Err(_) => {
+                let lost = self.lost_in_lane();
+                let letters = &self.instance.signals.dead_letters;
+                letters.reply(DeadLetterReason::InboxFull, &lost);
+            }
+        }
+        self.ends.replies.release();
+    }
+
+    fn lost_in_lane(&self) -> Lost<'_> {
+        let consumer = &self.ends.replies;
+        self.instance
+            .lost(consumer.header(), consumer.extension(), consumer.payload())
+    }
+
+    /// Counts what was made of a reply; false if it is to stay where it is.
+    #[inline]
+    fn settle<'a, R>(
+        &'a self,
+        wanted: Wanted,
+        outcome: &Result<R, MessageError>,
+        lost: impl FnOnce(&'a Self) -> Lost<'a>,
+    ) -> bool {
+        match uselessness(outcome) {
+            None => self.ends.shared.delivered.add(1),
+            Some(DeadLetterReason::Mismatch) if wanted.call == 0 => return false,
+            Some(reason) => self
+                .instance
+                .signals
+                .dead_letters
+                .reply(reason, &lost(self)),
+        }
+        true
+    }
+
+    /// Whether a client that is alone, about to sleep, should look once more instead.
+    fn may_have_reply(&mut self) -> bool {
+        if !matches!(self.ends.replies.peek(), Peek::Empty)
+            || self.instance.signals.gate.check_receive().is_err()
+        {
+            return true;
+        }
+        match self.hub.try_take() {
+            // Whoever has it may just be handing something over.
+            None => true,
+            Some(mut merger) => merger.port_mut().has_reply(),
+        }
+    }
+}
+
+impl Drop for ClientLane {
+    /// What was sent is handled all the same; replies that nobody has received go to the dead letters.
+    fn drop(&mut self) {
+        let shared = &self.ends.shared;
+        self.instance.signals.lanes.remove_client(&shared.replied);
+        shared.closed.store(true, Ordering::Release);
+        let letters = &self.instance.signals.dead_letters;
+        for consumer in [&mut self.ends.aside.1, &mut self.ends.replies] {
+            while let Peek::Ready = consumer.peek() {
+                let lost =
+                    self.instance
+                        .lost(consumer.header(), consumer.extension(), consumer.payload());
+                letters.reply(DeadLetterReason::Shutdown, &lost);
+                consumer.release();
+            }
+        }
+        self.hub.close_lane();
+    }
+}
