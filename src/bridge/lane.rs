@@ -256,7 +256,8 @@ impl Lane {
     /// Whether any request is waiting.
     #[inline]
     pub(super) fn has_any_request(&mut self) -> bool {
-        (0..LEVELS).any(|level| self.has_request(level))
+        let used = self.shared.levels.load(Ordering::Relaxed);
+        (0..LEVELS).any(|level| used & (1 << level) != 0 && self.has_request(level))
     }
 
     /// The next request of this level. One of a mailbox is taken by that; one of a queue by `release`.

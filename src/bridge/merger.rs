@@ -6,6 +6,8 @@
 //! room, and a client that reads none holds up nobody else. A request is *settled* once the kernel is done with it and everything that the
 //! kernel wrote until then has been routed; kernels that answer a request with nothing give its credit back as well.
 
+use std::sync::atomic::Ordering;
+
 use super::lane::{LEVELS, Lane, MAX_LANES};
 use crate::error::{TrySendError, Unavailable};
 use crate::kernel::DeadLetterReason;
@@ -206,12 +208,12 @@ impl<P: Port> Merger<P> {
 
     /// Whether any lane has requests that the kernel could be given.
     pub(crate) fn has_work(&mut self) -> bool {
+        let Self { lanes, order, .. } = self;
         self.port.is_active()
-            && self
-                .lanes
-                .iter_mut()
-                .flatten()
-                .any(|lane| lane.has_any_request())
+            && order.iter().any(|place| {
+                let lane = lanes[usize::from(*place)].as_deref_mut();
+                lane.is_some_and(Lane::has_any_request)
+            })
     }
 
     /// Sends a request of this lane straight to the kernel: for a client that is alone and has none in its lane.
@@ -279,11 +281,9 @@ impl<P: Port> Merger<P> {
         }
         let mut moved = 0;
         let mut may_settle = true;
-        let used = self.lanes.iter().flatten().fold(0, |used, lane| {
-            used | lane
-                .shared
-                .levels
-                .load(std::sync::atomic::Ordering::Relaxed)
+        let used = self.order.iter().fold(0, |used, place| {
+            let lane = self.lanes[usize::from(*place)].as_ref();
+            used | lane.map_or(0, |lane| lane.shared.levels.load(Ordering::Relaxed))
         });
         let mut level = LEVELS;
         while level > 0 && moved < most {
@@ -553,9 +553,7 @@ impl<P: Port> Merger<P> {
             };
             let is_done = ended || (lane.forwarded == lane.settled && !lane.has_any_request());
             if is_done {
-                lane.shared
-                    .retired
-                    .store(true, std::sync::atomic::Ordering::Release);
+                lane.shared.retired.store(true, Ordering::Release);
                 *slot = None;
             }
             is_any_left |= !is_done;

@@ -672,6 +672,9 @@ impl ClientLane {
         }
         let instance = Arc::clone(&self.instance);
         let mut waiter = instance.waiter(timeout);
+        if self.hub.is_crowded() {
+            waiter = waiter.among_others();
+        }
         let mut last = false;
         let end = loop {
             if !self.is_watching && self.hub.is_crowded() {

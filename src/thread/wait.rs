@@ -111,6 +111,7 @@ pub(crate) struct Waiter {
     steps: u32,
     permit: Option<SpinPermit>,
     longest_sleep: Duration,
+    steps_before_auto: u32,
 }
 
 /// What a waiting caller does next.
@@ -131,6 +132,16 @@ impl Waiter {
             steps: 0,
             permit: None,
             longest_sleep: Duration::MAX,
+            steps_before_auto: STEPS_BEFORE_AUTO,
+        }
+    }
+
+    /// The same wait for somebody whose work others do as well: with `Auto` it asks soon whether it may go on spinning.
+    #[inline]
+    pub(crate) fn among_others(self) -> Self {
+        Self {
+            steps_before_auto: STEPS_BEFORE_PARK,
+            ..self
         }
     }
 
@@ -223,7 +234,7 @@ impl Waiter {
 
     #[inline]
     fn auto_step(&mut self) -> CallerStep {
-        if self.steps < STEPS_BEFORE_AUTO || self.permit.is_some() {
+        if self.steps < self.steps_before_auto || self.permit.is_some() {
             std::hint::spin_loop();
             return CallerStep::Poll;
         }
