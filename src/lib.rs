@@ -112,6 +112,7 @@ pub use crate::{
         SendBatch, SendOptions, SendSlot, Sender, ShutdownReport,
     },
     thread::WaitStrategy,
+    time::Hlc,
 };
 
 // The conformance suite runs on a Metal of our own, which is in this crate: what it asks of Metal is not public.

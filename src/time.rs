@@ -3,8 +3,12 @@
 //! On x86-64 with an invariant time-stamp counter and on AArch64 the CPU's own counter is read; elsewhere
 //! [`Instant`]. The x86 counter is calibrated once against [`Instant`]: 10 ms, with an error below 10 ppm.
 
-use std::sync::OnceLock;
+mod hlc;
+
+pub use hlc::{Hlc, HlcTimestamp, TooFarAhead};
+
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How long the x86 counter is compared with `Instant`. Both ends of the comparison are known to some 40 ns, so that
@@ -243,6 +247,26 @@ impl TimestampSource {
                 Ok(_) => return next,
                 Err(current) => last = current,
             }
+        }
+    }
+}
+
+/// What stamps a kernel's messages.
+#[derive(Debug)]
+pub(crate) enum Stamps {
+    /// A source of its own, in nanoseconds.
+    Own(TimestampSource),
+    /// A clock that others share.
+    Shared(Arc<Hlc>),
+}
+
+impl Stamps {
+    /// Larger than every stamp before it.
+    #[inline]
+    pub(crate) fn next(&self) -> u64 {
+        match self {
+            Self::Own(source) => source.next(),
+            Self::Shared(clock) => clock.now().as_u64(),
         }
     }
 }

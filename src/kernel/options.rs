@@ -1,6 +1,9 @@
 //! The shape of a launch.
 
+use std::sync::Arc;
+
 use crate::thread::WaitStrategy;
+use crate::time::Hlc;
 
 /// A size in up to three dimensions, as GPU interfaces count them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -72,6 +75,9 @@ pub struct LaunchOptions {
     pub cores: Vec<usize>,
     /// How many `call`s may be pending at once, 1 to 255; each has a buffer of `message_size`.
     pub max_pending_calls: usize,
+    /// What stamps messages sent with [`SendOptions::timestamp`](crate::SendOptions::timestamp): kernels that share a clock are stamped
+    /// in one order, and that of whoever else asks it. `None` gives the kernel a source of its own, to the nanosecond.
+    pub hlc: Option<Arc<Hlc>>,
 }
 
 impl Default for LaunchOptions {
@@ -86,6 +92,7 @@ impl Default for LaunchOptions {
             host_wait: None,
             cores: Vec::new(),
             max_pending_calls: 64,
+            hlc: None,
         }
     }
 }

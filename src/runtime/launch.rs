@@ -21,7 +21,7 @@ use crate::kernel::signals::KernelSignals;
 use crate::kernel::{DeadLetterQueue, Dim3, KernelRegistration, KernelState, LaunchOptions};
 use crate::ring::RingLayout;
 use crate::thread::{CoreLease, KernelWait, SpinPermit, WaitStrategy, affinity};
-use crate::time::TimestampSource;
+use crate::time::{Stamps, TimestampSource};
 
 /// Most blocks of a grid: on the CPU each is a thread.
 const MAX_BLOCKS: u64 = 1024;
@@ -116,7 +116,10 @@ pub(super) fn launch(
         spins: matches!(placement.wait, KernelWait::Spin | KernelWait::SpinYield),
         cores: placement.leases.iter().map(CoreLease::core).collect(),
         memory_bytes,
-        timestamps: TimestampSource::new(),
+        timestamps: match &options.hlc {
+            Some(clock) => Stamps::Shared(Arc::clone(clock)),
+            None => Stamps::Own(TimestampSource::new()),
+        },
         calls,
         accepted: (0..blocks).map(|_| Counter::default()).collect(),
         delivered: Counter::default(),

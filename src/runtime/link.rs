@@ -12,7 +12,7 @@ use crate::kernel::signals::KernelSignals;
 use crate::kernel::{DeadLetterReason, FailureReason, KernelFailure, KernelState, Lost, TypeTable};
 use crate::message::{Extension, MessageHeader};
 use crate::thread::{WaitStrategy, Waiter};
-use crate::time::TimestampSource;
+use crate::time::Stamps;
 
 /// A counter on a cache line pair of its own, written by one thread at a time.
 #[derive(Debug, Default)]
@@ -54,7 +54,7 @@ pub(crate) struct KernelLink {
     pub(super) spins: bool,
     pub(super) cores: Vec<usize>,
     pub(super) memory_bytes: u64,
-    pub(super) timestamps: TimestampSource,
+    pub(super) timestamps: Stamps,
     pub(super) calls: CallTable,
     /// Requests accepted, by block; written by whoever holds the sending side.
     pub(super) accepted: Box<[Counter]>,

@@ -8,6 +8,7 @@ pub mod life;
 pub mod messages;
 pub mod numbers;
 pub mod sharing;
+pub mod time;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -218,6 +219,9 @@ macro_rules! conformance {
             }
             faults::{
                 memory_that_is_not_there_is_an_error,
+            }
+            time::{
+                what_happened_before_is_stamped_lower_across_kernels_and_clocks,
             }
         }
     };
