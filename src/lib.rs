@@ -103,8 +103,8 @@ pub use crate::{
     },
     kernel::{
         ControlBlock, CpuHandler, CudaCode, Dim3, HandlerResult, KernelContext, KernelRegistration,
-        KernelState, LaunchOptions, MetalCode, PortableCode, Request, ShaderCode, TelemetryBuffer,
-        find_kernel,
+        KernelState, LaunchOptions, MessageTrace, MetalCode, PortableCode, Request, ShaderCode,
+        TelemetryBuffer, find_kernel,
     },
     runtime::{
         Bytes, DrainReport, KernelHandle, KernelMetrics, KernelStatus, LifecycleState,

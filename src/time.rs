@@ -175,10 +175,16 @@ pub(crate) fn ticks_to_nanos(ticks: u64) -> u64 {
 #[inline]
 #[must_use]
 pub fn now_ns() -> u64 {
+    epoch_ns(ticks())
+}
+
+/// What [`now_ns`] said when the counter stood there, since the clock was calibrated.
+#[inline]
+pub(crate) fn epoch_ns(ticks: u64) -> u64 {
     let calibration = calibration();
     calibration
         .epoch_ns
-        .wrapping_add(calibration.nanos(ticks().wrapping_sub(calibration.base)))
+        .wrapping_add(calibration.nanos(ticks.wrapping_sub(calibration.base)))
 }
 
 /// A point in time at which a wait ends.

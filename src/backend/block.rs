@@ -1,4 +1,4 @@
-//! The memory of one block of a kernel's grid: a ring pair, a control block, telemetry, state.
+//! The memory of one block of a kernel's grid: a ring pair, a control block, telemetry, traces, state.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -11,7 +11,7 @@ use super::{Device, DeviceMemory, Placement};
 use crate::error::Error;
 use crate::kernel::{
     ControlBlock, DeviceLines, HostCommands, HostLine, TELEMETRY_BUFFER_BYTES, TelemetryBuffer,
-    UndeliveredMessage,
+    TraceSlot, UndeliveredMessage,
 };
 use crate::ring::{
     CURSOR_BYTES, Consumer, LINE_BYTES, Producer, RingLayout, RingParts, WriteCombining,
@@ -23,6 +23,8 @@ pub(crate) struct BlockLayout {
     /// Of the request ring and of the reply ring.
     pub(crate) ring: RingLayout,
     pub(crate) state_bytes: usize,
+    /// Messages whose traces are kept; 0 for a kernel that is not traced.
+    pub(crate) trace_slots: u32,
 }
 
 /// Offsets in a block's host-to-device and device-to-host memory.
@@ -32,9 +34,10 @@ impl BlockLayout {
         (self.host_line() + size_of::<HostLine>()).next_multiple_of(CURSOR_BYTES)
     }
 
-    /// Reply slots, the cursor of the request ring, the device's lines of the control block, telemetry.
+    /// Reply slots, the cursor of the request ring, the device's lines of the control block, telemetry, traces.
     pub(crate) fn device_to_host(&self) -> usize {
-        (self.telemetry() + TELEMETRY_BUFFER_BYTES).next_multiple_of(CURSOR_BYTES)
+        (self.traces() + self.trace_slots as usize * size_of::<TraceSlot>())
+            .next_multiple_of(CURSOR_BYTES)
     }
 
     /// The cursor of the ring whose slots lie in the other memory.
@@ -52,6 +55,10 @@ impl BlockLayout {
 
     pub(crate) fn telemetry(&self) -> usize {
         self.device_lines() + size_of::<DeviceLines>()
+    }
+
+    pub(crate) fn traces(&self) -> usize {
+        self.telemetry() + TELEMETRY_BUFFER_BYTES
     }
 
     pub(crate) fn state(&self) -> usize {
@@ -349,6 +356,17 @@ impl BlockMemory {
             self.device_to_host_at(self.grid.layout.telemetry())
                 .as_ref()
         }
+    }
+
+    /// The block's traces; empty for a kernel that is not traced.
+    pub(crate) fn traces(&self) -> &[TraceSlot] {
+        let layout = &self.grid.layout;
+        if layout.trace_slots == 0 {
+            return &[];
+        }
+        let first = self.device_to_host_at::<TraceSlot>(layout.traces());
+        // SAFETY: as for `control`; `device_to_host` counted as many slots from this offset on.
+        unsafe { NonNull::slice_from_raw_parts(first, layout.trace_slots as usize).as_ref() }
     }
 
     /// The sequence word of a slot.

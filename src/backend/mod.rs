@@ -196,6 +196,11 @@ pub(crate) trait Device: Send + Sync + fmt::Debug {
         true
     }
 
+    /// Whether its kernels can be traced.
+    fn traces(&self) -> bool {
+        false
+    }
+
     /// Zeroed memory of at least `bytes`. Never blocks on a running kernel.
     fn allocate(&self, bytes: usize, placement: Placement) -> Result<Arc<dyn DeviceMemory>, Error>;
 
@@ -257,6 +262,8 @@ pub(crate) struct DispatchRequest {
     /// Cores for blocks without a core of their own.
     pub(crate) shared_cores: Vec<usize>,
     pub(crate) telemetry: bool,
+    /// One message in so many is traced; 0 if none is.
+    pub(crate) trace_every: u32,
     /// How often a sleeping block shows a sign of life.
     pub(crate) heartbeat_interval: Duration,
 }

@@ -12,11 +12,12 @@ use super::link::KernelLink;
 use super::metrics::{KernelMetrics, KernelStatus};
 use super::receive::ReceiveSide;
 use super::send::SendSide;
+use super::traces;
 use crate::backend::{Dispatch, DispatchStatus};
 use crate::error::Error;
 use crate::kernel::{
-    BlockState, DeadLetterReason, FailureReason, KernelFailure, KernelState, Lost, Telemetry,
-    UndeliveredMessage,
+    BlockState, DeadLetterReason, FailureReason, KernelFailure, KernelState, Lost, MessageTrace,
+    Telemetry, UndeliveredMessage,
 };
 use crate::thread::{CoreLease, SpinPermit};
 use crate::time::{self, Deadline};
@@ -315,6 +316,11 @@ impl KernelInstance {
             state: self.state(),
             failure: self.signals.failure(),
         }
+    }
+
+    pub(super) fn traces(&self) -> Option<Vec<MessageTrace>> {
+        self.traced
+            .then(|| traces::read(self.blocks.iter().map(|block| &**block)))
     }
 
     pub(super) fn metrics(&self) -> KernelMetrics {

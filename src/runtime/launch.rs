@@ -18,7 +18,9 @@ use crate::backend::{
 };
 use crate::error::{Error, HandlerError};
 use crate::kernel::signals::KernelSignals;
-use crate::kernel::{DeadLetterQueue, Dim3, KernelRegistration, KernelState, LaunchOptions};
+use crate::kernel::{
+    DeadLetterQueue, Dim3, KernelRegistration, KernelState, LaunchOptions, TRACE_SLOTS,
+};
 use crate::ring::RingLayout;
 use crate::thread::{CoreLease, KernelWait, SpinPermit, WaitStrategy, affinity};
 use crate::time::{Stamps, TimestampSource};
@@ -44,7 +46,11 @@ pub(super) fn launch(
     dead_letters: &Arc<DeadLetterQueue>,
 ) -> Result<Arc<KernelInstance>, Error> {
     let blocks = check_shape(grid, block_size)?;
-    let layout = layout(config, registration, options)?;
+    let trace_every = match options.trace_every {
+        Some(every) if device.traces() => every.get(),
+        _ => 0,
+    };
+    let layout = layout(config, registration, options, trace_every > 0)?;
     let calls = check_calls(options)?;
     let handler = handler(device.info().backend, registration)?;
     let host_wait = options.host_wait.unwrap_or(config.host_wait);
@@ -91,6 +97,7 @@ pub(super) fn launch(
         cores: placement.cores(),
         shared_cores: placement.shared,
         telemetry: config.enable_telemetry,
+        trace_every,
         heartbeat_interval: config.heartbeat_interval,
     })?;
     let memory_bytes = memory_bytes + dispatch.memory_bytes();
@@ -113,6 +120,7 @@ pub(super) fn launch(
         default_timeout: config.default_timeout,
         termination_timeout: config.termination_timeout,
         telemetry: config.enable_telemetry,
+        traced: trace_every > 0,
         spins: matches!(placement.wait, KernelWait::Spin | KernelWait::SpinYield),
         cores: placement.leases.iter().map(CoreLease::core).collect(),
         memory_bytes,
@@ -196,6 +204,7 @@ fn layout(
     config: &RuntimeConfig,
     registration: &KernelRegistration,
     options: &LaunchOptions,
+    traced: bool,
 ) -> Result<BlockLayout, Error> {
     let capacity = options
         .queue_capacity
@@ -214,6 +223,7 @@ fn layout(
     Ok(BlockLayout {
         ring,
         state_bytes: registration.state_bytes(),
+        trace_slots: if traced { TRACE_SLOTS } else { 0 },
     })
 }
 

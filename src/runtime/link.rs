@@ -51,6 +51,8 @@ pub(crate) struct KernelLink {
     pub(super) default_timeout: Duration,
     pub(super) termination_timeout: Duration,
     pub(super) telemetry: bool,
+    /// Whether messages are traced.
+    pub(super) traced: bool,
     pub(super) spins: bool,
     pub(super) cores: Vec<usize>,
     pub(super) memory_bytes: u64,

@@ -90,6 +90,10 @@ impl CpuDevice {
 }
 
 impl Device for CpuDevice {
+    fn traces(&self) -> bool {
+        true
+    }
+
     fn info(&self) -> &DeviceInfo {
         &self.info
     }
