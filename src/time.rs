@@ -3,8 +3,10 @@
 //! On x86-64 with an invariant time-stamp counter and on AArch64 the CPU's own counter is read; elsewhere
 //! [`Instant`]. The x86 counter is calibrated once against [`Instant`]: 10 ms, with an error below 10 ppm.
 
+mod device_clock;
 mod hlc;
 
+pub(crate) use device_clock::{Bracket, DeviceClock, HostTime};
 pub use hlc::{Hlc, HlcTimestamp, TooFarAhead};
 
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -69,6 +69,10 @@ impl Subject for Cuda {
 
 conformance! { on a device: crate::Cuda }
 
+mod traces {
+    crate::conformance! { traces: crate::Cuda }
+}
+
 #[test]
 fn on_the_fake_driver() {
     run_on_the_fake(&[], &[]);

@@ -11,11 +11,16 @@ use super::{Device, DeviceMemory, Placement};
 use crate::error::Error;
 use crate::kernel::{
     ControlBlock, DeviceLines, HostCommands, HostLine, TELEMETRY_BUFFER_BYTES, TelemetryBuffer,
-    TraceSlot, UndeliveredMessage,
+    TraceHeader, TraceSlot, UndeliveredMessage,
 };
 use crate::ring::{
     CURSOR_BYTES, Consumer, LINE_BYTES, Producer, RingLayout, RingParts, WriteCombining,
 };
+use crate::time::{Bracket, Deadline, now_ns};
+
+/// Looks at a device's answer before others get a chance to run: on a machine with few cores it may be they who give it. Some
+/// ten microseconds, which an answer over a bus takes.
+const CLOCK_LOOKS: u32 = 1000;
 
 /// Sizes of one block's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,8 +41,7 @@ impl BlockLayout {
 
     /// Reply slots, the cursor of the request ring, the device's lines of the control block, telemetry, traces.
     pub(crate) fn device_to_host(&self) -> usize {
-        (self.traces() + self.trace_slots as usize * size_of::<TraceSlot>())
-            .next_multiple_of(CURSOR_BYTES)
+        (self.trace_header() + self.trace_bytes()).next_multiple_of(CURSOR_BYTES)
     }
 
     /// The cursor of the ring whose slots lie in the other memory.
@@ -57,8 +61,15 @@ impl BlockLayout {
         self.device_lines() + size_of::<DeviceLines>()
     }
 
-    pub(crate) fn traces(&self) -> usize {
+    pub(crate) fn trace_header(&self) -> usize {
         self.telemetry() + TELEMETRY_BUFFER_BYTES
+    }
+
+    fn trace_bytes(&self) -> usize {
+        match self.trace_slots {
+            0 => 0,
+            slots => size_of::<TraceHeader>() + slots as usize * size_of::<TraceSlot>(),
+        }
     }
 
     pub(crate) fn state(&self) -> usize {
@@ -358,13 +369,52 @@ impl BlockMemory {
         }
     }
 
+    /// What lies in front of the block's traces, if it is traced.
+    pub(crate) fn trace_header(&self) -> Option<&TraceHeader> {
+        let layout = &self.grid.layout;
+        // SAFETY: as for `control`; it is there if there are slots.
+        (layout.trace_slots > 0)
+            .then(|| unsafe { self.device_to_host_at(layout.trace_header()).as_ref() })
+    }
+
+    /// Asks the running device for its clock, and waits for the answer until the deadline.
+    pub(crate) fn read_clock(&self, ring: impl FnOnce(), deadline: Deadline) -> Option<Bracket> {
+        let header = self.trace_header()?;
+        let before_ns = now_ns();
+        let number = self.control().ask_clock();
+        ring();
+        let mut looks = 0_u32;
+        while header.clock_answered() != number {
+            looks += 1;
+            if looks.is_multiple_of(CLOCK_LOOKS) {
+                if deadline.has_passed() {
+                    return None;
+                }
+                std::thread::yield_now();
+            }
+            std::hint::spin_loop();
+        }
+        Some(Bracket {
+            before_ns,
+            ticks: header.clock(),
+            after_ns: now_ns(),
+        })
+    }
+
+    /// Whether the host waits to be told the device's clock.
+    pub(crate) fn clock_is_asked(&self) -> bool {
+        self.trace_header()
+            .is_some_and(|header| header.clock_answered() != self.control().clock_asked())
+    }
+
     /// The block's traces; empty for a kernel that is not traced.
     pub(crate) fn traces(&self) -> &[TraceSlot] {
         let layout = &self.grid.layout;
         if layout.trace_slots == 0 {
             return &[];
         }
-        let first = self.device_to_host_at::<TraceSlot>(layout.traces());
+        let first = layout.trace_header() + size_of::<TraceHeader>();
+        let first = self.device_to_host_at::<TraceSlot>(first);
         // SAFETY: as for `control`; `device_to_host` counted as many slots from this offset on.
         unsafe { NonNull::slice_from_raw_parts(first, layout.trace_slots as usize).as_ref() }
     }

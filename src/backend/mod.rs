@@ -196,9 +196,9 @@ pub(crate) trait Device: Send + Sync + fmt::Debug {
         true
     }
 
-    /// Whether its kernels can be traced.
-    fn traces(&self) -> bool {
-        false
+    /// What this kernel's blocks would read the time from; nothing if it cannot be traced.
+    fn clock(&self, _handler: &Handler) -> Option<BlockClock> {
+        None
     }
 
     /// Zeroed memory of at least `bytes`. Never blocks on a running kernel.
@@ -211,6 +211,15 @@ pub(crate) trait Device: Send + Sync + fmt::Debug {
 
     /// Starts a dispatch: its blocks are resident, and idle until their control blocks say otherwise.
     fn dispatch(&self, request: DispatchRequest) -> Result<Box<dyn Dispatch>, Error>;
+}
+
+/// What the blocks of a kernel read the time from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BlockClock {
+    /// The host's clock.
+    Host,
+    /// A clock of the device, one for all of its blocks, which they tell when they are asked.
+    Device,
 }
 
 /// Code that is resident on a device.

@@ -41,5 +41,7 @@ pub use state::{FailureReason, KernelFailure, KernelState, UndeliveredMessage};
 pub(crate) use telemetry::TelemetryWriter;
 pub use telemetry::{TELEMETRY_BUFFER_BYTES, Telemetry, TelemetryBuffer};
 pub use trace::MessageTrace;
-pub(crate) use trace::{Sample, TRACE_SLOTS, TraceSlot, Tracer, read as read_samples};
+#[cfg(all(test, feature = "vulkan"))]
+pub(crate) use trace::TRACE_OFFSETS;
+pub(crate) use trace::{Sample, TRACE_SLOTS, TraceHeader, TraceSlot, Tracer, read as read_samples};
 pub(crate) use types::TypeTable;

@@ -29,7 +29,7 @@ pub struct MessageTrace {
     pub trace_id: Option<[u8; 16]>,
     /// The timestamp that the request carried.
     pub sent_ns: Option<u64>,
-    /// When the block found the request in its ring, before its handler ran.
+    /// When the block took the request up, before its handler ran. On a device this waits for room for the replies too.
     pub seen_ns: u64,
     /// When the handler had returned; its replies were written before.
     pub done_ns: u64,
@@ -149,6 +149,58 @@ impl TraceSlot {
         None
     }
 }
+
+/// What lies in front of a block's samples.
+#[repr(C, align(64))]
+#[derive(Debug, Default)]
+pub(crate) struct TraceHeader {
+    /// Samples that a device has written.
+    written: AtomicU32,
+    /// Number of the last question for the device's clock that was answered.
+    clock_answered: AtomicU32,
+    /// What the device's clock showed then.
+    clock: AtomicU64,
+    /// What it showed when the block took up the request in hand, for handlers that take several slices.
+    seen: AtomicU64,
+    _reserved: [u64; 5],
+}
+
+const _: () = {
+    assert!(size_of::<TraceHeader>() == size_of::<TraceSlot>());
+    assert!(offset_of!(TraceHeader, written) == 0);
+    assert!(offset_of!(TraceHeader, clock_answered) == 4);
+    assert!(offset_of!(TraceHeader, clock) == 8);
+    assert!(offset_of!(TraceHeader, seen) == 16);
+};
+
+impl TraceHeader {
+    /// Number of the last question for the clock that was answered.
+    pub(crate) fn clock_answered(&self) -> u32 {
+        // ORDERING: telemetry. Pairs with the device's release, which follows the store of its clock.
+        self.clock_answered.load(Ordering::Acquire)
+    }
+
+    /// The last answer.
+    pub(crate) fn clock(&self) -> u64 {
+        self.clock.load(Ordering::Relaxed)
+    }
+}
+
+/// Names as in the preludes, and offsets in bytes.
+#[cfg(all(test, feature = "vulkan"))]
+pub(crate) const TRACE_OFFSETS: [(&str, usize); 11] = [
+    ("WRITTEN", offset_of!(TraceHeader, written)),
+    ("CLOCK_ANSWERED", offset_of!(TraceHeader, clock_answered)),
+    ("CLOCK", offset_of!(TraceHeader, clock)),
+    ("HEADER_SEEN", offset_of!(TraceHeader, seen)),
+    ("VERSION", offset_of!(TraceSlot, version)),
+    ("NUMBER", offset_of!(TraceSlot, number)),
+    ("CORRELATION", offset_of!(TraceSlot, correlation)),
+    ("SENT", offset_of!(TraceSlot, sent_ns)),
+    ("SEEN", offset_of!(TraceSlot, seen)),
+    ("DONE", offset_of!(TraceSlot, done)),
+    ("TRACE_ID", offset_of!(TraceSlot, trace_id)),
+];
 
 fn halves(id: [u8; 16]) -> [u64; 2] {
     let [a, b, c, d, e, f, g, h, low @ ..] = id;

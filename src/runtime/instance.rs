@@ -12,7 +12,6 @@ use super::link::KernelLink;
 use super::metrics::{KernelMetrics, KernelStatus};
 use super::receive::ReceiveSide;
 use super::send::SendSide;
-use super::traces;
 use crate::backend::{Dispatch, DispatchStatus};
 use crate::error::Error;
 use crate::kernel::{
@@ -97,6 +96,7 @@ impl KernelInstance {
         }
         let activated = self
             .command(&mut control, true, BlockState::Polling, "activation")
+            .inspect(|()| self.compare_clocks())
             .and_then(|()| self.change_state(KernelState::Active));
         if activated.is_err() {
             // No block may work for a kernel that is not active; those that did answer stop again.
@@ -111,6 +111,7 @@ impl KernelInstance {
     pub(super) fn deactivate(&self) -> Result<(), Error> {
         let mut control = self.control.lock();
         self.change_state(KernelState::Deactivated)?;
+        self.compare_clocks();
         self.command(&mut control, false, BlockState::Idle, "deactivation")
     }
 
@@ -191,6 +192,9 @@ impl KernelInstance {
     /// Ends the kernel. A failed one keeps its state and gives its threads and cores back.
     pub(super) fn terminate(&self) -> Result<(), Error> {
         let mut control = self.control.lock();
+        if self.state() == KernelState::Active {
+            self.compare_clocks();
+        }
         match self.signals.gate.transition(KernelState::Terminating) {
             Ok(from) => log::debug!("kernel '{}': {from} -> Terminating", self.signals.name),
             Err(KernelState::Failed) if control.dispatch.is_some() => {}
@@ -319,8 +323,19 @@ impl KernelInstance {
     }
 
     pub(super) fn traces(&self) -> Option<Vec<MessageTrace>> {
-        self.traced
-            .then(|| traces::read(self.blocks.iter().map(|block| &**block)))
+        let tracing = self.tracing.as_ref()?;
+        let samples = tracing.read(&self.blocks);
+        if self.state() == KernelState::Active {
+            self.compare_clocks();
+        }
+        tracing.place(&samples)
+    }
+
+    /// Learns how the device's clock stands, which only a kernel that polls can tell.
+    fn compare_clocks(&self) {
+        if let Some(tracing) = &self.tracing {
+            tracing.compare(&self.signals, &self.blocks);
+        }
     }
 
     pub(super) fn metrics(&self) -> KernelMetrics {

@@ -1,5 +1,6 @@
 //! From a registration and options to a resident kernel.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::time::Duration;
@@ -12,6 +13,7 @@ use super::instance::{ControlPlane, KernelInstance};
 use super::link::{Counter, KernelLink};
 use super::receive::ReceiveSide;
 use super::send::SendSide;
+use super::traces::Tracing;
 use crate::backend::{
     BackendType, BlockLayout, Device, DeviceKind, DispatchRequest, GridMemory, Handler, host_ring,
     host_ring_bytes,
@@ -46,13 +48,12 @@ pub(super) fn launch(
     dead_letters: &Arc<DeadLetterQueue>,
 ) -> Result<Arc<KernelInstance>, Error> {
     let blocks = check_shape(grid, block_size)?;
-    let trace_every = match options.trace_every {
-        Some(every) if device.traces() => every.get(),
-        _ => 0,
-    };
-    let layout = layout(config, registration, options, trace_every > 0)?;
+
     let calls = check_calls(options)?;
     let handler = handler(device.info().backend, registration)?;
+    let clock = options.trace_every.and_then(|_| device.clock(&handler));
+    let trace_every = clock.and(options.trace_every).map_or(0, NonZeroU32::get);
+    let layout = layout(config, registration, options, clock.is_some())?;
     let host_wait = options.host_wait.unwrap_or(config.host_wait);
     let placement = Placing::choose(device, config, options, blocks)?;
 
@@ -120,7 +121,7 @@ pub(super) fn launch(
         default_timeout: config.default_timeout,
         termination_timeout: config.termination_timeout,
         telemetry: config.enable_telemetry,
-        traced: trace_every > 0,
+        tracing: clock.map(Tracing::new),
         spins: matches!(placement.wait, KernelWait::Spin | KernelWait::SpinYield),
         cores: placement.leases.iter().map(CoreLease::core).collect(),
         memory_bytes,

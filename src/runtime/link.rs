@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::calls::CallTable;
 use super::lifecycle::MessageTally;
+use super::traces::Tracing;
 use crate::backend::BlockMemory;
 use crate::kernel::signals::KernelSignals;
 use crate::kernel::{DeadLetterReason, FailureReason, KernelFailure, KernelState, Lost, TypeTable};
@@ -51,8 +52,8 @@ pub(crate) struct KernelLink {
     pub(super) default_timeout: Duration,
     pub(super) termination_timeout: Duration,
     pub(super) telemetry: bool,
-    /// Whether messages are traced.
-    pub(super) traced: bool,
+    /// `None` unless messages are traced.
+    pub(super) tracing: Option<Tracing>,
     pub(super) spins: bool,
     pub(super) cores: Vec<usize>,
     pub(super) memory_bytes: u64,

@@ -134,12 +134,6 @@ macro_rules! conformance {
                     configured_numbers_are_honoured,
                     several_devices_are_told_apart,
                 }
-                time::{
-                    a_kernel_is_traced_only_if_asked_to,
-                    a_trace_tells_when_a_message_was_sent_seen_and_done,
-                    one_message_in_n_is_traced_and_every_one_with_a_trace_id,
-                    the_latest_traces_are_kept_and_outlive_a_pause,
-                }
                 faults::{
                     a_panic_fails_its_kernel_and_no_other,
                     a_panic_in_one_block_ends_the_whole_grid,
@@ -159,6 +153,22 @@ macro_rules! conformance {
                 faults::{ a_handler_that_replies_too_often_fails_its_kernel_and_no_other }
             }
         }
+    };
+    // A backend whose kernels can be traced.
+    (traces: $subject:ty) => {
+        $crate::conformance! { $subject:
+            time::{
+                a_kernel_is_traced_only_if_asked_to,
+                a_trace_tells_when_a_message_was_sent_seen_and_done,
+                one_message_in_n_is_traced_and_every_one_with_a_trace_id,
+                the_latest_traces_are_kept_and_outlive_a_pause,
+                handler_time_is_all_of_the_handlers_time,
+            }
+        }
+    };
+    // A backend whose kernels cannot be.
+    (no traces: $subject:ty) => {
+        $crate::conformance! { $subject: time::{ a_kernel_that_cannot_be_traced_says_so } }
     };
     (everywhere: $subject:ty) => {
         $crate::conformance! { $subject:

@@ -223,3 +223,33 @@ pub fn the_latest_traces_are_kept_and_outlive_a_pause<S: Subject>() {
     let error = last.clock_error.as_nanos() as u64;
     assert!(last.seen_ns + error >= activated, "{last:?}");
 }
+
+pub fn a_kernel_that_cannot_be_traced_says_so<S: Subject>() {
+    let runtime = runtime::<S>();
+    let plain = active(&runtime, "echo", LaunchOptions::default());
+    let options = LaunchOptions {
+        trace_every: NonZeroU32::new(1),
+        ..LaunchOptions::default()
+    };
+    let traced = active(&runtime, "echo", options);
+    traced.call_bytes(b"x", &mut [0; 8], LONG).unwrap();
+    assert_eq!(traced.traces(), None);
+    // Nor is anything taken for it.
+    let bytes = |kernel: &KernelHandle| kernel.metrics().memory_bytes;
+    assert_eq!(bytes(&traced), bytes(&plain));
+}
+
+pub fn handler_time_is_all_of_the_handlers_time<S: Subject>() {
+    let runtime = runtime::<S>();
+    let kernel = traced(&runtime, "test.sleep", 1, 1);
+    let mut reply = [0; 8];
+    // On a device the first one takes thousands of runs of the handler, the others one.
+    for millis in [20_u8, 0, 0, 0, 0, 0] {
+        kernel.call_bytes(&[millis], &mut reply, LONG).unwrap();
+    }
+    let traces = traces(&kernel, 6);
+    let (long, short) = (traces[0], &traces[1..]);
+    let shortest = short.iter().map(MessageTrace::handler_time).min().unwrap();
+    assert!(long.handler_time() > 10 * shortest, "{traces:?}");
+    assert!(long.done_ns <= traces[1].seen_ns, "{traces:?}");
+}
