@@ -697,3 +697,39 @@ fn z_a_handler_that_never_ends_is_reported_in_time() {
         other => panic!("{other:?}"),
     }
 }
+
+/// Where a watchdog wants slices, requests that take several are traced as one, and a kernel that sleeps tells its clock.
+#[test]
+fn traces_go_from_slice_to_slice() {
+    let Some(fake) = fake() else { return };
+    fake.arm(WATCHDOG);
+    conformance::time::handler_time_is_all_of_the_handlers_time::<Cuda>();
+    // A kernel that parks is not looked at but for requests and questions.
+    let config = RuntimeConfig {
+        heartbeat_interval: Duration::from_secs(3600),
+        ..RuntimeConfig::default()
+    };
+    let runtime = runtime_from(Cuda::builder_with(config));
+    for wait in [WaitStrategy::Spin, WaitStrategy::Park] {
+        let options = LaunchOptions {
+            wait: Some(wait),
+            trace_every: std::num::NonZeroU32::new(1),
+            ..small()
+        };
+        let kernel = active(&runtime, "test.count", options);
+        kernel.call_bytes(b"x", &mut [0; 16], LONG).unwrap();
+        // Time for one that parks to fall asleep: it has told its clock once so far, which places nothing.
+        std::thread::sleep(Duration::from_millis(50));
+        let has_samples = |count| {
+            let traces = kernel.traces();
+            traces.is_some_and(|traces| traces.len() == count)
+        };
+        eventually("its clock", || has_samples(1));
+        for count in 2..=20 {
+            kernel.call_bytes(b"x", &mut [0; 16], LONG).unwrap();
+            eventually("the sample", || kernel.traces().unwrap().len() == count);
+        }
+        kernel.terminate().unwrap();
+        assert_eq!(kernel.traces().unwrap().len(), 20);
+    }
+}
