@@ -698,13 +698,13 @@ fn z_a_handler_that_never_ends_is_reported_in_time() {
     }
 }
 
-/// Where a watchdog wants slices, requests that take several are traced as one, and a kernel that sleeps tells its clock.
+/// Where a watchdog wants slices, requests that take several are traced as one, and an idle kernel tells its clock.
 #[test]
 fn traces_go_from_slice_to_slice() {
     let Some(fake) = fake() else { return };
     fake.arm(WATCHDOG);
     conformance::time::handler_time_is_all_of_the_handlers_time::<Cuda>();
-    // A kernel that parks is not looked at but for requests and questions.
+    // Nothing else gives it a slice.
     let config = RuntimeConfig {
         heartbeat_interval: Duration::from_secs(3600),
         ..RuntimeConfig::default()
@@ -718,7 +718,7 @@ fn traces_go_from_slice_to_slice() {
         };
         let kernel = active(&runtime, "test.count", options);
         kernel.call_bytes(b"x", &mut [0; 16], LONG).unwrap();
-        // Time for one that parks to fall asleep: it has told its clock once so far, which places nothing.
+        // One that has told its clock once so far, which places nothing, and has nothing else to do.
         std::thread::sleep(Duration::from_millis(50));
         let has_samples = |count| {
             let traces = kernel.traces();

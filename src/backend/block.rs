@@ -378,11 +378,10 @@ impl BlockMemory {
     }
 
     /// Asks the running device for its clock, and waits for the answer until the deadline.
-    pub(crate) fn read_clock(&self, ring: impl FnOnce(), deadline: Deadline) -> Option<Bracket> {
+    pub(crate) fn read_clock(&self, deadline: Deadline) -> Option<Bracket> {
         let header = self.trace_header()?;
         let before_ns = now_ns();
         let number = self.control().ask_clock();
-        ring();
         let mut looks = 0_u32;
         while header.clock_answered() != number {
             looks += 1;
@@ -399,12 +398,6 @@ impl BlockMemory {
             ticks: header.clock(),
             after_ns: now_ns(),
         })
-    }
-
-    /// Whether the host waits to be told the device's clock.
-    pub(crate) fn clock_is_asked(&self) -> bool {
-        self.trace_header()
-            .is_some_and(|header| header.clock_answered() != self.control().clock_asked())
     }
 
     /// The block's traces; empty for a kernel that is not traced.

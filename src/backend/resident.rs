@@ -93,11 +93,11 @@ impl Resident {
             .is_none_or(|block| block.control().wants_end())
     }
 
-    /// Whether a request lies in any of its rings behind what it says to have processed, or its clock is asked for.
+    /// Whether a request lies in any of its rings behind what it says to have processed.
     pub(crate) fn has_request(&self) -> bool {
         self.blocks
             .iter()
-            .any(|block| block.has_request(block.control().processed()) || block.clock_is_asked())
+            .any(|block| block.has_request(block.control().processed()))
     }
 
     /// A number that changes when messages were handled or written, or a handler was run once more for the same one.

@@ -215,17 +215,16 @@ impl ControlBlock<'_> {
 
     /// Asks for the device's clock; the question's number, which its answer will carry. One asks at a time.
     pub(crate) fn ask_clock(&self) -> u32 {
-        let number = self.clock_asked().wrapping_add(1);
+        let number = self
+            .commands
+            .clock_asked
+            .load(Ordering::Relaxed)
+            .wrapping_add(1);
         self.commands.clock_asked.store(number, Ordering::Relaxed);
         // ORDERING: control. The block reads its clock after it has seen the question.
         self.host.clock_asked.store(number, Ordering::Release);
         store_fence();
         number
-    }
-
-    /// The number of the last question for the device's clock; for the host.
-    pub(crate) fn clock_asked(&self) -> u32 {
-        self.commands.clock_asked.load(Ordering::Relaxed)
     }
 
     /// Where an empty kernel begins.

@@ -334,7 +334,7 @@ impl KernelInstance {
     /// Learns how the device's clock stands, which only a kernel that polls can tell.
     fn compare_clocks(&self) {
         if let Some(tracing) = &self.tracing {
-            tracing.compare(&self.signals, &self.blocks);
+            tracing.compare(&self.blocks);
         }
     }
 

@@ -6,12 +6,11 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use crate::backend::{BlockClock, BlockMemory};
-use crate::kernel::signals::KernelSignals;
 use crate::kernel::{MessageTrace, Sample, read_samples};
 use crate::time::{Deadline, DeviceClock, HostTime};
 
-/// How long a device may take to tell its clock for the first time: it may be in a handler, or its turn may come behind other kernels'
-/// slices (16 ms each on a software GPU). One that takes longer is asked again by the next call.
+/// How long a device may take to tell its clock for the first time: it may be in a handler, or between two slices. One that takes longer
+/// is asked again by the next call.
 const FIRST_ANSWER: Duration = Duration::from_millis(100);
 
 /// How long it is then asked again, for the one answer that came fastest, and how often: looks at the host's commands are up to 64 polls
@@ -37,23 +36,18 @@ impl Tracing {
     }
 
     /// Compares the device's clock with the host's. Waits for a kernel that does not answer, so that it should be polling.
-    pub(super) fn compare(&self, signals: &KernelSignals, blocks: &[Arc<BlockMemory>]) {
+    pub(super) fn compare(&self, blocks: &[Arc<BlockMemory>]) {
         let (Some(clock), Some(block)) = (&self.device, blocks.first()) else {
             return;
         };
         // One asks at a time.
         let mut clock = clock.lock();
-        let ring = || {
-            if let Some(work) = signals.work.first() {
-                work.notify();
-            }
-        };
-        let Some(mut best) = block.read_clock(ring, Deadline::after(FIRST_ANSWER)) else {
+        let Some(mut best) = block.read_clock(Deadline::after(FIRST_ANSWER)) else {
             return;
         };
         let end = Deadline::after(MORE_ANSWERS);
         for _ in 1..QUESTIONS {
-            let Some(bracket) = block.read_clock(ring, end) else {
+            let Some(bracket) = block.read_clock(end) else {
                 break;
             };
             clock.observe(bracket.ticks);
