@@ -1,7 +1,7 @@
 //! A device's clock against the host's.
 //!
-//! Nobody promises how the clock that device code reads relates to anything that a driver tells: lavapipe's shader clock is the CPU's counter,
-//! the device domain of its calibrated timestamps is `CLOCK_MONOTONIC` (measured, Mesa 22.3); CUDA has no such call at all. So the running
+//! Nobody promises how the clock that device code reads relates to anything that a driver tells: CUDA has no call that would tell
+//! `globaltimer`, and Vulkan's calibrated timestamps speak of the clock of its timestamp queries, not of that of its shaders. So the running
 //! kernel itself is asked for its clock, between two readings of the host's: this bounds the error whatever the device is
 //! (Cristian, "Probabilistic clock synchronization", 1989). Two such readings give the rate; units need not be known.
 
