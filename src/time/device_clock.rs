@@ -100,8 +100,10 @@ impl DeviceClock {
         let (at, span) = (of(ticks, a.ticks), of(b.ticks, a.ticks).max(1));
         let passed = of(b.middle_ns(), a.middle_ns());
         let ns = u64::try_from(i128::from(a.middle_ns()) + passed * at / span).ok()?;
-        // The clock shows the last of its steps.
-        let step = i128::from(self.step.max(1)) * passed / span + 1;
+        // The clock shows the last of its steps, which take no longer than the steepest line that the brackets allow says.
+        let ticks = i128::from(self.step.max(1));
+        let most = passed + i128::from(a.error_ns()) + i128::from(b.error_ns()) + 1;
+        let step = ticks * most / (span - ticks).max(1) + 1;
         let step = u64::try_from(step).ok()?;
         // A line through two points that are off by so much is off by no more than this between them, and by more and more beyond.
         let part = |weight: i128, error: u64| weight.unsigned_abs() * u128::from(error);
