@@ -33,6 +33,7 @@
 #define RK_HOST_SLICE_BUDGET 2u
 #define RK_HOST_EPOCH 3u
 #define RK_HOST_IDLE_BUDGET 4u
+#define RK_HOST_CLOCK_ASKED 5u
 // The device's lines, behind the reply slots and the request ring's cursor.
 #define RK_DEVICE_PROCESSED 0u
 #define RK_DEVICE_PRODUCED 1u
@@ -52,6 +53,21 @@
 #define RK_TELEMETRY_ERRORS 6u
 #define RK_TELEMETRY_BYTES_IN 8u
 #define RK_TELEMETRY_BYTES_OUT 10u
+#define RK_TELEMETRY_WORDS 32u
+// Traces, behind the telemetry: a line of the block's own, then samples.
+#define RK_TRACE_SLOTS 256u
+#define RK_TRACE_WORDS 16u
+#define RK_TRACE_WRITTEN 0u
+#define RK_TRACE_CLOCK_ANSWERED 1u
+#define RK_TRACE_CLOCK 2u
+#define RK_TRACE_HEADER_SEEN 4u
+#define RK_TRACE_VERSION 0u
+#define RK_TRACE_NUMBER 1u
+#define RK_TRACE_CORRELATION 2u
+#define RK_TRACE_SENT 4u
+#define RK_TRACE_SEEN 6u
+#define RK_TRACE_DONE 8u
+#define RK_TRACE_TRACE_ID 12u
 // Values of the `state` word.
 #define RK_STATE_IDLE 1u
 #define RK_STATE_POLLING 2u
@@ -82,6 +98,7 @@ struct RkLaunch {
     uint fresh;                 // Whether the state is to be zeroed first.
     uint slice_ns;              // How long a slice may take, on devices with a clock.
     uint nap_ns;                // Between two empty polls.
+    uint trace_every;           // One request in so many is traced; 0 if none is.
 };
 
 // Most threads of a block.
@@ -124,6 +141,11 @@ struct Rk {
     uint received[2], replied[2], errors[2], bytes_in[2], bytes_out[2];
     // Which half of `seen` is next.
     uint turn;
+#ifdef RK_HAS_CLOCK
+    // When the request in hand was taken up, and the last question for the clock that was answered. For thread 0.
+    rk_u64 seen_at;
+    uint clock_answered;
+#endif
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -298,11 +320,59 @@ RK_FN void rk_publish(RK_THREAD Rk& rk, uint kind, uint flags, uint bytes) {
     }
 }
 
+#ifdef RK_HAS_CLOCK
+RK_FN void rk_store_time(RK_GLOBAL uint* at, rk_u64 time) {
+    rk_store(at, uint(time));
+    rk_store(at + 1, uint(time >> 32));
+}
+
+// Samples the request in hand, which is done with, if it is to be sampled. For thread 0.
+RK_FN void rk_trace(RK_THREAD const Rk& rk) {
+    RK_GLOBAL uint* extension = rk_slot(rk, rk.h2d, rk.position) + RK_HEADER_WORDS;
+    uint sent[2] = {0u, 0u}, id[4] = {0u, 0u, 0u, 0u};
+    if ((rk.length_flags & RK_EXTENDED_BIT) != 0u) {
+        for (uint i = 0u; i < 2u; i++) sent[i] = rk_load(extension + i);
+        for (uint i = 0u; i < 4u; i++) id[i] = rk_load(extension + 4u + i);
+    }
+    if (rk.position % rk.launch.trace_every != 0u && (id[0] | id[1] | id[2] | id[3]) == 0u) return;
+    rk_u64 done = rk_clock_ns();
+    RK_GLOBAL uint* header = rk.telemetry + RK_TELEMETRY_WORDS;
+    uint number = rk_load(header + RK_TRACE_WRITTEN);
+    RK_GLOBAL uint* slot = header + RK_TRACE_WORDS * (1u + (number & (RK_TRACE_SLOTS - 1u)));
+    // A seqlock, as for the counters.
+    uint version = rk_load(slot + RK_TRACE_VERSION);
+    rk_store(slot + RK_TRACE_VERSION, version + 1u);
+    rk_fence();
+    rk_store(slot + RK_TRACE_NUMBER, number);
+    rk_store(slot + RK_TRACE_CORRELATION, rk.correlation);
+    for (uint i = 0u; i < 2u; i++) rk_store(slot + RK_TRACE_SENT + i, sent[i]);
+    rk_store_time(slot + RK_TRACE_SEEN, rk.seen_at);
+    rk_store_time(slot + RK_TRACE_DONE, done);
+    for (uint i = 0u; i < 4u; i++) rk_store(slot + RK_TRACE_TRACE_ID + i, id[i]);
+    rk_store_release(slot + RK_TRACE_VERSION, version + 2u);
+    rk_store(header + RK_TRACE_WRITTEN, number + 1u);
+}
+
+// Tells the clock if the host has asked for it since. For thread 0.
+RK_FN void rk_answer_clock(RK_THREAD Rk& rk) {
+    if (rk.launch.trace_every == 0u) return;
+    uint asked = rk_load_acquire(rk.host_line + RK_HOST_CLOCK_ASKED);
+    if (asked == rk.clock_answered) return;
+    rk.clock_answered = asked;
+    RK_GLOBAL uint* header = rk.telemetry + RK_TELEMETRY_WORDS;
+    rk_store_time(header + RK_TRACE_CLOCK, rk_clock_ns());
+    rk_store_release(header + RK_TRACE_CLOCK_ANSWERED, asked);
+}
+#endif
+
 // Goes on to the next request, or to the next run for the same one.
 RK_FN void rk_advance(RK_THREAD Rk& rk) {
     if (rk.again) {
         rk.step++;
     } else {
+#ifdef RK_HAS_CLOCK
+        if (rk.launch.trace_every != 0u && rk.index == 0u) rk_trace(rk);
+#endif
         rk.step = 0u;
         rk.position++;
         rk_count(rk.received, 1u);
@@ -342,6 +412,10 @@ RK_FN uint rk_commands(RK_THREAD const Rk& rk, RK_GROUP const uint* host_line) {
 RK_FN void rk_show_progress(RK_THREAD const Rk& rk) {
     rk_store(rk.device_line + RK_DEVICE_PRODUCED, rk.out_position);
     rk_store(rk.device_line + RK_DEVICE_STEP, rk.step);
+#ifdef RK_HAS_CLOCK
+    // A request that takes several slices was taken up once.
+    if (rk.launch.trace_every != 0u) rk_store_time(rk.telemetry + RK_TELEMETRY_WORDS + RK_TRACE_HEADER_SEEN, rk.seen_at);
+#endif
     rk_store_release(rk.device_line + RK_DEVICE_PROCESSED, rk.position);
 }
 
@@ -409,6 +483,16 @@ RK_FN void rk_begin(RK_THREAD Rk& rk) {
     rk_load_counter(rk, rk.errors, RK_TELEMETRY_ERRORS);
     rk_load_counter(rk, rk.bytes_in, RK_TELEMETRY_BYTES_IN);
     rk_load_counter(rk, rk.bytes_out, RK_TELEMETRY_BYTES_OUT);
+#ifdef RK_HAS_CLOCK
+    rk.seen_at = 0u;
+    rk.clock_answered = 0u;
+    if (rk.launch.trace_every != 0u) {
+        RK_GLOBAL uint* header = rk.telemetry + RK_TELEMETRY_WORDS;
+        RK_GLOBAL uint* seen = header + RK_TRACE_HEADER_SEEN;
+        rk.seen_at = rk_u64(rk_load(seen)) | rk_u64(rk_load(seen + 1)) << 32;
+        rk.clock_answered = rk_load(header + RK_TRACE_CLOCK_ANSWERED);
+    }
+#endif
     rk_aim_reply(rk);
 }
 
@@ -447,6 +531,9 @@ RK_FN void rk_extend_replies(RK_THREAD const Rk& rk, uint replies) {
 
 // Handles the request in hand; what it costs of the budget.
 RK_FN uint rk_handle(RK_THREAD Rk& rk, uint needed) {
+#ifdef RK_HAS_CLOCK
+    if (rk.launch.trace_every != 0u && rk.index == 0u && rk.step == 0u) rk.seen_at = rk_clock_ns();
+#endif
     if ((rk.length_flags & RK_EXTENDED_BIT) != 0u) rk_extend_replies(rk, needed);
     rk.again = false;
     rk.has_error = false;
@@ -510,6 +597,7 @@ RK_FN void rk_run(RK_THREAD Rk& rk) {
             news[7] = rk_load_acquire(rk.reply_cursor);
 #ifdef RK_HAS_CLOCK
             news[6] = rk_clock_ns() - begin > rk.launch.slice_ns ? 1u : 0u;
+            rk_answer_clock(rk);
 #endif
         }
         rk_group_sync(rk.threads);

@@ -106,8 +106,8 @@ pub use crate::{
     bridge::RingBufferBridge,
     kernel::{
         ControlBlock, CpuHandler, CudaCode, Dim3, HandlerResult, KernelContext, KernelRegistration,
-        KernelState, LaunchOptions, MetalCode, PortableCode, Request, ShaderCode, TelemetryBuffer,
-        find_kernel,
+        KernelState, LaunchOptions, MessageTrace, MetalCode, PortableCode, Request, ShaderCode,
+        TelemetryBuffer, find_kernel,
     },
     runtime::{
         Backpressure, Bytes, Client, ClientOptions, ClientStats, DrainReport, KernelHandle,
@@ -116,6 +116,7 @@ pub use crate::{
         ShutdownReport,
     },
     thread::WaitStrategy,
+    time::Hlc,
 };
 
 // The conformance suite runs on a Metal of our own, which is in this crate: what it asks of Metal is not public.

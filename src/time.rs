@@ -3,8 +3,14 @@
 //! On x86-64 with an invariant time-stamp counter and on AArch64 the CPU's own counter is read; elsewhere
 //! [`Instant`]. The x86 counter is calibrated once against [`Instant`]: 10 ms, with an error below 10 ppm.
 
-use std::sync::OnceLock;
+mod device_clock;
+mod hlc;
+
+pub(crate) use device_clock::{Bracket, DeviceClock, HostTime};
+pub use hlc::{Hlc, HlcTimestamp, TooFarAhead};
+
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How long the x86 counter is compared with `Instant`. Both ends of the comparison are known to some 40 ns, so that
@@ -171,10 +177,16 @@ pub(crate) fn ticks_to_nanos(ticks: u64) -> u64 {
 #[inline]
 #[must_use]
 pub fn now_ns() -> u64 {
+    epoch_ns(ticks())
+}
+
+/// What [`now_ns`] said when the counter stood there, since the clock was calibrated.
+#[inline]
+pub(crate) fn epoch_ns(ticks: u64) -> u64 {
     let calibration = calibration();
     calibration
         .epoch_ns
-        .wrapping_add(calibration.nanos(ticks().wrapping_sub(calibration.base)))
+        .wrapping_add(calibration.nanos(ticks.wrapping_sub(calibration.base)))
 }
 
 /// A point in time at which a wait ends.
@@ -243,6 +255,26 @@ impl TimestampSource {
                 Ok(_) => return next,
                 Err(current) => last = current,
             }
+        }
+    }
+}
+
+/// What stamps a kernel's messages.
+#[derive(Debug)]
+pub(crate) enum Stamps {
+    /// A source of its own, in nanoseconds.
+    Own(TimestampSource),
+    /// A clock that others share.
+    Shared(Arc<Hlc>),
+}
+
+impl Stamps {
+    /// Larger than every stamp before it.
+    #[inline]
+    pub(crate) fn next(&self) -> u64 {
+        match self {
+            Self::Own(source) => source.next(),
+            Self::Shared(clock) => clock.now().as_u64(),
         }
     }
 }

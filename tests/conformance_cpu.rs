@@ -17,3 +17,7 @@ impl conformance::Subject for Cpu {
 }
 
 conformance!(crate::Cpu);
+
+mod traces {
+    crate::conformance! { traces: crate::Cpu }
+}

@@ -69,6 +69,10 @@ impl Subject for Cuda {
 
 conformance! { on a device: crate::Cuda }
 
+mod traces {
+    crate::conformance! { traces: crate::Cuda }
+}
+
 #[test]
 fn on_the_fake_driver() {
     run_on_the_fake(&[], &[]);
@@ -691,5 +695,41 @@ fn z_a_handler_that_never_ends_is_reported_in_time() {
             assert!(reason.contains("must be restarted"), "{reason}");
         }
         other => panic!("{other:?}"),
+    }
+}
+
+/// Where a watchdog wants slices, requests that take several are traced as one, and an idle kernel tells its clock.
+#[test]
+fn traces_go_from_slice_to_slice() {
+    let Some(fake) = fake() else { return };
+    fake.arm(WATCHDOG);
+    conformance::time::handler_time_is_all_of_the_handlers_time::<Cuda>();
+    // Nothing else gives it a slice.
+    let config = RuntimeConfig {
+        heartbeat_interval: Duration::from_secs(3600),
+        ..RuntimeConfig::default()
+    };
+    let runtime = runtime_from(Cuda::builder_with(config));
+    for wait in [WaitStrategy::Spin, WaitStrategy::Park] {
+        let options = LaunchOptions {
+            wait: Some(wait),
+            trace_every: std::num::NonZeroU32::new(1),
+            ..small()
+        };
+        let kernel = active(&runtime, "test.count", options);
+        kernel.call_bytes(b"x", &mut [0; 16], LONG).unwrap();
+        // One that has told its clock once so far, which places nothing, and has nothing else to do.
+        std::thread::sleep(Duration::from_millis(50));
+        let has_samples = |count| {
+            let traces = kernel.traces();
+            traces.is_some_and(|traces| traces.len() == count)
+        };
+        eventually("its clock", || has_samples(1));
+        for count in 2..=20 {
+            kernel.call_bytes(b"x", &mut [0; 16], LONG).unwrap();
+            eventually("the sample", || kernel.traces().unwrap().len() == count);
+        }
+        kernel.terminate().unwrap();
+        assert_eq!(kernel.traces().unwrap().len(), 20);
     }
 }

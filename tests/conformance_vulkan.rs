@@ -39,6 +39,10 @@ macro_rules! mode {
 
             crate::conformance! { on a device: crate::$module::Vulkan }
 
+            mod traces {
+                crate::conformance! { no traces: crate::$module::Vulkan }
+            }
+
             // Software drivers and bridges take cores.
             mod cores {
                 crate::conformance! { crate::$module::Vulkan: sharing::{ auto_starves_nobody } }

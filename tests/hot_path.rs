@@ -100,6 +100,8 @@ fn steady_state(rounds: u64, mark: impl Fn()) {
     let options = LaunchOptions {
         message_size: Some(256),
         queue_capacity: Some(256),
+        // Every other message is one that is sampled.
+        trace_every: std::num::NonZeroU32::new(2),
         ..LaunchOptions::default()
     };
     let kernel = runtime.launch("test.watched_echo", 1, 1, options).unwrap();

@@ -1,4 +1,4 @@
-//! The memory of one block of a kernel's grid: a ring pair, a control block, telemetry, state.
+//! The memory of one block of a kernel's grid: a ring pair, a control block, telemetry, traces, state.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -11,11 +11,16 @@ use super::{Device, DeviceMemory, Placement};
 use crate::error::Error;
 use crate::kernel::{
     ControlBlock, DeviceLines, HostCommands, HostLine, TELEMETRY_BUFFER_BYTES, TelemetryBuffer,
-    UndeliveredMessage,
+    TraceHeader, TraceSlot, UndeliveredMessage,
 };
 use crate::ring::{
     CURSOR_BYTES, Consumer, LINE_BYTES, Producer, RingLayout, RingParts, WriteCombining,
 };
+use crate::time::{Bracket, Deadline, now_ns};
+
+/// Looks at a device's answer before others get a chance to run: on a machine with few cores it may be they who give it. Some
+/// ten microseconds, which an answer over a bus takes.
+const CLOCK_LOOKS: u32 = 1000;
 
 /// Sizes of one block's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +28,8 @@ pub(crate) struct BlockLayout {
     /// Of the request ring and of the reply ring.
     pub(crate) ring: RingLayout,
     pub(crate) state_bytes: usize,
+    /// Messages whose traces are kept; 0 for a kernel that is not traced.
+    pub(crate) trace_slots: u32,
 }
 
 /// Offsets in a block's host-to-device and device-to-host memory.
@@ -32,9 +39,9 @@ impl BlockLayout {
         (self.host_line() + size_of::<HostLine>()).next_multiple_of(CURSOR_BYTES)
     }
 
-    /// Reply slots, the cursor of the request ring, the device's lines of the control block, telemetry.
+    /// Reply slots, the cursor of the request ring, the device's lines of the control block, telemetry, traces.
     pub(crate) fn device_to_host(&self) -> usize {
-        (self.telemetry() + TELEMETRY_BUFFER_BYTES).next_multiple_of(CURSOR_BYTES)
+        (self.trace_header() + self.trace_bytes()).next_multiple_of(CURSOR_BYTES)
     }
 
     /// The cursor of the ring whose slots lie in the other memory.
@@ -52,6 +59,17 @@ impl BlockLayout {
 
     pub(crate) fn telemetry(&self) -> usize {
         self.device_lines() + size_of::<DeviceLines>()
+    }
+
+    pub(crate) fn trace_header(&self) -> usize {
+        self.telemetry() + TELEMETRY_BUFFER_BYTES
+    }
+
+    fn trace_bytes(&self) -> usize {
+        match self.trace_slots {
+            0 => 0,
+            slots => size_of::<TraceHeader>() + slots as usize * size_of::<TraceSlot>(),
+        }
     }
 
     pub(crate) fn state(&self) -> usize {
@@ -349,6 +367,49 @@ impl BlockMemory {
             self.device_to_host_at(self.grid.layout.telemetry())
                 .as_ref()
         }
+    }
+
+    /// What lies in front of the block's traces, if it is traced.
+    pub(crate) fn trace_header(&self) -> Option<&TraceHeader> {
+        let layout = &self.grid.layout;
+        // SAFETY: as for `control`; it is there if there are slots.
+        (layout.trace_slots > 0)
+            .then(|| unsafe { self.device_to_host_at(layout.trace_header()).as_ref() })
+    }
+
+    /// Asks the running device for its clock, and waits for the answer until the deadline.
+    pub(crate) fn read_clock(&self, deadline: Deadline) -> Option<Bracket> {
+        let header = self.trace_header()?;
+        let before_ns = now_ns();
+        let number = self.control().ask_clock();
+        let mut looks = 0_u32;
+        while header.clock_answered() != number {
+            looks += 1;
+            if looks.is_multiple_of(CLOCK_LOOKS) {
+                if deadline.has_passed() {
+                    return None;
+                }
+                std::thread::yield_now();
+            }
+            std::hint::spin_loop();
+        }
+        Some(Bracket {
+            before_ns,
+            ticks: header.clock(),
+            after_ns: now_ns(),
+        })
+    }
+
+    /// The block's traces; empty for a kernel that is not traced.
+    pub(crate) fn traces(&self) -> &[TraceSlot] {
+        let layout = &self.grid.layout;
+        if layout.trace_slots == 0 {
+            return &[];
+        }
+        let first = layout.trace_header() + size_of::<TraceHeader>();
+        let first = self.device_to_host_at::<TraceSlot>(first);
+        // SAFETY: as for `control`; `device_to_host` counted as many slots from this offset on.
+        unsafe { NonNull::slice_from_raw_parts(first, layout.trace_slots as usize).as_ref() }
     }
 
     /// The sequence word of a slot.

@@ -34,6 +34,7 @@ pub(crate) struct LaunchWords {
     pub(crate) fresh: u32,
     slice_ns: u32,
     nap_ns: u32,
+    trace_every: u32,
 }
 
 // SAFETY: words of 4 bytes each, in C's layout: nothing lies between or behind them.
@@ -66,6 +67,7 @@ impl LaunchWords {
             fresh: 1,
             slice_ns: SLICE_LIMIT.as_nanos() as u32,
             nap_ns,
+            trace_every: request.trace_every,
         }
     }
 }
@@ -139,6 +141,7 @@ mod tests {
             lines.filter_map(|line| line.strip_prefix("#define ")?.split_once(' ')),
         );
         layouts::check(&mut constants);
+        layouts::check_traces(&mut constants);
         // What is the loop's own, and what it says to itself.
         for name in [
             "RK_RUN",
@@ -171,12 +174,13 @@ mod tests {
             fresh: 0,
             slice_ns: 0,
             nap_ns: 0,
+            trace_every: 0,
         };
         let debug = format!("{words:?}");
         assert_eq!(
             layouts::fields(PRELUDE, "struct RkLaunch {"),
             layouts::debug_fields(&debug)
         );
-        assert_eq!(size_of::<LaunchWords>(), 14 * 4);
+        assert_eq!(size_of::<LaunchWords>(), 15 * 4);
     }
 }

@@ -189,6 +189,11 @@ pub(crate) trait Device: Send + Sync + fmt::Debug {
         true
     }
 
+    /// What this kernel's blocks would read the time from; nothing if it cannot be traced.
+    fn clock(&self, _handler: &Handler) -> Option<BlockClock> {
+        None
+    }
+
     /// Zeroed memory of at least `bytes`. Never blocks on a running kernel.
     fn allocate(&self, bytes: usize, placement: Placement) -> Result<Arc<dyn DeviceMemory>, Error>;
 
@@ -199,6 +204,15 @@ pub(crate) trait Device: Send + Sync + fmt::Debug {
 
     /// Starts a dispatch: its blocks are resident, and idle until their control blocks say otherwise.
     fn dispatch(&self, request: DispatchRequest) -> Result<Box<dyn Dispatch>, Error>;
+}
+
+/// What the blocks of a kernel read the time from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BlockClock {
+    /// The host's clock.
+    Host,
+    /// A clock of the device, one for all of its blocks, which they tell when they are asked.
+    Device,
 }
 
 /// Code that is resident on a device.
@@ -250,6 +264,8 @@ pub(crate) struct DispatchRequest {
     /// Cores for blocks without a core of their own.
     pub(crate) shared_cores: Vec<usize>,
     pub(crate) telemetry: bool,
+    /// One message in so many is traced; 0 if none is.
+    pub(crate) trace_every: u32,
     /// How often a sleeping block shows a sign of life.
     pub(crate) heartbeat_interval: Duration,
 }

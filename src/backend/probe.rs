@@ -91,6 +91,7 @@ fn with_echo<T>(
     let layout = BlockLayout {
         ring,
         state_bytes: 0,
+        trace_slots: 0,
     };
     let mut ends = GridMemory::new(device, 1, layout, |bytes, placement| {
         device.allocate(bytes, placement)
@@ -117,6 +118,7 @@ fn with_echo<T>(
         cores: Vec::new(),
         shared_cores: Vec::new(),
         telemetry: false,
+        trace_every: 0,
         heartbeat_interval: Duration::from_secs(1),
     })?;
     memory.control().set_active(true);

@@ -16,13 +16,13 @@ const _: () = assert!(CONTROL_BLOCK_BYTES == 256);
 ///
 /// | line | written by | words |
 /// |---|---|---|
-/// | 0 | host | `active`, `terminate`, `slice_budget`, `epoch`, `idle_budget` |
+/// | 0 | host | `active`, `terminate`, `slice_budget`, `epoch`, `idle_budget`, `clock_asked` |
 /// | 1 | device, per message | `processed`, `produced`, `step` |
 /// | 2 | device, per poll or rarer | `state`, `heartbeat`, `dropped`, `last_error`, `slice_number`, `has_terminated`, `fault` |
 /// | 3 | device | reserved |
 ///
 /// `slice_budget`, `epoch`, `idle_budget`, `step`, `slice_number` and `fault` are there for devices that run a kernel in
-/// slices; the CPU leaves them 0.
+/// slices; the CPU leaves them 0. `clock_asked` is for traces on devices with clocks of their own.
 #[derive(Clone, Copy, Debug)]
 pub struct ControlBlock<'a> {
     pub(crate) host: &'a HostLine,
@@ -36,6 +36,7 @@ pub struct ControlBlock<'a> {
 pub(crate) struct HostCommands {
     active: AtomicBool,
     terminate: AtomicBool,
+    clock_asked: AtomicU32,
 }
 
 /// The line of a control block that the host writes.
@@ -50,7 +51,9 @@ pub struct HostLine {
     epoch: AtomicU32,
     /// Empty polls in a row after which a slice ends.
     idle_budget: AtomicU32,
-    _reserved: [u32; 11],
+    /// Changes when the host wants to know the device's clock.
+    clock_asked: AtomicU32,
+    _reserved: [u32; 10],
 }
 
 /// The lines of a control block that the device writes.
@@ -82,6 +85,7 @@ const _: () = {
     assert!(offset_of!(HostLine, slice_budget) == 8);
     assert!(offset_of!(HostLine, epoch) == 12);
     assert!(offset_of!(HostLine, idle_budget) == 16);
+    assert!(offset_of!(HostLine, clock_asked) == 20);
     assert!(size_of::<DeviceLines>() == 192);
     assert!(offset_of!(DeviceLines, processed) == 0);
     assert!(offset_of!(DeviceLines, produced) == 4);
@@ -105,6 +109,9 @@ impl HostLine {
         ("EPOCH", offset_of!(HostLine, epoch)),
         ("IDLE_BUDGET", offset_of!(HostLine, idle_budget)),
     ];
+
+    /// Of what only preludes with a clock know.
+    pub(crate) const CLOCK_ASKED: usize = offset_of!(HostLine, clock_asked);
 }
 
 #[cfg(all(test, feature = "vulkan"))]
@@ -204,6 +211,20 @@ impl ControlBlock<'_> {
         // ORDERING: control. Whatever was prepared for the epoch is visible to its slices.
         self.host.epoch.store(epoch, Ordering::Release);
         store_fence();
+    }
+
+    /// Asks for the device's clock; the question's number, which its answer will carry. One asks at a time.
+    pub(crate) fn ask_clock(&self) -> u32 {
+        let number = self
+            .commands
+            .clock_asked
+            .load(Ordering::Relaxed)
+            .wrapping_add(1);
+        self.commands.clock_asked.store(number, Ordering::Relaxed);
+        // ORDERING: control. The block reads its clock after it has seen the question.
+        self.host.clock_asked.store(number, Ordering::Release);
+        store_fence();
+        number
     }
 
     /// Where an empty kernel begins.

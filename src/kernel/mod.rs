@@ -14,6 +14,7 @@ mod shader;
 pub(crate) mod signals;
 mod state;
 mod telemetry;
+mod trace;
 mod types;
 
 pub use builtin::{saxpy_reply, saxpy_request};
@@ -39,4 +40,8 @@ pub(crate) use shader::ShaderSource;
 pub use state::{FailureReason, KernelFailure, KernelState, UndeliveredMessage};
 pub(crate) use telemetry::TelemetryWriter;
 pub use telemetry::{TELEMETRY_BUFFER_BYTES, Telemetry, TelemetryBuffer};
+pub use trace::MessageTrace;
+#[cfg(all(test, feature = "vulkan"))]
+pub(crate) use trace::TRACE_OFFSETS;
+pub(crate) use trace::{Sample, TRACE_SLOTS, TraceHeader, TraceSlot, Tracer, read as read_samples};
 pub(crate) use types::TypeTable;

@@ -1,6 +1,10 @@
 //! The shape of a launch.
 
+use std::num::NonZeroU32;
+use std::sync::Arc;
+
 use crate::thread::WaitStrategy;
+use crate::time::Hlc;
 
 /// A size in up to three dimensions, as GPU interfaces count them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -72,6 +76,14 @@ pub struct LaunchOptions {
     pub cores: Vec<usize>,
     /// How many `call`s may be pending at once, 1 to 255; each has a buffer of `message_size`.
     pub max_pending_calls: usize,
+    /// What stamps messages sent with [`SendOptions::timestamp`](crate::SendOptions::timestamp): kernels that share a clock are stamped
+    /// in one order, and that of whoever else asks it. `None` gives the kernel a source of its own, to the nanosecond.
+    pub hlc: Option<Arc<Hlc>>,
+    /// Traces one request in so many of each block, the first one included, and every request that carries a trace id: when the
+    /// kernel saw it, and when it was done with it ([`KernelHandle::traces`](crate::KernelHandle::traces)). A kernel that is
+    /// traced reads the clock twice a message, and takes 16 KiB more a block. `None`, the default, traces nothing, and costs nothing. For kernels on the CPU
+    /// and on CUDA; others are not traced whatever this says.
+    pub trace_every: Option<NonZeroU32>,
 }
 
 impl Default for LaunchOptions {
@@ -86,6 +98,8 @@ impl Default for LaunchOptions {
             host_wait: None,
             cores: Vec::new(),
             max_pending_calls: 64,
+            hlc: None,
+            trace_every: None,
         }
     }
 }

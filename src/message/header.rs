@@ -310,7 +310,8 @@ impl MessageHeader {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Extension {
-    /// When the message was sent, in nanoseconds since the Unix epoch; 0 means "not stamped".
+    /// When the message was sent, in nanoseconds since the Unix epoch; 0 means "not stamped". All bits of an `HlcTimestamp` if a
+    /// hybrid logical clock stamped it.
     pub timestamp_ns: u64,
     /// When the message stops being of use, in nanoseconds since the Unix epoch; 0 means "never".
     pub deadline_ns: u64,

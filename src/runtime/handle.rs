@@ -20,6 +20,7 @@ use crate::error::{
     CallError, Error, MessageError, RecvTimeoutError, Rejection, SendTimeoutError, TryRecvError,
     TrySendError, Unavailable,
 };
+use crate::kernel::MessageTrace;
 use crate::message::{MessageHeader, RAW_KIND, RingMessage};
 use crate::time::Deadline;
 
@@ -111,6 +112,21 @@ impl KernelHandle {
     #[must_use]
     pub fn metrics(&self) -> KernelMetrics {
         self.instance.metrics()
+    }
+
+    /// When the kernel saw messages, and when it was done with them: the latest samples that it keeps, up to 256 a block, by block and
+    /// oldest first. Each call gives all of them; [`MessageTrace::sample`] tells which are new. A sample appears when its
+    /// handler has returned, which may be shortly after its reply was received. Allocates; does not disturb the kernel's loop.
+    ///
+    /// Of a kernel that reads a device's own clock and is active, it asks for that clock first: for some 2 ms, and up to 100 ms if the kernel
+    /// does not answer, because it is in a handler. Does not wait on the CPU.
+    ///
+    /// `None` if the kernel is not traced: it was launched without [`LaunchOptions::trace_every`](crate::LaunchOptions::trace_every), or on a
+    /// device whose kernels cannot be traced (Vulkan, Metal). `None` too while nothing is known of the device's clock, because the kernel has
+    /// not answered twice.
+    #[must_use]
+    pub fn traces(&self) -> Option<Vec<MessageTrace>> {
+        self.instance.traces()
     }
 
     // Sending.

@@ -18,8 +18,8 @@ use crate::backend::{Dispatch, DispatchStatus};
 use crate::bridge::{Bridge, Port};
 use crate::error::Error;
 use crate::kernel::{
-    BlockState, DeadLetterReason, FailureReason, KernelFailure, KernelState, Lost, Telemetry,
-    UndeliveredMessage,
+    BlockState, DeadLetterReason, FailureReason, KernelFailure, KernelState, Lost, MessageTrace,
+    Telemetry, UndeliveredMessage,
 };
 use crate::thread::{CoreLease, SpinPermit};
 use crate::time::{self, Deadline};
@@ -103,6 +103,7 @@ impl KernelInstance {
         }
         let activated = self
             .command(&mut control, true, BlockState::Polling, "activation")
+            .inspect(|()| self.compare_clocks())
             .and_then(|()| self.change_state(KernelState::Active));
         if activated.is_ok() {
             // What waits in lanes can go on.
@@ -120,6 +121,7 @@ impl KernelInstance {
     pub(super) fn deactivate(&self) -> Result<(), Error> {
         let mut control = self.control.lock();
         self.change_state(KernelState::Deactivated)?;
+        self.compare_clocks();
         self.command(&mut control, false, BlockState::Idle, "deactivation")
     }
 
@@ -200,6 +202,9 @@ impl KernelInstance {
     /// Ends the kernel. A failed one keeps its state and gives its threads and cores back.
     pub(super) fn terminate(&self) -> Result<(), Error> {
         let mut control = self.control.lock();
+        if self.state() == KernelState::Active {
+            self.compare_clocks();
+        }
         match self.signals.gate.transition(KernelState::Terminating) {
             Ok(from) => log::debug!("kernel '{}': {from} -> Terminating", self.signals.name),
             Err(KernelState::Failed) if control.dispatch.is_some() => {}
@@ -362,6 +367,22 @@ impl KernelInstance {
             device: self.device,
             state: self.state(),
             failure: self.signals.failure(),
+        }
+    }
+
+    pub(super) fn traces(&self) -> Option<Vec<MessageTrace>> {
+        let tracing = self.tracing.as_ref()?;
+        let samples = tracing.read(&self.blocks);
+        if self.state() == KernelState::Active {
+            self.compare_clocks();
+        }
+        tracing.place(&samples)
+    }
+
+    /// Learns how the device's clock stands, which only a kernel that polls can tell.
+    fn compare_clocks(&self) {
+        if let Some(tracing) = &self.tracing {
+            tracing.compare(&self.blocks);
         }
     }
 

@@ -1,5 +1,6 @@
 //! From a registration and options to a resident kernel.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::time::Duration;
@@ -13,6 +14,7 @@ use super::instance::{ControlPlane, KernelInstance};
 use super::link::{Counter, KernelLink, Lanes};
 use super::receive::ReceiveSide;
 use super::send::SendSide;
+use super::traces::Tracing;
 use crate::backend::{
     BackendType, BlockLayout, Device, DeviceKind, DispatchRequest, GridMemory, Handler, host_ring,
     host_ring_bytes,
@@ -20,10 +22,12 @@ use crate::backend::{
 use crate::bridge::Bridge;
 use crate::error::{Error, HandlerError};
 use crate::kernel::signals::KernelSignals;
-use crate::kernel::{DeadLetterQueue, Dim3, KernelRegistration, KernelState, LaunchOptions};
+use crate::kernel::{
+    DeadLetterQueue, Dim3, KernelRegistration, KernelState, LaunchOptions, TRACE_SLOTS,
+};
 use crate::ring::RingLayout;
 use crate::thread::{CoreLease, KernelWait, SpinPermit, WaitStrategy, affinity};
-use crate::time::TimestampSource;
+use crate::time::{Stamps, TimestampSource};
 
 /// Most blocks of a grid: on the CPU each is a thread.
 const MAX_BLOCKS: u64 = 1024;
@@ -47,9 +51,12 @@ pub(super) fn launch(
     bridge: &Arc<Bridge>,
 ) -> Result<Arc<KernelInstance>, Error> {
     let blocks = check_shape(grid, block_size)?;
-    let layout = layout(config, registration, options)?;
+
     let calls = check_calls(options)?;
     let handler = handler(device.info().backend, registration)?;
+    let clock = options.trace_every.and_then(|_| device.clock(&handler));
+    let trace_every = clock.and(options.trace_every).map_or(0, NonZeroU32::get);
+    let layout = layout(config, registration, options, clock.is_some())?;
     let host_wait = options.host_wait.unwrap_or(config.host_wait);
     let placement = Placing::choose(device, config, options, blocks)?;
 
@@ -95,6 +102,7 @@ pub(super) fn launch(
         cores: placement.cores(),
         shared_cores: placement.shared,
         telemetry: config.enable_telemetry,
+        trace_every,
         heartbeat_interval: config.heartbeat_interval,
     })?;
     let memory_bytes = memory_bytes + dispatch.memory_bytes();
@@ -117,10 +125,14 @@ pub(super) fn launch(
         default_timeout: config.default_timeout,
         termination_timeout: config.termination_timeout,
         telemetry: config.enable_telemetry,
+        tracing: clock.map(Tracing::new),
         spins: matches!(placement.wait, KernelWait::Spin | KernelWait::SpinYield),
         cores: placement.leases.iter().map(CoreLease::core).collect(),
         memory_bytes,
-        timestamps: TimestampSource::new(),
+        timestamps: match &options.hlc {
+            Some(clock) => Stamps::Shared(Arc::clone(clock)),
+            None => Stamps::Own(TimestampSource::new()),
+        },
         calls,
         accepted: (0..blocks).map(|_| Counter::default()).collect(),
         delivered: Counter::default(),
@@ -202,6 +214,7 @@ fn layout(
     config: &RuntimeConfig,
     registration: &KernelRegistration,
     options: &LaunchOptions,
+    traced: bool,
 ) -> Result<BlockLayout, Error> {
     let capacity = options
         .queue_capacity
@@ -220,6 +233,7 @@ fn layout(
     Ok(BlockLayout {
         ring,
         state_bytes: registration.state_bytes(),
+        trace_slots: if traced { TRACE_SLOTS } else { 0 },
     })
 }
 

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 
 use super::calls::CallTable;
 use super::lifecycle::MessageTally;
+use super::traces::Tracing;
 use crate::backend::BlockMemory;
 use crate::bridge::LaneShared;
 use crate::kernel::signals::KernelSignals;
@@ -16,7 +17,7 @@ use crate::kernel::{DeadLetterReason, FailureReason, KernelFailure, KernelState,
 use crate::message::{Extension, MessageHeader};
 use crate::ring::RingLayout;
 use crate::thread::{WaitStrategy, Waiter};
-use crate::time::TimestampSource;
+use crate::time::Stamps;
 
 /// A counter on a cache line pair of its own, written by one thread at a time.
 #[derive(Debug, Default)]
@@ -57,10 +58,12 @@ pub(crate) struct KernelLink {
     pub(super) default_timeout: Duration,
     pub(super) termination_timeout: Duration,
     pub(super) telemetry: bool,
+    /// `None` unless messages are traced.
+    pub(super) tracing: Option<Tracing>,
     pub(super) spins: bool,
     pub(super) cores: Vec<usize>,
     pub(super) memory_bytes: u64,
-    pub(super) timestamps: TimestampSource,
+    pub(super) timestamps: Stamps,
     pub(super) calls: CallTable,
     /// Requests accepted, by block; written by whoever holds the sending side.
     pub(super) accepted: Box<[Counter]>,

@@ -20,6 +20,7 @@ mod receive;
 mod replay;
 mod ring_kernel_runtime;
 mod send;
+mod traces;
 
 pub use builder::RuntimeBuilder;
 pub use client::Client;

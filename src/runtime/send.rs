@@ -29,8 +29,9 @@ pub struct SendOptions {
     pub priority: Priority,
     /// Messages of equal key go to the same block of the grid, in order. Without a key they go round-robin.
     pub key: Option<u64>,
-    /// Stamps the message with the time of sending: larger than any stamp of this kernel before it. Takes the 32-byte
-    /// extension, and reads the clock.
+    /// Stamps the message with the time of sending: larger than any stamp of this kernel before it, and than any other that its
+    /// clock gave, if it was launched with one ([`LaunchOptions::hlc`](crate::LaunchOptions::hlc)). Takes the 32-byte extension, and
+    /// reads the clock.
     pub timestamp: bool,
     /// When the message stops being of use, in nanoseconds since the Unix epoch
     /// ([`now_ns`](crate::time::now_ns) gives the present). An expired message goes to the dead letters instead of the handler: of every

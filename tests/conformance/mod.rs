@@ -9,6 +9,7 @@ pub mod life;
 pub mod messages;
 pub mod numbers;
 pub mod sharing;
+pub mod time;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -160,6 +161,22 @@ macro_rules! conformance {
             }
         }
     };
+    // A backend whose kernels can be traced.
+    (traces: $subject:ty) => {
+        $crate::conformance! { $subject:
+            time::{
+                a_kernel_is_traced_only_if_asked_to,
+                a_trace_tells_when_a_message_was_sent_seen_and_done,
+                one_message_in_n_is_traced_and_every_one_with_a_trace_id,
+                the_latest_traces_are_kept_and_outlive_a_pause,
+                handler_time_is_all_of_the_handlers_time,
+            }
+        }
+    };
+    // A backend whose kernels cannot be.
+    (no traces: $subject:ty) => {
+        $crate::conformance! { $subject: time::{ a_kernel_that_cannot_be_traced_says_so } }
+    };
     (everywhere: $subject:ty) => {
         $crate::conformance! { $subject:
             messages::{
@@ -246,6 +263,9 @@ macro_rules! conformance {
             }
             faults::{
                 memory_that_is_not_there_is_an_error,
+            }
+            time::{
+                what_happened_before_is_stamped_lower_across_kernels_and_clocks,
             }
         }
     };

@@ -117,7 +117,7 @@ pub unsafe extern "C" fn cuLaunchKernel(
     if stream.is_null() {
         return DEADLOCK;
     }
-    // SAFETY: see above. `rk_main` has a structure of fourteen words and three addresses, the kernels of the benchmark have two
+    // SAFETY: see above. `rk_main` has a structure of fifteen words and three addresses, the kernels of the benchmark have two
     // addresses; all are copied here.
     let (job, stream) = unsafe {
         let address = |index: usize| *(*arguments.add(index)).cast::<u64>() as usize;
@@ -128,7 +128,7 @@ pub unsafe extern "C" fn cuLaunchKernel(
             let (request, reply) = (address(0), address(1));
             Arc::new(move || run_copy(request, reply, threads as usize))
         } else {
-            let words = *(*arguments).cast::<[u32; 14]>();
+            let words = *(*arguments).cast::<[u32; 15]>();
             let addresses = [1, 2, 3].map(address);
             let Some(run_block) = (*function.cast::<Module>()).run_block else {
                 return NOT_FOUND;
@@ -172,7 +172,7 @@ pub(crate) fn start(stream: &Stream, job: Job) {
 
 pub(crate) fn run_blocks(
     run_block: RunBlock,
-    words: [u32; 14],
+    words: [u32; 15],
     addresses: [usize; 3],
     blocks: c_uint,
     threads: c_uint,

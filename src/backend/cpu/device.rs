@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::dispatch::CpuDispatch;
 use crate::backend::{
-    Account, Backend, BackendType, Device, DeviceInfo, DeviceKind, DeviceMemory, Dispatch,
-    DispatchRequest, Placement,
+    Account, Backend, BackendType, BlockClock, Device, DeviceInfo, DeviceKind, DeviceMemory,
+    Dispatch, DispatchRequest, Handler, Placement,
 };
 use crate::error::Error;
 use crate::thread::affinity;
@@ -90,6 +90,10 @@ impl CpuDevice {
 }
 
 impl Device for CpuDevice {
+    fn clock(&self, _handler: &Handler) -> Option<BlockClock> {
+        Some(BlockClock::Host)
+    }
+
     fn info(&self) -> &DeviceInfo {
         &self.info
     }

@@ -51,6 +51,7 @@ impl CpuDispatch {
             block_size: request.block_size,
             wait: request.wait,
             telemetry: request.telemetry,
+            trace_every: request.trace_every,
             heartbeat_interval: request.heartbeat_interval,
             blocks: Arc::clone(&blocks),
         });

@@ -11,7 +11,7 @@ use crate::error::HandlerError;
 use crate::kernel::signals::KernelSignals;
 use crate::kernel::{
     BlockState, CpuHandler, DeadLetterReason, Dim3, FailureReason, KernelContext, KernelFailure,
-    Lost, ReplyPort, Request, TelemetryWriter, TypeTable, UndeliveredMessage,
+    Lost, ReplyPort, Request, TelemetryWriter, Tracer, TypeTable, UndeliveredMessage,
 };
 use crate::message::RAW_KIND;
 use crate::ring::{Consumer, Corruption, Peek};
@@ -40,6 +40,8 @@ pub(super) struct WorkerSetup {
     pub(super) block_size: Dim3,
     pub(super) wait: KernelWait,
     pub(super) telemetry: bool,
+    /// One message in so many is traced; 0 if none is.
+    pub(super) trace_every: u32,
     pub(super) heartbeat_interval: Duration,
     pub(super) blocks: Arc<[Arc<BlockMemory>]>,
 }
@@ -96,6 +98,7 @@ impl Worker {
             setup: &setup,
             handler: handler.as_ref(),
             telemetry: TelemetryWriter::default(),
+            tracer: Tracer::new(setup.trace_every, memory.traces()),
             unstored: 0,
             in_hand: false,
         };
@@ -127,6 +130,7 @@ struct BlockLoop<'a> {
     setup: &'a WorkerSetup,
     handler: &'a dyn CpuHandler,
     telemetry: TelemetryWriter,
+    tracer: Option<Tracer<'a>>,
     /// Messages since the counters were written out.
     unstored: u32,
     /// Whether the handler has the request at the consumer's position right now.
@@ -229,7 +233,7 @@ impl BlockLoop<'_> {
 
     #[inline]
     fn handle(&mut self) {
-        let begin = if self.setup.telemetry {
+        let begin = if self.setup.telemetry || self.tracer.is_some() {
             time::ticks()
         } else {
             0
@@ -237,6 +241,9 @@ impl BlockLoop<'_> {
         self.in_hand = true;
         if let Err(error) = &self.call_handler() {
             self.reply_error(error);
+        }
+        if self.tracer.is_some() {
+            self.trace(begin);
         }
         let length = self.requests.header().length();
         self.in_hand = false;
@@ -252,6 +259,22 @@ impl BlockLoop<'_> {
             if self.unstored == MESSAGES_PER_STORE {
                 self.store_telemetry();
             }
+        }
+    }
+
+    /// Samples the request in hand, which was seen when the counter stood at `begin`, if it is to be sampled.
+    #[cold]
+    fn trace(&mut self, begin: u64) {
+        let extension = self.requests.extension();
+        if let Some(tracer) = &mut self.tracer
+            && tracer.wants(self.requests.position(), extension.as_ref())
+        {
+            tracer.record(
+                self.requests.header().correlation(),
+                extension.as_ref(),
+                time::epoch_ns(begin),
+                time::now_ns(),
+            );
         }
     }
 

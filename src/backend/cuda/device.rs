@@ -13,8 +13,8 @@ use super::physical::{self, Physical};
 use super::{driver, unavailable};
 use crate::backend::cpp::{self, LaunchWords};
 use crate::backend::{
-    Account, Backend, CudaConfig, CudaRingMemory, Device, DeviceInfo, DeviceMemory, Dispatch,
-    DispatchRequest, Handler, Placement, ResidentDispatch, probe,
+    Account, Backend, BlockClock, CudaConfig, CudaRingMemory, Device, DeviceInfo, DeviceMemory,
+    Dispatch, DispatchRequest, Handler, Placement, ResidentDispatch, probe,
 };
 use crate::error::Error;
 use crate::kernel::CudaCode;
@@ -274,6 +274,10 @@ impl Device for CudaDevice {
 
     fn doorbell(&self) -> Option<Arc<EventCount>> {
         Some(Arc::clone(&self.monitor.handle.doorbell))
+    }
+
+    fn clock(&self, _handler: &Handler) -> Option<BlockClock> {
+        Some(BlockClock::Device)
     }
 
     fn prepare(&self, kernel: &str, handler: &Handler) -> Result<(), Error> {

@@ -57,6 +57,10 @@ macro_rules! mode {
 
             mod suite {
                 crate::conformance! { on a device: crate::backend::metal::tests::$module::Metal }
+
+                mod traces {
+                    crate::conformance! { no traces: crate::backend::metal::tests::$module::Metal }
+                }
             }
         }
     };
