@@ -107,9 +107,9 @@ pub use crate::{
         find_kernel,
     },
     runtime::{
-        Bytes, DrainReport, KernelHandle, KernelMetrics, KernelStatus, LifecycleState,
-        MessageTally, Received, Receiver, RingKernelRuntime, RuntimeBuilder, RuntimeConfig,
-        SendBatch, SendOptions, SendSlot, Sender, ShutdownReport,
+        Bytes, Connection, ConnectionKind, DrainReport, KernelHandle, KernelMetrics, KernelStatus,
+        LifecycleState, MessageTally, Received, Receiver, RingKernelRuntime, RuntimeBuilder,
+        RuntimeConfig, SendBatch, SendOptions, SendSlot, Sender, ShutdownReport,
     },
     thread::WaitStrategy,
 };

@@ -114,6 +114,23 @@ impl Head {
         }
     }
 
+    /// The kind.
+    #[inline]
+    #[cfg(all(feature = "std", not(loom)))]
+    pub(crate) const fn kind(self) -> u16 {
+        self.kind_lane as u16
+    }
+
+    /// The same message under another kind.
+    #[inline]
+    #[cfg(all(feature = "std", not(loom)))]
+    pub(crate) const fn with_kind(self, kind: u16) -> Self {
+        Self {
+            kind_lane: kind as u32 | (self.kind_lane & 0xffff_0000),
+            ..self
+        }
+    }
+
     /// The header's second word for a payload of `length` bytes, which the ring has checked against its slots.
     #[inline]
     pub(crate) const fn length_flags(self, length: usize) -> u32 {

@@ -199,6 +199,8 @@ impl KernelInstance {
         self.signals.wake_all();
         // A send by handle that passed the gate before it closed ends here.
         drop(self.send.try_lock_for(SEND_IN_FLIGHT));
+        // So does a reply of the kernel before this one.
+        self.pipes.await_publisher(self.termination_timeout);
         self.end(&mut control)
     }
 
@@ -233,6 +235,7 @@ impl KernelInstance {
         drop(dispatch);
         control.permit = None;
         control.leases.clear();
+        self.pipes.settle();
         self.signals.wake_all();
         outcome
     }
@@ -261,7 +264,7 @@ impl KernelInstance {
         for _ in letters.counts().corrupt_requests..refused {
             letters.request(DeadLetterReason::Corrupt, &Lost::default());
         }
-        for (block, counter) in self.blocks.iter().zip(&self.accepted) {
+        for (block, counter) in self.blocks.iter().zip(&*self.accepted) {
             let control = block.control();
             let position = control.processed();
             // A request that a handler panicked on, or sits on for ever, is still the first in its ring.

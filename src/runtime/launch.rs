@@ -9,7 +9,8 @@ use parking_lot::Mutex;
 use super::calls::{CallTable, MAX_CALLS};
 use super::config::RuntimeConfig;
 use super::instance::{ControlPlane, KernelInstance};
-use super::link::{Counter, KernelLink};
+use super::link::KernelLink;
+use super::pipeline::Pipes;
 use super::receive::ReceiveSide;
 use super::send::SendSide;
 use crate::backend::{
@@ -17,6 +18,7 @@ use crate::backend::{
     host_ring_bytes,
 };
 use crate::error::{Error, HandlerError};
+use crate::kernel::outlet::Counter;
 use crate::kernel::signals::KernelSignals;
 use crate::kernel::{DeadLetterQueue, Dim3, KernelRegistration, KernelState, LaunchOptions};
 use crate::ring::RingLayout;
@@ -122,6 +124,7 @@ pub(super) fn launch(
         delivered: Counter::default(),
         handed_over: AtomicU64::new(0),
         waiters: AtomicU32::new(0),
+        pipes: Pipes::default(),
     };
     Ok(Arc::new(KernelInstance {
         link,

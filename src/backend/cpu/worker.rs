@@ -81,7 +81,9 @@ impl Worker {
         let mut block = BlockLoop {
             requests,
             port: ReplyPort {
+                produced: replies.position(),
                 producer: replies,
+                outlet: None,
                 control: memory.control(),
                 telemetry: setup.telemetry.then(|| memory.telemetry()),
                 signals: Arc::clone(&signals),
@@ -106,6 +108,7 @@ impl Worker {
             Err(panic) => Some(block.panicked(panic.as_ref())),
         };
         block.store_telemetry();
+        block.port.close();
         // The consumer publishes its cursor when it is dropped; the end is announced after that.
         drop(block);
         memory.control().store_state(BlockState::Ended);
@@ -140,6 +143,7 @@ impl BlockLoop<'_> {
             if control.must_terminate() {
                 return Ok(());
             }
+            self.port.exchange();
             if control.is_active() {
                 control.store_state(BlockState::Polling);
                 self.poll_while_active()?;
@@ -150,7 +154,7 @@ impl BlockLoop<'_> {
             } else {
                 self.port.show_life();
                 self.sleep(self.setup.heartbeat_interval, |block| {
-                    block.memory.control().is_active()
+                    block.memory.control().is_active() || block.port.wants_exchange()
                 });
             }
         }
@@ -257,6 +261,10 @@ impl BlockLoop<'_> {
 
     #[inline]
     fn call_handler(&mut self) -> Result<(), HandlerError> {
+        if self.requests.header().is_error() {
+            self.pass_error_on();
+            return Ok(());
+        }
         let types = self.setup.types.as_ref();
         let kind = self.requests.header().kind();
         if kind != RAW_KIND && types.type_id_of(kind).is_none() {
@@ -306,6 +314,27 @@ impl BlockLoop<'_> {
             // The kernel is ending: the caller learns that instead.
             log::debug!(
                 "kernel '{}': error reply not written: {refused}",
+                self.port.signals.name
+            );
+        }
+    }
+
+    /// Passes an error reply of the kernel before this one on, so that the caller at the end of the pipeline learns of it.
+    /// Only that kernel writes such requests.
+    #[cold]
+    fn pass_error_on(&mut self) {
+        let payload = self.requests.payload();
+        let passed = self
+            .port
+            .reply(self.requests.header().error_head(), None, |body| {
+                // A slot has room for every error.
+                let length = payload.len().min(body.len());
+                body[..length].copy_from_slice(&payload[..length]);
+                Ok(length)
+            });
+        if let Err(refused) = passed {
+            log::debug!(
+                "kernel '{}': error not passed on: {refused}",
                 self.port.signals.name
             );
         }
