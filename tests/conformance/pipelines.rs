@@ -188,8 +188,8 @@ pub fn a_pipeline_that_nobody_empties_holds_its_senders_back<S: Subject>() {
             Err(error) => panic!("{error}"),
         }
     }
-    // Four rings of sixteen, and a message in each kernel's hands that is still in the ring before it.
-    assert_eq!(sent, 4 * 16);
+    // Four rings of sixteen; each of the three kernels may hold less than a quarter of its ring back.
+    assert!((4 * 16 - 3 * 3..=4 * 16).contains(&sent), "{sent}");
     for number in 0..sent {
         assert_eq!(receive(&kernels[2]), Ok(10_000 + number + 3));
     }
@@ -224,11 +224,8 @@ pub fn types_are_translated_and_unknown_ones_are_errors<S: Subject>() {
         panic!("{error:?}");
     };
     assert_eq!(error.code, HandlerError::BAD_REQUEST);
-    let metrics = kernels[0].metrics();
-    assert_eq!(
-        (metrics.processed, metrics.last_error),
-        (1, HandlerError::BAD_REQUEST)
-    );
+    eventually("the count", || kernels[0].metrics().processed == 1);
+    assert_eq!(kernels[0].metrics().last_error, HandlerError::BAD_REQUEST);
     let sum: Sum = kernels[0]
         .call_through(&kernels[1], &Sum { value: 5 }, LONG)
         .unwrap();
@@ -276,8 +273,8 @@ pub fn errors_of_every_stage_reach_the_end<S: Subject>() {
     }
     for kernel in &kernels {
         // Each counts its own.
+        eventually("the count", || kernel.metrics().processed == 3);
         assert_eq!(kernel.metrics().telemetry.unwrap().errors, 1);
-        assert_eq!(kernel.metrics().processed, 3);
     }
     // A correlation of the sender's own travels with the error.
     let options = SendOptions {
@@ -553,7 +550,7 @@ pub fn stages_can_be_deactivated_at_any_time<S: Subject>() {
         let mut sent = 0;
         // Fills what lies before the stage, and makes those waiting that write to it.
         for _ in 0..200 {
-            match kernels[0].try_send_bytes(&(10_000 + next + sent as u64).to_ne_bytes()) {
+            match kernels[0].try_send_bytes(&(10_000 + next + sent).to_ne_bytes()) {
                 Ok(()) => sent += 1,
                 Err(TrySendError::Full) => thread::sleep(Duration::from_micros(50)),
                 Err(TrySendError::Unavailable(Unavailable::Deactivated)) => break,
@@ -707,6 +704,12 @@ pub fn stages_end_under_load_in_any_order<S: Subject>() {
                             received += 1;
                         }
                         Err(RecvTimeoutError::Unavailable(_)) => return received,
+                        // The reply that a kernel waited to write when it ended.
+                        Err(RecvTimeoutError::Message(MessageError::Handler(error)))
+                            if error.code == HandlerError::ENDING =>
+                        {
+                            received += 1;
+                        }
                         Err(error) => panic!("{error}"),
                     }
                 }
