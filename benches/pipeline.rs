@@ -318,7 +318,7 @@ fn run() -> Result<(), Failure> {
             (WaitStrategy::SpinYield, "yield"),
             (WaitStrategy::Park, "park"),
         ] {
-            let percent = if wait == WaitStrategy::Spin { 100 } else { 10 };
+            let percent = 100;
             add(
                 format!("{count} shared, {how}"),
                 percent,

@@ -63,6 +63,15 @@ impl Valve {
     }
 }
 
+/// The block behind an outlet, where the block before it runs it on its own thread.
+pub(crate) trait Guest: Send + Sync + fmt::Debug {
+    /// Whether the calling thread runs it from now on, whenever it has something for it.
+    fn host(&self, hosting: bool);
+
+    /// Lets it handle a request, if it has one. Whether it may have more to do.
+    fn run(&self) -> bool;
+}
+
 /// Kinds of the next kernel by kinds of this one; this stands for those that have not been looked up.
 const NOT_YET: u16 = u16::MAX;
 
@@ -82,6 +91,10 @@ pub(crate) struct Outlet {
     pub(crate) accepted: Arc<[Counter]>,
     /// Whether it may sleep.
     pub(crate) needs_wake: bool,
+    /// The block behind it, if this block runs that as well.
+    pub(crate) guest: Option<Arc<dyn Guest>>,
+    /// Whether the guest may have something to do.
+    pub(crate) pending: bool,
     /// Type tables of this kernel and of the one behind it.
     types: [Arc<TypeTable>; 2],
     kinds: [u16; KINDS],
@@ -102,6 +115,7 @@ impl Outlet {
         next: Arc<KernelSignals>,
         accepted: Arc<[Counter]>,
         needs_wake: bool,
+        guest: Option<Arc<dyn Guest>>,
         types: [Arc<TypeTable>; 2],
     ) -> Self {
         let mut kinds = [NOT_YET; KINDS];
@@ -112,7 +126,9 @@ impl Outlet {
             valve,
             next,
             accepted,
-            needs_wake,
+            needs_wake: needs_wake && guest.is_none(),
+            guest,
+            pending: false,
             types,
             kinds,
         }
@@ -154,13 +170,24 @@ impl Outlet {
 
     /// The message has been published, and counts; or it has not been.
     #[inline]
-    pub(crate) fn leave(&self, published: bool) {
+    pub(crate) fn leave(&mut self, published: bool) {
         if published {
+            self.pending = true;
             self.accepted[0].add(1);
         }
         self.valve.leave();
         if published && self.needs_wake {
             self.next.work[0].notify();
+        }
+    }
+
+    /// Lets the guest, if there is one, do something if it may have something to do.
+    #[inline]
+    pub(crate) fn run_guest(&mut self) {
+        if self.pending
+            && let Some(guest) = &self.guest
+        {
+            self.pending = guest.run();
         }
     }
 

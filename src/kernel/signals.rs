@@ -1,5 +1,6 @@
 //! What the host side of a kernel and the thread or bridge behind it tell each other outside the device's memory.
 
+use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -112,6 +113,8 @@ pub(crate) struct KernelSignals {
     pub(crate) dead_letters: DeadLetters,
     /// Where the block finds the outlet to the kernel that its replies go to, if they do.
     pub(crate) outlet: OutletSlot,
+    /// What the backend left for the block if the block before it runs it on its own thread.
+    pub(crate) berth: Mutex<Option<Arc<dyn Any + Send + Sync>>>,
     failure: Mutex<Option<KernelFailure>>,
     /// Blocks whose handler panicked: the request that it had is still the first in its ring.
     poisoned: Mutex<Vec<u32>>,
@@ -139,6 +142,7 @@ impl KernelSignals {
             work: (0..blocks).map(|_| bell()).collect(),
             alive_at_ns: AtomicU64::new(0),
             outlet: OutletSlot::default(),
+            berth: Mutex::new(None),
             failure: Mutex::new(None),
             poisoned: Mutex::new(Vec::new()),
         }

@@ -16,10 +16,11 @@ use super::lifecycle::MessageTally;
 use super::link::progress;
 use super::receive::ReceiveSide;
 use super::send::SendSide;
+use crate::backend::cpu::Berth;
 use crate::backend::{BlockMemory, HostProducer};
 use crate::error::Error;
 use crate::kernel::KernelState;
-use crate::kernel::outlet::{Counter, Outlet, Valve};
+use crate::kernel::outlet::{Counter, Guest, Outlet, Valve};
 use crate::kernel::signals::KernelSignals;
 use crate::time::Deadline;
 
@@ -32,6 +33,10 @@ const NAP: Duration = Duration::from_micros(50);
 pub enum ConnectionKind {
     /// The first kernel writes straight into the second one's request ring.
     SharedRing,
+    /// As `SharedRing`, and the first kernel's thread runs the second one's handler between its own messages: both have the
+    /// same core, or none of their own, so that two threads would wait for the scheduler with every message. A handler that
+    /// takes long holds the other up. The second kernel's own thread takes over while the first one is not active.
+    SharedThread,
 }
 
 /// Two connected kernels. Dropping it leaves them connected.
@@ -53,7 +58,7 @@ impl Connection {
     /// How it works.
     #[must_use]
     pub fn kind(&self) -> ConnectionKind {
-        ConnectionKind::SharedRing
+        self.joint.kind
     }
 
     /// Name of the kernel whose replies go this way.
@@ -165,6 +170,7 @@ struct Joint {
     from: Weak<KernelInstance>,
     to: Weak<KernelInstance>,
     names: [String; 2],
+    kind: ConnectionKind,
     passage: Arc<Passage>,
     /// The receiving side of the first kernel.
     replies: Mutex<Option<ReceiveSide>>,
@@ -210,6 +216,7 @@ impl Joint {
         self.passage.end.store(end, Ordering::Release);
         from.pipes.outlet.lock().take();
         if let Some(to) = self.to.upgrade() {
+            to.signals.berth.lock().take();
             let producer = HostProducer::from_parts(outlet.producer, outlet.memory);
             *to.send.lock() = Some(SendSide::new(vec![producer]));
             to.pipes.inlet.lock().take();
@@ -326,11 +333,17 @@ pub(super) fn connect(
     from.pipes.settle();
     to.pipes.settle();
     let (requests, mut replies) = take_sides(from, to)?;
-    let joint = match offer(from, to, requests) {
+    let kind = if from.cores == to.cores {
+        ConnectionKind::SharedThread
+    } else {
+        ConnectionKind::SharedRing
+    };
+    let joint = match offer(from, to, requests, kind) {
         Ok(passage) => Joint {
             from: Arc::downgrade(from),
             to: Arc::downgrade(to),
             names: [from, to].map(|kernel| kernel.signals.name.clone()),
+            kind,
             passage,
             replies: Mutex::new(None),
         },
@@ -462,6 +475,7 @@ fn offer(
     from: &Arc<KernelInstance>,
     to: &Arc<KernelInstance>,
     requests: HostProducer,
+    kind: ConnectionKind,
 ) -> Result<Arc<Passage>, Error> {
     let passage = Arc::new(Passage {
         valve: Arc::new(Valve::default()),
@@ -472,6 +486,11 @@ fn offer(
         first: to.accepted[0].get(),
         end: AtomicU64::new(u64::MAX),
     });
+    let guest = (kind == ConnectionKind::SharedThread).then(|| {
+        let berth = Arc::new(Berth::new(Arc::clone(&to.signals)));
+        *to.signals.berth.lock() = Some(Arc::<Berth>::clone(&berth));
+        berth as Arc<dyn Guest>
+    });
     let slot = &from.signals.outlet;
     slot.offer(Outlet::new(
         requests.into_parts(),
@@ -479,12 +498,14 @@ fn offer(
         Arc::clone(&to.signals),
         Arc::clone(&to.accepted),
         to.needs_wake,
+        guest,
         [Arc::clone(&from.types), Arc::clone(&to.types)],
     ));
     let followed = follow(from, "connection", || slot.is_taken());
     if followed.is_err()
         && let Some(outlet) = slot.take_back()
     {
+        to.signals.berth.lock().take();
         let producer = HostProducer::from_parts(outlet.producer, outlet.memory);
         *to.send.lock() = Some(SendSide::new(vec![producer]));
         return followed.map(|()| passage);

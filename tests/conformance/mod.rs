@@ -7,6 +7,7 @@ pub mod letters;
 pub mod life;
 pub mod messages;
 pub mod numbers;
+pub mod pipeline_ends;
 pub mod pipelines;
 pub mod sharing;
 
@@ -144,14 +145,17 @@ macro_rules! conformance {
                     connected_handles_say_so,
                     what_cannot_be_connected_is_refused_and_changes_nothing,
                     devices_apart_are_not_connected_by_a_ring,
+                    kernels_of_a_pipeline_wait_as_they_like,
+                    calls_through_a_pipeline_never_mix,
+                    many_replies_pass_kernels_of_one_thread,
+                }
+                pipeline_ends::{
                     connections_come_and_go_without_a_loss,
                     stages_can_be_deactivated_at_any_time,
                     stages_end_in_any_order_and_every_message_is_accounted_for,
                     stages_end_under_load_in_any_order,
                     a_panic_in_any_stage_fails_that_kernel_alone,
                     the_place_of_a_kernel_that_ended_can_be_taken,
-                    kernels_of_a_pipeline_wait_as_they_like,
-                    calls_through_a_pipeline_never_mix,
                     a_drain_waits_for_the_whole_pipeline,
                     replies_taken_after_the_end_count_as_delivered,
                     what_lies_between_two_kernels_at_the_end_is_returned,
