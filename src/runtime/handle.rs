@@ -29,7 +29,11 @@ const PATIENCE: Duration = Duration::from_micros(100);
 
 /// Looks for a reply between two looks whether the pipeline that it comes by is whole: some 100 us of spinning, which is
 /// rare, and far below any timeout.
-const LOOKS_PER_CHAIN: u32 = 256;
+const LOOKS_PER_CHAIN: u32 = 64;
+
+/// How long a caller sleeps at a time that waits for the reply of another kernel than it has sent to: whoever breaks the
+/// chain between them does not know of it.
+const CHAIN_NAP: Duration = Duration::from_millis(1);
 
 /// A launched kernel, shared by as many threads as like to.
 ///
@@ -518,7 +522,12 @@ impl KernelHandle {
         }
         let mut call = instance.calls.begin().ok_or(CallError::TooManyCalls)?;
         let address = Address::call(kind, call.correlation);
-        let mut waiter = instance.waiter(timeout);
+        let longest_sleep = if Arc::ptr_eq(&first.instance, &self.instance) {
+            instance.longest_sleep
+        } else {
+            instance.longest_sleep.min(CHAIN_NAP)
+        };
+        let mut waiter = instance.waiter(timeout).sleeping_at_most(longest_sleep);
         // The common case needs no clock: there is room.
         match first.send_once(&address, &write) {
             Ok(()) => {}
@@ -527,7 +536,9 @@ impl KernelHandle {
             Err(TrySendError::Full | TrySendError::Busy) => {
                 let deadline = Deadline::after(timeout);
                 first.send_until(timeout, &address, &write)?;
-                waiter = instance.waiter(deadline.remaining());
+                waiter = instance
+                    .waiter(deadline.remaining())
+                    .sleeping_at_most(longest_sleep);
             }
         }
         let mut read = Some(read);
