@@ -324,7 +324,7 @@ fn run() -> Result<(), Failure> {
                 percent,
                 stages(count, true, wait)?,
             )?;
-            // Kernels that spin on one core and know nothing of each other wait for the scheduler.
+            // Kernels that spin on one core and know nothing of each other wait milliseconds for the scheduler.
             if wait != WaitStrategy::Spin {
                 add(
                     format!("{count} by hand, {how}"),
