@@ -30,6 +30,11 @@ pub enum Unavailable {
     DeviceLost,
     /// The handle's endpoints were given away by `split` and are still held.
     Split,
+    /// The kernel is connected: another kernel writes its requests, or reads its replies
+    /// (`RingKernelRuntime::connect`).
+    Connected,
+    /// The kernels of a call through a pipeline are connected no more, or never were.
+    NotConnected,
 }
 
 impl fmt::Display for Unavailable {
@@ -42,6 +47,8 @@ impl fmt::Display for Unavailable {
             Self::Failed => "the kernel has failed",
             Self::DeviceLost => "the device is lost",
             Self::Split => "the kernel's endpoints are split off",
+            Self::Connected => "the kernel is connected to another one",
+            Self::NotConnected => "the kernels are not connected",
         })
     }
 }

@@ -125,7 +125,7 @@ impl fmt::Debug for BlockMemory {
 }
 
 /// Whatever must outlive a ring's endpoint.
-type KeepAlive = Arc<dyn fmt::Debug + Send + Sync>;
+pub(crate) type KeepAlive = Arc<dyn fmt::Debug + Send + Sync>;
 
 /// The host's writing end of a ring. On cache lines of its own: its position changes with every message, and a neighbour
 /// on the heap that the kernel's thread polls would drag the line to and fro.
@@ -501,6 +501,21 @@ impl BlockMemory {
             });
         }
         messages
+    }
+}
+
+impl HostProducer {
+    /// The end, and what keeps its memory alive.
+    pub(crate) fn into_parts(self) -> (Producer, KeepAlive) {
+        (self.producer, self._memory)
+    }
+
+    /// The inverse of [`into_parts`](Self::into_parts).
+    pub(crate) fn from_parts(producer: Producer, memory: KeepAlive) -> Self {
+        Self {
+            producer,
+            _memory: memory,
+        }
     }
 }
 

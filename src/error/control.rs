@@ -43,6 +43,27 @@ pub enum Error {
         /// Who holds them.
         reason: &'static str,
     },
+    /// Replies would come back to the kernel that gave them.
+    Cycle {
+        /// The kernels on the way, the first of them again at the end.
+        kernels: Vec<String>,
+    },
+    /// The kernel is connected already in this direction.
+    ConnectedAlready {
+        /// The kernel's name.
+        kernel: String,
+        /// Name of the kernel before or behind it.
+        with: String,
+    },
+    /// The two kernels cannot be connected.
+    CannotConnect {
+        /// Name of the kernel whose replies were to become requests.
+        from: String,
+        /// Name of the kernel that was to take them.
+        to: String,
+        /// Why.
+        reason: &'static str,
+    },
     /// An option or configuration value is out of range.
     InvalidOption {
         /// Name of the option.
@@ -194,6 +215,19 @@ impl fmt::Display for Error {
             Self::EndpointsBusy { kernel, reason } => {
                 write!(f, "the endpoints of kernel '{kernel}' are busy: {reason}")
             }
+            Self::Cycle { kernels } => {
+                write!(f, "kernels would feed themselves: {}", kernels.join(" -> "))
+            }
+            Self::ConnectedAlready { kernel, with } => {
+                write!(
+                    f,
+                    "kernel '{kernel}' is connected already, with kernel '{with}'"
+                )
+            }
+            Self::CannotConnect { from, to, reason } => write!(
+                f,
+                "the replies of kernel '{from}' cannot become requests of kernel '{to}': {reason}"
+            ),
             Self::InvalidOption { option, reason } => write!(f, "invalid {option}: {reason}"),
             Self::UnknownType { kernel, type_name } => {
                 write!(f, "kernel '{kernel}' does not take or give '{type_name}'")

@@ -7,6 +7,7 @@ mod dead_letters;
 mod device_code;
 mod handler;
 mod options;
+pub(crate) mod outlet;
 mod registration;
 mod registry;
 mod reply_port;

@@ -1,11 +1,13 @@
 //! What the host side of a kernel and the thread or bridge behind it tell each other outside the device's memory.
 
+use std::any::Any;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
 use super::dead_letters::{DeadLetterQueue, DeadLetters};
+use super::outlet::OutletSlot;
 use super::state::{FailureReason, KernelFailure, KernelState};
 use crate::error::Unavailable;
 use crate::thread::event_count::EventCount;
@@ -52,6 +54,13 @@ impl Gate {
         Ok(())
     }
 
+    /// Whether the kernel takes requests now or may do so later: it has not begun to end.
+    #[inline]
+    pub(crate) fn is_open(&self) -> bool {
+        // ORDERING: valve. See `Valve::enter`.
+        self.bits.load(Ordering::SeqCst) & STATE_MASK < KernelState::Terminating as u32
+    }
+
     #[cold]
     fn why(bits: u32) -> Unavailable {
         match KernelState::from_bits(bits & STATE_MASK) {
@@ -69,7 +78,8 @@ impl Gate {
     /// Goes from the present state to `next` if that is legal; gives the present state if not.
     pub(crate) fn transition(&self, next: KernelState) -> Result<KernelState, KernelState> {
         self.bits
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |bits| {
+            // ORDERING: valve. Whoever ends a kernel looks at the valve of its ring after this.
+            .fetch_update(Ordering::SeqCst, Ordering::Acquire, |bits| {
                 KernelState::from_bits(bits & STATE_MASK)
                     .can_become(next)
                     .then_some((bits & !STATE_MASK) | next as u32)
@@ -182,6 +192,10 @@ pub(crate) struct KernelSignals {
     pub(crate) dead_letters: DeadLetters,
     /// Its clients' lanes.
     pub(crate) lanes: LaneWatch,
+    /// Where the block finds the outlet to the kernel that its replies go to, if they do.
+    pub(crate) outlet: OutletSlot,
+    /// What the backend left for the block if the block before it runs it on its own thread.
+    pub(crate) berth: Mutex<Option<Arc<dyn Any + Send + Sync>>>,
     failure: Mutex<Option<KernelFailure>>,
     /// Blocks whose handler panicked: the request that it had is still the first in its ring.
     poisoned: Mutex<Vec<u32>>,
@@ -209,6 +223,8 @@ impl KernelSignals {
             work: (0..blocks).map(|_| bell()).collect(),
             alive_at_ns: AtomicU64::new(0),
             lanes: LaneWatch::default(),
+            outlet: OutletSlot::default(),
+            berth: Mutex::new(None),
             failure: Mutex::new(None),
             poisoned: Mutex::new(Vec::new()),
         }

@@ -124,6 +124,23 @@ impl Head {
         }
     }
 
+    /// The kind.
+    #[inline]
+    #[cfg(all(feature = "std", not(loom)))]
+    pub(crate) const fn kind(self) -> u16 {
+        self.kind_lane as u16
+    }
+
+    /// The same message under another kind.
+    #[inline]
+    #[cfg(all(feature = "std", not(loom)))]
+    pub(crate) const fn with_kind(self, kind: u16) -> Self {
+        Self {
+            kind_lane: kind as u32 | (self.kind_lane & 0xffff_0000),
+            ..self
+        }
+    }
+
     /// The message's priority, 0 to 3.
     #[inline]
     #[cfg(all(feature = "std", not(loom)))]

@@ -87,7 +87,7 @@ impl KernelHandle {
         let (found, number) = match self.join(&hub, lane, options.direct)? {
             Joined::Hub(found, number) => (found, number),
             Joined::None(lane) => {
-                let (send, receive) = self.take_sides()?;
+                let (send, receive) = self.take_sides(self)?;
                 let positions: Vec<_> = instance
                     .blocks
                     .iter()

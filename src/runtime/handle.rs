@@ -28,6 +28,14 @@ use crate::time::Deadline;
 /// takes less than a microsecond, so longer means that the other thread was preempted.
 const PATIENCE: Duration = Duration::from_micros(100);
 
+/// Looks for a reply between two looks whether the pipeline that it comes by is whole: some 100 us of spinning, which is
+/// rare, and far below any timeout.
+const LOOKS_PER_CHAIN: u32 = 64;
+
+/// How long a caller sleeps at a time that waits for the reply of another kernel than it has sent to: whoever breaks the
+/// chain between them does not know of it.
+const CHAIN_NAP: Duration = Duration::from_millis(1);
+
 /// A launched kernel, shared by as many threads as like to.
 ///
 /// Sending and receiving each take one lock, uncontended unless several threads use the same direction at the same
@@ -242,7 +250,26 @@ impl KernelHandle {
             .send
             .try_lock_for(PATIENCE)
             .ok_or(TrySendError::Busy)?;
-        let side = guard.as_mut().ok_or_else(|| self.split_off())?;
+        let Some(side) = guard.as_mut() else {
+            drop(guard);
+            return self.send_once_settled(address, write);
+        };
+        side.try_send(&self.instance, address, write)
+    }
+
+    /// As `send_once`, after what a connection that has ended held back is there again.
+    #[cold]
+    fn send_once_settled(
+        &self,
+        address: &Address,
+        write: impl FnOnce(&mut [u8]) -> Result<usize, Rejection>,
+    ) -> Result<(), TrySendError> {
+        self.instance.pipes.settle();
+        let send = &self.instance.send;
+        let mut guard = send.try_lock_for(PATIENCE).ok_or(TrySendError::Busy)?;
+        let side = guard
+            .as_mut()
+            .ok_or_else(|| self.split_off(self.instance.pipes.has_inlet()))?;
         side.try_send(&self.instance, address, write)
     }
 
@@ -264,13 +291,25 @@ impl KernelHandle {
         until_sent(&self.instance, timeout, || self.send_once(address, &write))
     }
 
-    /// Why the sides are gone: the kernel's own reason if it has one, else that they were split off.
+    /// Why a side is gone: the kernel's own reason if it has one, else that it is connected, or was split off.
     #[cold]
-    fn split_off(&self) -> Unavailable {
+    fn split_off(&self, connected: bool) -> Unavailable {
         match self.instance.signals.gate.check_receive() {
             Err(unavailable) => unavailable,
+            Ok(()) if connected => Unavailable::Connected,
             Ok(()) => Unavailable::Split,
         }
+    }
+
+    /// As `split_off`, of the receiving side, unless what a connection that has ended held back is there again.
+    #[cold]
+    fn no_receiver(&self) -> Miss {
+        self.instance.pipes.settle();
+        let has_outlet = self.instance.pipes.has_outlet();
+        if !has_outlet && self.instance.receive.lock().is_some() {
+            return Miss::Busy;
+        }
+        Miss::Unavailable(self.split_off(has_outlet))
     }
 
     // Receiving.
@@ -350,8 +389,10 @@ impl KernelHandle {
             receive.try_lock()
         }
         .ok_or(Miss::Busy)?;
-        let mut side = MutexGuard::try_map(guard, Option::as_mut)
-            .map_err(|_| Miss::Unavailable(self.split_off()))?;
+        let mut side = MutexGuard::try_map(guard, Option::as_mut).map_err(|guard| {
+            drop(guard);
+            self.no_receiver()
+        })?;
         let found = side.find(&self.instance, look.polls)?;
         Ok((side, found))
     }
@@ -408,10 +449,28 @@ impl KernelHandle {
         request: &Req,
         timeout: Duration,
     ) -> Result<Resp, CallError> {
-        let types = &self.instance.types;
-        let kind = types.kind_of(Req::TYPE_ID)?;
-        let reply_kind = kind_of::<Resp>(&self.instance);
-        self.exchange(
+        self.call_through(self, request, timeout)
+    }
+
+    /// Sends a request to this kernel and waits for the reply of `last`, the end of the pipeline that begins here
+    /// ([`RingKernelRuntime::connect`](crate::RingKernelRuntime::connect)), `timeout` at most for both. As
+    /// [`call`](Self::call) otherwise; the call is one of `last`'s.
+    ///
+    /// # Errors
+    /// [`CallError`]; `CallError::Message(MessageError::Handler(_))` if a handler on the way returned an error;
+    /// [`Unavailable::NotConnected`] if this kernel's replies do not come to `last` (any more).
+    #[inline]
+    pub fn call_through<Req: RingMessage, Resp: RingMessage>(
+        &self,
+        last: &Self,
+        request: &Req,
+        timeout: Duration,
+    ) -> Result<Resp, CallError> {
+        let types = &last.instance.types;
+        let kind = self.instance.types.kind_of(Req::TYPE_ID)?;
+        let reply_kind = kind_of::<Resp>(&last.instance);
+        last.exchange(
+            self,
             kind,
             timeout,
             |body| write_message(request, body),
@@ -434,7 +493,24 @@ impl KernelHandle {
         reply: &mut [u8],
         timeout: Duration,
     ) -> Result<usize, CallError> {
-        self.exchange(
+        self.call_bytes_through(self, request, reply, timeout)
+    }
+
+    /// As [`call_through`](Self::call_through), with raw bytes both ways; returns the length of the reply. A reply of any
+    /// type is taken.
+    ///
+    /// # Errors
+    /// As `call_through`; a reply that exceeds `reply` is lost.
+    #[inline]
+    pub fn call_bytes_through(
+        &self,
+        last: &Self,
+        request: &[u8],
+        reply: &mut [u8],
+        timeout: Duration,
+    ) -> Result<usize, CallError> {
+        last.exchange(
+            self,
             RAW_KIND,
             timeout,
             |body| write_bytes(request, body),
@@ -442,9 +518,11 @@ impl KernelHandle {
         )
     }
 
+    /// Sends to `first`, whose replies, or what becomes of them, are this kernel's.
     #[inline]
     fn exchange<R>(
         &self,
+        first: &Self,
         kind: u16,
         timeout: Duration,
         write: impl Fn(&mut [u8]) -> Result<usize, Rejection>,
@@ -453,24 +531,35 @@ impl KernelHandle {
         let instance = &*self.instance;
         // A request whose reply nobody could fetch must not be sent.
         if instance.receiver_split.load(Ordering::Acquire) {
-            return Err(self.split_off().into());
+            match self.no_receiver() {
+                Miss::Unavailable(unavailable) => return Err(unavailable.into()),
+                Miss::Empty | Miss::Busy => {}
+            }
         }
         let mut call = instance.calls.begin().ok_or(CallError::TooManyCalls)?;
         let address = Address::call(kind, call.correlation);
-        let mut waiter = instance.waiter(timeout);
+        let longest_sleep = if Arc::ptr_eq(&first.instance, &self.instance) {
+            instance.longest_sleep
+        } else {
+            instance.longest_sleep.min(CHAIN_NAP)
+        };
+        let mut waiter = instance.waiter(timeout).sleeping_at_most(longest_sleep);
         // The common case needs no clock: there is room.
-        match self.send_once(&address, &write) {
+        match first.send_once(&address, &write) {
             Ok(()) => {}
             Err(TrySendError::Unavailable(unavailable)) => return Err(unavailable.into()),
             Err(TrySendError::Rejected(rejection)) => return Err(rejection.into()),
             Err(TrySendError::Full | TrySendError::Busy) => {
                 let deadline = Deadline::after(timeout);
-                self.send_until(timeout, &address, &write)?;
-                waiter = instance.waiter(deadline.remaining());
+                first.send_until(timeout, &address, &write)?;
+                waiter = instance
+                    .waiter(deadline.remaining())
+                    .sleeping_at_most(longest_sleep);
             }
         }
         let mut read = Some(read);
         let mut last = false;
+        let mut looks = 0_u32;
         loop {
             let look = Look {
                 polls: waiter.polls(),
@@ -482,7 +571,10 @@ impl KernelHandle {
             if last {
                 break;
             }
-            let ended = instance.signals.gate.check_receive().is_err();
+            looks = looks.wrapping_add(1);
+            let ended = instance.signals.gate.check_receive().is_err()
+                || (looks.is_multiple_of(LOOKS_PER_CHAIN)
+                    && !instance.pipes.comes_from(&first.instance, instance));
             last = ended
                 || !waiter.pause(&instance.signals.replied, || {
                     self.may_have_message(Some(&call))
@@ -494,10 +586,13 @@ impl KernelHandle {
         {
             return outcome.map_err(CallError::from);
         }
-        match instance.signals.gate.check_receive() {
-            Err(unavailable) => Err(unavailable.into()),
-            Ok(()) => Err(CallError::Timeout),
+        for kernel in [instance, &*first.instance] {
+            kernel.signals.gate.check_receive()?;
         }
+        if !instance.pipes.comes_from(&first.instance, instance) {
+            return Err(Unavailable::NotConnected.into());
+        }
+        Err(CallError::Timeout)
     }
 
     /// Takes the call's reply out of the ring, or from the thread that did so first.
@@ -570,12 +665,25 @@ impl KernelHandle {
     pub fn split<Req: RingMessage, Resp: RingMessage>(
         &self,
     ) -> Result<(Sender<Req>, Receiver<Resp>), Error> {
+        self.split_through(self)
+    }
+
+    /// Gives the sending side of this kernel and the receiving side of `last` away as exclusive endpoints: the two ends of
+    /// the pipeline that begins here ([`RingKernelRuntime::connect`](crate::RingKernelRuntime::connect)). As
+    /// [`split`](Self::split) otherwise.
+    ///
+    /// # Errors
+    /// As `split`, of either kernel.
+    pub fn split_through<Req: RingMessage, Resp: RingMessage>(
+        &self,
+        last: &Self,
+    ) -> Result<(Sender<Req>, Receiver<Resp>), Error> {
         let request = self.declared_kind(Req::TYPE_ID, Req::NAME)?;
-        self.declared_kind(Resp::TYPE_ID, Resp::NAME)?;
-        let (send, receive) = self.take_sides()?;
+        last.declared_kind(Resp::TYPE_ID, Resp::NAME)?;
+        let (send, receive) = self.take_sides(last)?;
         Ok((
             Sender::new(Arc::clone(&self.instance), send, request),
-            Receiver::new(Arc::clone(&self.instance), receive),
+            Receiver::new(Arc::clone(&last.instance), receive),
         ))
     }
 
@@ -584,10 +692,21 @@ impl KernelHandle {
     /// # Errors
     /// As `split`.
     pub fn split_bytes(&self) -> Result<(Sender<Bytes>, Receiver<Bytes>), Error> {
-        let (send, receive) = self.take_sides()?;
+        self.split_bytes_through(self)
+    }
+
+    /// As [`split_through`](Self::split_through), for raw bytes.
+    ///
+    /// # Errors
+    /// As `split_through`.
+    pub fn split_bytes_through(
+        &self,
+        last: &Self,
+    ) -> Result<(Sender<Bytes>, Receiver<Bytes>), Error> {
+        let (send, receive) = self.take_sides(last)?;
         Ok((
             Sender::new(Arc::clone(&self.instance), send, RAW_KIND),
-            Receiver::new(Arc::clone(&self.instance), receive),
+            Receiver::new(Arc::clone(&last.instance), receive),
         ))
     }
 
@@ -613,13 +732,17 @@ impl KernelHandle {
         }
     }
 
-    pub(super) fn take_sides(&self) -> Result<(SendSide, ReceiveSide), Error> {
-        let busy = |reason| self.busy(reason);
-        let instance = &*self.instance;
-        let mut send = instance
+    pub(super) fn take_sides(&self, last: &Self) -> Result<(SendSide, ReceiveSide), Error> {
+        let busy = |reason| last.busy(reason);
+        let instance = &*last.instance;
+        for kernel in [&self.instance, &last.instance] {
+            kernel.pipes.settle();
+        }
+        let mut send = self
+            .instance
             .send
             .try_lock()
-            .ok_or_else(|| busy("another thread is sending"))?;
+            .ok_or_else(|| self.busy("another thread is sending"))?;
         let mut receive = instance
             .receive
             .try_lock()
@@ -628,7 +751,7 @@ impl KernelHandle {
             return Err(busy("a call is pending"));
         }
         // Read under both locks: whoever starts to wait after this looks at the sides again, and finds them gone.
-        if instance.has_waiters() {
+        if instance.has_waiters() || self.instance.has_waiters() {
             return Err(busy("another thread waits for a message or for room"));
         }
         if receive.as_ref().is_some_and(|side| side.inbox_depth() > 0) {
@@ -642,6 +765,9 @@ impl KernelHandle {
             (put_back_send, put_back_receive) => {
                 *send = put_back_send;
                 *receive = put_back_receive;
+                if self.instance.pipes.has_inlet() || instance.pipes.has_outlet() {
+                    return Err(busy("another kernel holds one of them"));
+                }
                 Err(busy(
                     "they are split off already, or in the hands of clients",
                 ))

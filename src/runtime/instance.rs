@@ -217,6 +217,8 @@ impl KernelInstance {
         if let Some(hub) = self.clients.lock().upgrade() {
             drop(hub.take_before(Deadline::after(SEND_IN_FLIGHT)));
         }
+        // So does a reply of the kernel before this one.
+        self.pipes.await_publisher(self.termination_timeout);
         self.end(&mut control)
     }
 
@@ -251,6 +253,7 @@ impl KernelInstance {
         drop(dispatch);
         control.permit = None;
         control.leases.clear();
+        self.pipes.settle();
         self.signals.wake_all();
         outcome
     }
@@ -281,7 +284,7 @@ impl KernelInstance {
         for _ in counts.corrupt_requests + counts.expired - in_lanes..refused {
             letters.request(DeadLetterReason::Corrupt, &Lost::default());
         }
-        for (block, counter) in self.blocks.iter().zip(&self.accepted) {
+        for (block, counter) in self.blocks.iter().zip(&*self.accepted) {
             let control = block.control();
             let position = control.processed();
             // A request that a handler panicked on, or sits on for ever, is still the first in its ring.

@@ -11,7 +11,8 @@ use super::calls::{CallTable, MAX_CALLS};
 use super::clients::LaneHub;
 use super::config::RuntimeConfig;
 use super::instance::{ControlPlane, KernelInstance};
-use super::link::{Counter, KernelLink, Lanes};
+use super::link::{KernelLink, Lanes};
+use super::pipeline::Pipes;
 use super::receive::ReceiveSide;
 use super::send::SendSide;
 use super::traces::Tracing;
@@ -21,6 +22,7 @@ use crate::backend::{
 };
 use crate::bridge::Bridge;
 use crate::error::{Error, HandlerError};
+use crate::kernel::outlet::Counter;
 use crate::kernel::signals::KernelSignals;
 use crate::kernel::{
     DeadLetterQueue, Dim3, KernelRegistration, KernelState, LaunchOptions, TRACE_SLOTS,
@@ -141,6 +143,7 @@ pub(super) fn launch(
         ring: layout.ring,
         lanes: Lanes::default(),
         checks_deadlines: device.info().kind == DeviceKind::Cpu,
+        pipes: Pipes::default(),
     };
     Ok(Arc::new(KernelInstance {
         link,

@@ -9,33 +9,17 @@ use parking_lot::Mutex;
 
 use super::calls::CallTable;
 use super::lifecycle::MessageTally;
+use super::pipeline::Pipes;
 use super::traces::Tracing;
 use crate::backend::BlockMemory;
 use crate::bridge::LaneShared;
+use crate::kernel::outlet::Counter;
 use crate::kernel::signals::KernelSignals;
 use crate::kernel::{DeadLetterReason, FailureReason, KernelFailure, KernelState, Lost, TypeTable};
 use crate::message::{Extension, MessageHeader};
 use crate::ring::RingLayout;
 use crate::thread::{WaitStrategy, Waiter};
 use crate::time::Stamps;
-
-/// A counter on a cache line pair of its own, written by one thread at a time.
-#[derive(Debug, Default)]
-#[repr(align(128))]
-pub(super) struct Counter(AtomicU64);
-
-impl Counter {
-    /// Not a read-modify-write: whoever calls this is the only writer at that time.
-    #[inline]
-    fn add(&self, count: u64) {
-        self.0
-            .store(self.0.load(Ordering::Relaxed) + count, Ordering::Relaxed);
-    }
-
-    fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
 
 /// Everything about a launched kernel but who holds its sides and who controls it.
 #[derive(Debug)]
@@ -66,7 +50,7 @@ pub(crate) struct KernelLink {
     pub(super) timestamps: Stamps,
     pub(super) calls: CallTable,
     /// Requests accepted, by block; written by whoever holds the sending side.
-    pub(super) accepted: Box<[Counter]>,
+    pub(super) accepted: Arc<[Counter]>,
     /// Replies received; written by whoever holds the receiving side.
     pub(super) delivered: Counter,
     /// Replies that reached a call by way of another thread.
@@ -77,6 +61,8 @@ pub(crate) struct KernelLink {
     pub(super) lanes: Lanes,
     /// Whether its loop gives expired requests up.
     pub(super) checks_deadlines: bool,
+    /// The kernels before and behind this one.
+    pub(super) pipes: Pipes,
 }
 
 /// The lanes of a kernel's clients, for its accounts.
@@ -249,21 +235,14 @@ impl KernelLink {
 
     /// Accepted and processed requests of one block, given what the block says that it has consumed.
     pub(super) fn progress(&self, accepted: &Counter, processed: u32) -> (u64, u64) {
-        let accepted = accepted.get();
-        // Blocks count modulo 2^32; the difference cannot truly exceed what a ring holds. Negative while a send that a
-        // fast kernel has already handled is not yet counted.
-        let depth = (accepted as u32).wrapping_sub(processed) as i32;
-        let depth = u64::from(depth.max(0).cast_unsigned())
-            .min(self.capacity)
-            .min(accepted);
-        (accepted, accepted - depth)
+        progress(accepted, processed, self.capacity)
     }
 
     /// Requests accepted so far, and those of them that blocks are done with.
     pub(super) fn request_counts(&self) -> (u64, u64) {
         self.blocks
             .iter()
-            .zip(&self.accepted)
+            .zip(&*self.accepted)
             .map(|(block, accepted)| {
                 // In this order, so that what is processed has been accepted.
                 let processed = block.control().processed();
@@ -285,7 +264,8 @@ impl KernelLink {
         let dead_lettered = self.signals.dead_letters.counts().replies();
         let delivered = self.delivered.get()
             + self.handed_over.load(Ordering::Relaxed)
-            + self.lanes.totals().delivered;
+            + self.lanes.totals().delivered
+            + self.pipes.delivered();
         let produced = self.blocks.iter().fold(0_u32, |sum, block| {
             sum.wrapping_add(block.control().produced())
         });
@@ -300,4 +280,16 @@ impl KernelLink {
             returned,
         }
     }
+}
+
+/// Accepted and processed requests of a block with so many slots, given what the block says that it has consumed.
+pub(super) fn progress(accepted: &Counter, processed: u32, capacity: u64) -> (u64, u64) {
+    let accepted = accepted.get();
+    // Blocks count modulo 2^32; the difference cannot truly exceed what a ring holds. Negative while a send that a
+    // fast kernel has already handled is not yet counted.
+    let depth = (accepted as u32).wrapping_sub(processed) as i32;
+    let depth = u64::from(depth.max(0).cast_unsigned())
+        .min(capacity)
+        .min(accepted);
+    (accepted, accepted - depth)
 }

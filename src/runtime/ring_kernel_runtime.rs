@@ -14,6 +14,7 @@ use super::instance::{ControlPlane, KernelInstance};
 use super::launch;
 use super::lifecycle::{DrainReport, LifecycleState, ShutdownReport};
 use super::metrics::KernelStatus;
+use super::pipeline::{self, Connection, Settling};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, BackendType, Device, DeviceInfo, ExecutionMode};
 use crate::bridge::{Bridge, BridgeSettings, RingBufferBridge};
@@ -85,6 +86,8 @@ struct Inner {
     launches: u64,
     /// Accounts of the kernels that have ended.
     totals: ShutdownReport,
+    /// Those of their replies that kernels behind them have yet to take.
+    settling: Vec<Settling>,
 }
 
 impl fmt::Debug for RingKernelRuntime {
@@ -147,6 +150,7 @@ impl RingKernelRuntime {
                 kernels: Vec::new(),
                 launches: 0,
                 totals: ShutdownReport::default(),
+                settling: Vec::new(),
             }),
         };
         runtime.device(default_device)?;
@@ -313,6 +317,61 @@ impl RingKernelRuntime {
         Ok(KernelHandle::new(instance))
     }
 
+    /// Makes the replies of `from` the requests of `to`. Both write and read one ring then: no host thread lies between
+    /// them. Chains of any length can be made so.
+    ///
+    /// While they are connected, `to` cannot be sent to, and `from` can be neither received from nor called:
+    /// [`Unavailable::Connected`](crate::error::Unavailable::Connected). Whoever sends to the first kernel receives from
+    /// the last ([`KernelHandle::call_through`], [`KernelHandle::split_through`], or any other way): correlation, priority
+    /// and extension travel through, types are translated. A reply of a type that `to` does not take is an error of
+    /// `from`'s handler. Errors of handlers travel through as well, past the handlers behind them, and reach whoever
+    /// receives from the last kernel.
+    ///
+    /// What `to` has been sent before comes first. A full ring makes `from` wait, whose own ring then fills. A drain waits
+    /// for the whole chain. A reply that `to` has taken counts as delivered; one that it gives back when it ends as
+    /// returned, and the request that it had become is among those that the report returns. When either kernel ends or
+    /// fails, so does the connection: the replies of `from` wait for its callers again, and `to` can be sent to.
+    ///
+    /// Blocks for a moment, until `from` has its new ring.
+    ///
+    /// # Errors
+    /// [`Error::InvalidTransition`] unless both kernels are launched or deactivated; [`Error::Cycle`];
+    /// [`Error::ConnectedAlready`] if replies of `from` go elsewhere, or requests of `to` come from elsewhere;
+    /// [`Error::EndpointsBusy`] if a side is split off, or `from` has pending calls or replies that nobody has received;
+    /// [`Error::CannotConnect`] unless both are kernels of this runtime, of one block each, on the same CPU device;
+    /// [`Error::Timeout`]; [`Error::InvalidLifecycle`] once the runtime drains. Nothing has changed then.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use ringkernel::{KernelRegistration, LaunchOptions, RingKernelRuntime};
+    ///
+    /// let double = KernelRegistration::new("double").cpu_handler(|request, context| {
+    ///     context.reply_bytes(&[request.payload()[0] * 2])
+    /// });
+    /// let runtime = RingKernelRuntime::builder().backend(ringkernel::BackendType::Cpu).register(double).build()?;
+    /// let launch = || runtime.launch("double", 1, 1, LaunchOptions::default());
+    /// let (first, second) = (launch()?, launch()?);
+    /// runtime.connect(&first, &second)?;
+    /// first.activate()?;
+    /// second.activate()?;
+    /// let mut reply = [0; 1];
+    /// first.call_bytes_through(&second, &[10], &mut reply, Duration::from_secs(1))?;
+    /// assert_eq!(reply, [40]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn connect(&self, from: &KernelHandle, to: &KernelHandle) -> Result<Connection, Error> {
+        let inner = self.inner.lock();
+        if inner.state > LifecycleState::Running {
+            return Err(Error::InvalidLifecycle {
+                state: inner.state.name(),
+                operation: "connect kernels",
+            });
+        }
+        let shared = self.backend == BackendType::Cpu;
+        // Under the lock: no other connection is made meanwhile, so that cycles are seen.
+        pipeline::connect(&from.instance, &to.instance, &inner.kernels, shared)
+    }
+
     /// Where each kernel stands that has not been terminated, in the order of their launches.
     #[must_use]
     pub fn kernels(&self) -> Vec<KernelStatus> {
@@ -369,7 +428,8 @@ impl RingKernelRuntime {
                 }
                 inner.advance(LifecycleState::Draining, "drain")?;
             }
-            inner.kernels.clone()
+            // In this order, so that what a kernel has passed on is seen behind it.
+            pipeline::upstream_first(&inner.kernels)
         };
         for kernel in &kernels {
             kernel.signals.gate.set_draining();
@@ -405,7 +465,7 @@ impl RingKernelRuntime {
         let kernels = {
             let mut inner = self.inner.lock();
             inner.advance(LifecycleState::ShuttingDown, "shut down")?;
-            inner.kernels.clone()
+            pipeline::upstream_first(&inner.kernels)
         };
         // Not under the lock: status calls must not wait for a stuck handler.
         let mut errors = Vec::new();
@@ -424,6 +484,7 @@ impl RingKernelRuntime {
         let mut inner = self.inner.lock();
         inner.book(|instance| Some(instance.control.lock()));
         inner.state = LifecycleState::Stopped;
+        inner.settle();
         let mut report = std::mem::take(&mut inner.totals);
         report.kernels = inner.launches;
         report.uptime = self.built.elapsed();
@@ -695,11 +756,21 @@ impl Inner {
     /// Books the kernels that have ended into the totals, and forgets them. One that is being terminated right now is
     /// booked next time.
     fn sweep(&mut self) {
+        self.settle();
         self.book(|instance| instance.control.try_lock());
     }
 
-    fn book(&mut self, lock: impl Fn(&KernelInstance) -> Option<MutexGuard<'_, ControlPlane>>) {
+    /// Books replies of kernels that have ended which others have taken since.
+    fn settle(&mut self) {
         let totals = &mut self.totals;
+        self.settling.retain_mut(|settling| {
+            settling.book(&mut totals.replies);
+            !settling.is_over()
+        });
+    }
+
+    fn book(&mut self, lock: impl Fn(&KernelInstance) -> Option<MutexGuard<'_, ControlPlane>>) {
+        let (totals, settlings) = (&mut self.totals, &mut self.settling);
         self.kernels.retain(|instance| {
             let Some(mut control) = lock(instance) else {
                 return true;
@@ -711,7 +782,9 @@ impl Inner {
                 totals.failed_kernels.push(instance.signals.name.clone());
             }
             totals.requests.merge(&closing.requests);
-            totals.replies.merge(&instance.reply_tally());
+            let (replies, settling) = instance.closing_reply_tally();
+            totals.replies.merge(&replies);
+            settlings.extend(settling);
             let room = MAX_RETURNED - totals.returned.len();
             totals
                 .returned

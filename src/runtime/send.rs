@@ -208,6 +208,11 @@ impl SendSide {
         }
     }
 
+    /// The end of the one ring, of a kernel of one block.
+    pub(super) fn into_only(self) -> Option<HostProducer> {
+        self.producers.into_vec().pop()
+    }
+
     /// Sends one message that `write` puts into its slot.
     #[inline]
     pub(super) fn try_send(

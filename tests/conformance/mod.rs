@@ -8,6 +8,8 @@ pub mod letters;
 pub mod life;
 pub mod messages;
 pub mod numbers;
+pub mod pipeline_ends;
+pub mod pipelines;
 pub mod sharing;
 pub mod time;
 
@@ -140,6 +142,33 @@ macro_rules! conformance {
                     metrics_show_signs_of_life,
                     configured_numbers_are_honoured,
                     several_devices_are_told_apart,
+                }
+                pipelines::{
+                    a_pipeline_delivers_everything_once_and_in_order,
+                    what_travels_through_keeps_its_marks,
+                    a_pipeline_that_nobody_empties_holds_its_senders_back,
+                    types_are_translated_and_unknown_ones_are_errors,
+                    errors_of_every_stage_reach_the_end,
+                    sums_that_overflow_are_errors_behind_a_translation,
+                    connected_handles_say_so,
+                    what_cannot_be_connected_is_refused_and_changes_nothing,
+                    devices_apart_are_not_connected_by_a_ring,
+                    kernels_of_a_pipeline_wait_as_they_like,
+                    calls_through_a_pipeline_never_mix,
+                    many_replies_pass_kernels_of_one_thread,
+                }
+                pipeline_ends::{
+                    connections_come_and_go_without_a_loss,
+                    stages_can_be_deactivated_at_any_time,
+                    stages_end_in_any_order_and_every_message_is_accounted_for,
+                    stages_end_under_load_in_any_order,
+                    a_panic_in_any_stage_fails_that_kernel_alone,
+                    the_place_of_a_kernel_that_ended_can_be_taken,
+                    a_drain_waits_for_the_whole_pipeline,
+                    replies_taken_after_the_end_count_as_delivered,
+                    what_lies_between_two_kernels_at_the_end_is_returned,
+                    pipelines_may_be_dropped_in_any_order,
+                    a_stuck_stage_holds_no_other_up,
                 }
                 faults::{
                     a_panic_fails_its_kernel_and_no_other,

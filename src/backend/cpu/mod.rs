@@ -1,7 +1,9 @@
 //! The CPU backend: a thread per block of a grid. The reference for behaviour, and the default anywhere.
 
+mod berth;
 mod device;
 mod dispatch;
 mod worker;
 
+pub(crate) use berth::Berth;
 pub(crate) use device::CpuBackend;

@@ -2,9 +2,11 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::berth::{Berth, Lent, Turn};
 use crate::backend::BlockMemory;
 use crate::backend::block::DeviceEnds;
 use crate::error::HandlerError;
@@ -30,6 +32,9 @@ const STEPS_PER_STORE: u32 = 512;
 
 /// Messages without an empty poll between two writes of the counters.
 const MESSAGES_PER_STORE: u32 = 256;
+
+/// How often a block's own thread looks after it while another one runs it.
+const LOOK_AFTER: Duration = Duration::from_millis(10);
 
 /// What all blocks of a kernel have in common. On cache lines of its own: the loop looks at it with every poll.
 #[repr(align(128))]
@@ -82,16 +87,17 @@ impl Worker {
         let handler = &setup.handler;
         let mut block = BlockLoop {
             requests,
-            port: ReplyPort {
-                producer: replies,
-                control: memory.control(),
-                telemetry: setup.telemetry.then(|| memory.telemetry()),
-                signals: Arc::clone(&signals),
-                block: memory.index,
-                may_nap: setup.wait != KernelWait::Spin,
-                replies: 0,
-                bytes: 0,
-            },
+            port: ReplyPort::new(
+                replies,
+                memory.control(),
+                setup.telemetry.then(|| memory.telemetry()),
+                Arc::clone(&signals),
+                memory.index,
+                setup.wait != KernelWait::Spin,
+            ),
+            berth: None,
+            panic: None,
+            is_left: false,
             // Memory of this process always is within reach.
             state: state.as_mut().map_or(&mut [], |state| state.as_mut()),
             memory: &memory,
@@ -109,6 +115,7 @@ impl Worker {
             Err(panic) => Some(block.panicked(panic.as_ref())),
         };
         block.store_telemetry();
+        block.port.close();
         // The consumer publishes its cursor when it is dropped; the end is announced after that.
         drop(block);
         memory.control().store_state(BlockState::Ended);
@@ -135,6 +142,27 @@ struct BlockLoop<'a> {
     unstored: u32,
     /// Whether the handler has the request at the consumer's position right now.
     in_hand: bool,
+    /// Where it lies for the thread of the block before it, if that is to run it.
+    berth: Option<Arc<Berth>>,
+    /// What its handler panicked with on that thread.
+    panic: Option<Box<dyn Any + Send>>,
+    /// Whether only its own thread can go on with it.
+    is_left: bool,
+}
+
+impl Turn for BlockLoop<'_> {
+    fn turn(&mut self) -> bool {
+        if self.is_left || self.must_stop() {
+            return false;
+        }
+        self.port.set_hosted(true);
+        let turn = catch_unwind(AssertUnwindSafe(|| self.take_turn()));
+        self.port.set_hosted(false);
+        turn.unwrap_or_else(|panic| {
+            self.panic = Some(panic);
+            self.leave_to_its_thread()
+        })
+    }
 }
 
 impl BlockLoop<'_> {
@@ -144,9 +172,20 @@ impl BlockLoop<'_> {
             if control.must_terminate() {
                 return Ok(());
             }
+            self.port.exchange();
             if control.is_active() {
                 control.store_state(BlockState::Polling);
-                self.poll_while_active()?;
+                self.berth = self
+                    .port
+                    .signals
+                    .berth
+                    .lock()
+                    .clone()
+                    .and_then(|berth| berth.downcast().ok());
+                self.port.host_guest(true);
+                let polled = self.poll_while_active();
+                self.port.host_guest(false);
+                polled?;
                 self.store_telemetry();
                 // What was read is given back before the block stops looking.
                 self.requests.publish_cursor();
@@ -154,7 +193,7 @@ impl BlockLoop<'_> {
             } else {
                 self.port.show_life();
                 self.sleep(self.setup.heartbeat_interval, |block| {
-                    block.memory.control().is_active()
+                    block.memory.control().is_active() || block.port.wants_exchange()
                 });
             }
         }
@@ -171,12 +210,17 @@ impl BlockLoop<'_> {
     fn poll_while_active(&mut self) -> Result<(), Corruption> {
         let mut empty_steps = 0_u32;
         while !self.must_stop() {
+            if self.berth.is_some() {
+                self.lie_down();
+            }
             match self.requests.peek_spinning(POLLS_PER_STEP) {
                 Peek::Ready => {
                     empty_steps = 0;
                     self.handle();
+                    self.port.run_guest();
                 }
                 Peek::Empty => {
+                    self.port.run_guest();
                     empty_steps = empty_steps.wrapping_add(1);
                     self.idle(empty_steps);
                 }
@@ -198,6 +242,7 @@ impl BlockLoop<'_> {
         }
         match self.setup.wait.idle(empty_steps) {
             IdleStep::Poll => {}
+            IdleStep::Sleep if self.port.has_guest_work() => self.port.nap(),
             IdleStep::Sleep => {
                 self.store_telemetry();
                 self.sleep(self.setup.heartbeat_interval, Self::has_request);
@@ -215,7 +260,86 @@ impl BlockLoop<'_> {
     }
 
     fn has_request(block: &mut Self) -> bool {
-        !matches!(block.requests.peek(), Peek::Empty) || !block.memory.control().is_active()
+        !matches!(block.requests.peek(), Peek::Empty)
+            || !block.memory.control().is_active()
+            || block.berth.as_ref().is_some_and(|berth| berth.is_hosted())
+    }
+
+    /// One turn on the thread of the block before this one.
+    #[inline]
+    fn take_turn(&mut self) -> bool {
+        if !self.port.has_room() {
+            self.port.run_guest();
+            return true;
+        }
+        let more = match self.requests.peek() {
+            Peek::Ready => {
+                self.handle();
+                true
+            }
+            Peek::Empty => {
+                self.port.control.beat();
+                false
+            }
+            Peek::Corrupt(_) => self.leave_to_its_thread(),
+        };
+        self.port.run_guest();
+        more || self.port.has_guest_work()
+    }
+
+    /// Leaves what follows to the block's own thread.
+    #[cold]
+    fn leave_to_its_thread(&mut self) -> bool {
+        self.is_left = true;
+        self.port.signals.wake_all();
+        false
+    }
+
+    /// Lets the thread of the block before this one run it, as long as that is there and nobody wants anything else. Looks
+    /// after it now and then: the other thread may be busy with its own.
+    #[cold]
+    fn lie_down(&mut self) {
+        let Some(berth) = self.berth.clone() else {
+            return;
+        };
+        if berth.is_hosted() && !self.is_left {
+            let (signals, control) = (Arc::clone(&self.port.signals), self.port.control);
+            let index = self.memory.index as usize;
+            let look_after = LOOK_AFTER.min(self.setup.heartbeat_interval);
+            let is_wanted =
+                || control.is_active() && !control.must_terminate() && berth.is_hosted();
+            let block = NonNull::from(&mut *self);
+            // SAFETY: until it is taken out below, the loop is only used by way of `lent`, under the lock; this frame, and
+            // so what `self` points to, outlives that.
+            let lent = unsafe { Lent::new(block) };
+            *berth.lock() = Some(lent);
+            loop {
+                {
+                    let mut place = berth.lock();
+                    // SAFETY: under the lock.
+                    let is_left = unsafe { block.as_ref() }.is_left;
+                    if is_left || !is_wanted() {
+                        *place = None;
+                        break;
+                    }
+                    // SAFETY: under the lock.
+                    let _ = unsafe { lent.turn() };
+                    // SAFETY: under the lock.
+                    unsafe { &mut *block.as_ptr() }.store_telemetry();
+                }
+                let Some(work) = signals.work.get(index) else {
+                    continue;
+                };
+                let prepared = work.prepare();
+                if is_wanted() {
+                    prepared.wait(look_after);
+                }
+            }
+            if let Some(panic) = self.panic.take() {
+                std::panic::resume_unwind(panic);
+            }
+        }
+        self.port.write_spilled();
     }
 
     /// Sleeps for `timeout` at most, unless `is_ready` says otherwise at the last moment. Ends at once when the block
@@ -280,6 +404,10 @@ impl BlockLoop<'_> {
 
     #[inline]
     fn call_handler(&mut self) -> Result<(), HandlerError> {
+        if self.requests.header().is_error() {
+            self.pass_error_on();
+            return Ok(());
+        }
         let types = self.setup.types.as_ref();
         let kind = self.requests.header().kind();
         if kind != RAW_KIND && types.type_id_of(kind).is_none() {
@@ -360,6 +488,27 @@ impl BlockLoop<'_> {
             // The kernel is ending: the caller learns that instead.
             log::debug!(
                 "kernel '{}': error reply not written: {refused}",
+                self.port.signals.name
+            );
+        }
+    }
+
+    /// Passes an error reply of the kernel before this one on, so that the caller at the end of the pipeline learns of it.
+    /// Only that kernel writes such requests.
+    #[cold]
+    fn pass_error_on(&mut self) {
+        let payload = self.requests.payload();
+        let passed = self
+            .port
+            .reply(self.requests.header().error_head(), None, |body| {
+                // A slot has room for every error.
+                let length = payload.len().min(body.len());
+                body[..length].copy_from_slice(&payload[..length]);
+                Ok(length)
+            });
+        if let Err(refused) = passed {
+            log::debug!(
+                "kernel '{}': error not passed on: {refused}",
                 self.port.signals.name
             );
         }

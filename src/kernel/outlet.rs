@@ -1,0 +1,299 @@
+//! The way from a block straight into the request ring of another kernel: what its reply port writes to while the two are
+//! connected, and how it comes and goes.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use super::signals::KernelSignals;
+use super::types::TypeTable;
+use crate::error::HandlerError;
+use crate::message::{Head, RAW_KIND};
+use crate::ring::Producer;
+
+/// A counter on a cache line pair of its own, written by one thread at a time.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(crate) struct Counter(AtomicU64);
+
+impl Counter {
+    /// Not a read-modify-write: whoever calls this is the only writer at that time.
+    #[inline]
+    pub(crate) fn add(&self, count: u64) {
+        self.0
+            .store(self.0.load(Ordering::Relaxed) + count, Ordering::Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Tells whether a block is just publishing a message into another kernel's ring. On cache lines of its own: the block
+/// writes it with every message, and whoever ends that kernel looks at it once.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(crate) struct Valve {
+    publishing: AtomicBool,
+}
+
+impl Valve {
+    /// Announces a message to the kernel of these signals. If it is false, that kernel takes none any more.
+    #[inline]
+    fn enter(&self, next: &KernelSignals) -> bool {
+        // ORDERING: valve. Sequentially consistent, as are the change of the state that `is_open` reads and the load in
+        // `is_publishing`: either the kernel's end sees this announcement and waits, or we see the end.
+        self.publishing.swap(true, Ordering::SeqCst);
+        next.gate.is_open()
+    }
+
+    #[inline]
+    fn leave(&self) {
+        // ORDERING: valve. The message and its count are visible to whoever sees that it is published.
+        self.publishing.store(false, Ordering::Release);
+    }
+
+    /// Whether a message is just being published. Once this has been false after the kernel ceased to be open, nothing
+    /// is published any more.
+    pub(crate) fn is_publishing(&self) -> bool {
+        // ORDERING: valve. Pairs with `enter` and `leave`.
+        self.publishing.load(Ordering::SeqCst)
+    }
+}
+
+/// The block behind an outlet, where the block before it runs it on its own thread.
+pub(crate) trait Guest: Send + Sync + fmt::Debug {
+    /// Whether the calling thread runs it from now on, whenever it has something for it.
+    fn host(&self, hosting: bool);
+
+    /// Lets it handle a request, if it has one. Whether it may have more to do.
+    fn run(&self) -> bool;
+}
+
+/// Kinds of the next kernel by kinds of this one; this stands for those that have not been looked up.
+const NOT_YET: u16 = u16::MAX;
+
+/// Room for every kind, raw bytes included.
+const KINDS: usize = TypeTable::MAX_TYPES + 1;
+
+/// The writing end of another kernel's request ring, in the hands of a block.
+pub(crate) struct Outlet {
+    /// The end itself, unless the block writes to it: then the end of the block's own reply ring.
+    pub(crate) producer: Producer,
+    /// What keeps the ring's memory alive.
+    pub(crate) memory: Arc<dyn fmt::Debug + Send + Sync>,
+    pub(crate) valve: Arc<Valve>,
+    /// Of the kernel behind it.
+    pub(crate) next: Arc<KernelSignals>,
+    /// Requests that the kernel behind it has accepted, by block.
+    pub(crate) accepted: Arc<[Counter]>,
+    /// Whether it may sleep.
+    pub(crate) needs_wake: bool,
+    /// The block behind it, if this block runs that as well.
+    pub(crate) guest: Option<Arc<dyn Guest>>,
+    /// Whether the guest may have something to do.
+    pub(crate) pending: bool,
+    /// Type tables of this kernel and of the one behind it.
+    types: [Arc<TypeTable>; 2],
+    kinds: [u16; KINDS],
+}
+
+impl fmt::Debug for Outlet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Outlet")
+            .field("next", &self.next.name)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Outlet {
+    pub(crate) fn new(
+        (producer, memory): (Producer, Arc<dyn fmt::Debug + Send + Sync>),
+        valve: Arc<Valve>,
+        next: Arc<KernelSignals>,
+        accepted: Arc<[Counter]>,
+        needs_wake: bool,
+        guest: Option<Arc<dyn Guest>>,
+        types: [Arc<TypeTable>; 2],
+    ) -> Self {
+        let mut kinds = [NOT_YET; KINDS];
+        kinds[usize::from(RAW_KIND)] = RAW_KIND;
+        Self {
+            producer,
+            memory,
+            valve,
+            next,
+            accepted,
+            needs_wake: needs_wake && guest.is_none(),
+            guest,
+            pending: false,
+            types,
+            kinds,
+        }
+    }
+
+    /// The head of a reply as the next kernel knows it.
+    #[inline]
+    pub(crate) fn translate(&mut self, head: Head) -> Result<Head, HandlerError> {
+        match self.kinds.get(usize::from(head.kind())) {
+            Some(&kind) if kind != NOT_YET => Ok(head.with_kind(kind)),
+            _ => self.look_up(head),
+        }
+    }
+
+    #[cold]
+    fn look_up(&mut self, head: Head) -> Result<Head, HandlerError> {
+        let [own, next] = &self.types;
+        let kind = own
+            .type_of(head.kind())
+            .and_then(|type_id| next.kind_of(type_id).ok())
+            .ok_or_else(|| {
+                HandlerError::new(
+                    HandlerError::BAD_REQUEST,
+                    "the next kernel does not take this type",
+                )
+            })?;
+        if let Some(known) = self.kinds.get_mut(usize::from(head.kind())) {
+            *known = kind;
+        }
+        Ok(head.with_kind(kind))
+    }
+
+    /// Announces that a message is about to be published. False if the next kernel takes none any more; either way
+    /// [`leave`](Self::leave) ends it.
+    #[inline]
+    pub(crate) fn enter(&self) -> bool {
+        self.valve.enter(&self.next)
+    }
+
+    /// The message has been published, and counts; or it has not been.
+    #[inline]
+    pub(crate) fn leave(&mut self, published: bool) {
+        if published {
+            self.pending = true;
+            self.accepted[0].add(1);
+        }
+        self.valve.leave();
+        if published && self.needs_wake {
+            self.next.work[0].notify();
+        }
+    }
+
+    /// Lets the guest, if there is one, do something if it may have something to do.
+    #[inline]
+    pub(crate) fn run_guest(&mut self) {
+        if self.pending
+            && let Some(guest) = &self.guest
+        {
+            self.pending = guest.run();
+        }
+    }
+
+    /// Whether the next kernel has ended, or is about to.
+    pub(crate) fn is_over(&self) -> bool {
+        !self.next.gate.is_open()
+    }
+}
+
+/// Where a block finds the outlet that it is to write to, and where it leaves it. The block looks here while it is idle and
+/// when it ends, never for a message.
+#[derive(Debug, Default)]
+pub(crate) struct OutletSlot {
+    exchange: Mutex<Exchange>,
+}
+
+#[derive(Debug, Default)]
+enum Exchange {
+    /// The block has none, and none waits for it.
+    #[default]
+    Nothing,
+    /// For the block to take.
+    Offered(Box<Outlet>),
+    /// The block has it.
+    Taken,
+    /// The block has it, and is to bring it back.
+    Recalled,
+    /// The block has brought it back.
+    Returned(Box<Outlet>),
+}
+
+impl OutletSlot {
+    // For the control plane.
+
+    /// Offers an outlet to a block that has none.
+    pub(crate) fn offer(&self, outlet: Outlet) {
+        *self.exchange.lock() = Exchange::Offered(Box::new(outlet));
+    }
+
+    /// Asks the block to bring its outlet back.
+    pub(crate) fn recall(&self) {
+        let mut exchange = self.exchange.lock();
+        if matches!(*exchange, Exchange::Taken) {
+            *exchange = Exchange::Recalled;
+        }
+    }
+
+    /// Lets the block keep its outlet, unless it has brought it back already.
+    pub(crate) fn cancel_recall(&self) {
+        let mut exchange = self.exchange.lock();
+        if matches!(*exchange, Exchange::Recalled) {
+            *exchange = Exchange::Taken;
+        }
+    }
+
+    /// Whether the block has no outlet.
+    pub(crate) fn is_back(&self) -> bool {
+        !matches!(*self.exchange.lock(), Exchange::Taken | Exchange::Recalled)
+    }
+
+    /// Whether the block has taken what was offered.
+    pub(crate) fn is_taken(&self) -> bool {
+        matches!(*self.exchange.lock(), Exchange::Taken)
+    }
+
+    /// The outlet, if the block has not taken it or has brought it back.
+    pub(crate) fn take_back(&self) -> Option<Box<Outlet>> {
+        let mut exchange = self.exchange.lock();
+        match std::mem::take(&mut *exchange) {
+            Exchange::Offered(outlet) | Exchange::Returned(outlet) => Some(outlet),
+            other => {
+                *exchange = other;
+                None
+            }
+        }
+    }
+
+    // For the block.
+
+    /// What is offered.
+    pub(crate) fn take(&self) -> Option<Box<Outlet>> {
+        let mut exchange = self.exchange.lock();
+        match std::mem::take(&mut *exchange) {
+            Exchange::Offered(outlet) => {
+                *exchange = Exchange::Taken;
+                Some(outlet)
+            }
+            other => {
+                *exchange = other;
+                None
+            }
+        }
+    }
+
+    /// Whether an outlet waits to be taken.
+    pub(crate) fn is_offered(&self) -> bool {
+        matches!(*self.exchange.lock(), Exchange::Offered(_))
+    }
+
+    /// Whether the block is to bring back what it has.
+    pub(crate) fn is_recalled(&self) -> bool {
+        matches!(*self.exchange.lock(), Exchange::Recalled)
+    }
+
+    /// Brings it back.
+    pub(crate) fn bring_back(&self, outlet: Box<Outlet>) {
+        *self.exchange.lock() = Exchange::Returned(outlet);
+    }
+}

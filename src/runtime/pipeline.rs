@@ -1,0 +1,601 @@
+//! Pipelines: the replies of one kernel as the requests of another, over one ring that both share.
+//!
+//! While two kernels are connected, the block of the first holds the writing end of the second one's request ring. It
+//! takes it, and brings it back, while it is idle, by way of its [`OutletSlot`](crate::kernel::outlet::OutletSlot); the
+//! reading end of its own reply ring waits here until then.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use parking_lot::{Mutex, MutexGuard};
+
+use super::instance::{ControlPlane, KernelInstance};
+use super::lifecycle::MessageTally;
+use super::link::progress;
+use super::receive::ReceiveSide;
+use super::send::SendSide;
+use crate::backend::cpu::Berth;
+use crate::backend::{BlockMemory, HostProducer};
+use crate::error::Error;
+use crate::kernel::KernelState;
+use crate::kernel::outlet::{Counter, Guest, Outlet, Valve};
+use crate::kernel::signals::KernelSignals;
+use crate::time::Deadline;
+
+/// Between two looks whether a block has followed.
+const NAP: Duration = Duration::from_micros(50);
+
+/// How a connection works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ConnectionKind {
+    /// The first kernel writes straight into the second one's request ring.
+    SharedRing,
+    /// As `SharedRing`, and the first kernel's thread runs the second one's handler between its own messages: both have the
+    /// same core, or none of their own, so that two threads would wait for the scheduler with every message. A handler that
+    /// takes long holds the other up. The second kernel's own thread takes over while the first one is not active.
+    SharedThread,
+}
+
+/// Two connected kernels. Dropping it leaves them connected.
+#[derive(Clone)]
+pub struct Connection {
+    joint: Arc<Joint>,
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection")
+            .field("from", &self.joint.names[0])
+            .field("to", &self.joint.names[1])
+            .finish_non_exhaustive()
+    }
+}
+
+impl Connection {
+    /// How it works.
+    #[must_use]
+    pub fn kind(&self) -> ConnectionKind {
+        self.joint.kind
+    }
+
+    /// Name of the kernel whose replies go this way.
+    #[must_use]
+    pub fn from(&self) -> &str {
+        &self.joint.names[0]
+    }
+
+    /// Name of the kernel that takes them.
+    #[must_use]
+    pub fn to(&self) -> &str {
+        &self.joint.names[1]
+    }
+
+    /// Whether the kernels are still connected: neither has ended, and nobody has disconnected them.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.joint.is_live()
+    }
+
+    /// Messages that have gone this way and that the second kernel has taken.
+    #[must_use]
+    pub fn delivered(&self) -> u64 {
+        self.joint.passage.delivered()
+    }
+
+    /// Undoes it: replies of the first kernel wait for its callers again, and the second one can be sent to. What has
+    /// been passed on stays in the second kernel's ring. Does nothing if they are not connected any more. Blocks for a
+    /// moment, until the first kernel has brought the ring back.
+    ///
+    /// # Errors
+    /// [`Error::InvalidTransition`] if one of the kernels is active; [`Error::Timeout`]. They stay connected then.
+    pub fn disconnect(&self) -> Result<(), Error> {
+        let joint = &self.joint;
+        let (Some(from), Some(to)) = (joint.from.upgrade(), joint.to.upgrade()) else {
+            return Ok(());
+        };
+        let _controls = lock_both(&from, &to);
+        if joint.is_live() {
+            check_states(&from, &to, "Disconnected")?;
+            recall(&from)?;
+        }
+        joint.undo();
+        Ok(())
+    }
+}
+
+/// What a kernel has to do with pipelines.
+#[derive(Debug, Default)]
+pub(super) struct Pipes {
+    /// By which its requests come.
+    inlet: Mutex<Option<Arc<Joint>>>,
+    /// By which its replies go.
+    outlet: Mutex<Option<Arc<Joint>>>,
+    /// What has gone there, now and earlier.
+    passed: Mutex<Passed>,
+}
+
+#[derive(Debug, Default)]
+struct Passed {
+    /// Delivered by ways that are closed and settled.
+    settled: u64,
+    passages: Vec<Arc<Passage>>,
+}
+
+/// The messages of one connection: requests of the kernel behind it from one position to another.
+struct Passage {
+    valve: Arc<Valve>,
+    next: Arc<KernelSignals>,
+    block: Arc<BlockMemory>,
+    capacity: u64,
+    accepted: Arc<[Counter]>,
+    first: u64,
+    /// `u64::MAX` while it goes on.
+    end: AtomicU64,
+}
+
+impl fmt::Debug for Passage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Passage")
+            .field("next", &self.next.name)
+            .field("first", &self.first)
+            .field("end", &self.end)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Passage {
+    fn processed(&self) -> u64 {
+        // In this order, so that what is processed has been accepted.
+        let processed = self.block.control().processed();
+        progress(&self.accepted[0], processed, self.capacity).1
+    }
+
+    fn delivered(&self) -> u64 {
+        let end = self.end.load(Ordering::Acquire);
+        self.processed().min(end).saturating_sub(self.first)
+    }
+
+    /// Whether `delivered` stays as it is.
+    fn is_settled(&self) -> bool {
+        let end = self.end.load(Ordering::Acquire);
+        end != u64::MAX && (self.next.gate.state().is_final() || self.processed() >= end)
+    }
+}
+
+/// Two connected kernels, and what the connection keeps from their callers.
+struct Joint {
+    from: Weak<KernelInstance>,
+    to: Weak<KernelInstance>,
+    names: [String; 2],
+    kind: ConnectionKind,
+    passage: Arc<Passage>,
+    /// The receiving side of the first kernel.
+    replies: Mutex<Option<ReceiveSide>>,
+}
+
+impl fmt::Debug for Joint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Joint")
+            .field("names", &self.names)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Joint {
+    /// Both kernels, unless one of them has begun to end.
+    fn live(&self) -> Option<(Arc<KernelInstance>, Arc<KernelInstance>)> {
+        let (from, to) = (self.from.upgrade()?, self.to.upgrade()?);
+        let is_open = from.signals.gate.is_open() && to.signals.gate.is_open();
+        is_open.then_some((from, to))
+    }
+
+    fn is_live(&self) -> bool {
+        self.live().is_some() && self.replies.lock().is_some()
+    }
+
+    /// Gives back what is there: to the first kernel its receiving side, to the second one its sending side once the
+    /// first one has brought it back.
+    fn undo(&self) {
+        let Some(from) = self.from.upgrade() else {
+            return;
+        };
+        {
+            let mut receive = from.receive.lock();
+            if let Some(side) = self.replies.lock().take() {
+                *receive = Some(side);
+                from.receiver_split.store(false, Ordering::Release);
+            }
+        }
+        let Some(outlet) = from.signals.outlet.take_back() else {
+            return;
+        };
+        let end = self.passage.accepted[0].get();
+        self.passage.end.store(end, Ordering::Release);
+        from.pipes.outlet.lock().take();
+        if let Some(to) = self.to.upgrade() {
+            to.signals.berth.lock().take();
+            let producer = HostProducer::from_parts(outlet.producer, outlet.memory);
+            *to.send.lock() = Some(SendSide::new(vec![producer]));
+            to.pipes.inlet.lock().take();
+        }
+    }
+}
+
+impl Pipes {
+    /// Whether requests come from another kernel.
+    pub(super) fn has_inlet(&self) -> bool {
+        self.inlet.lock().is_some()
+    }
+
+    /// Whether replies go to another kernel.
+    pub(super) fn has_outlet(&self) -> bool {
+        live(&self.outlet).is_some()
+    }
+
+    /// Whether what `first` replies comes to this kernel, `own`.
+    pub(super) fn comes_from(&self, first: &Arc<KernelInstance>, own: &KernelInstance) -> bool {
+        if std::ptr::eq(&**first, own) {
+            return true;
+        }
+        let before = |way: &Mutex<_>| live(way).and_then(|joint| joint.from.upgrade());
+        let mut kernel = before(&self.inlet);
+        while let Some(found) = kernel {
+            if Arc::ptr_eq(&found, first) {
+                return true;
+            }
+            kernel = before(&found.pipes.inlet);
+        }
+        false
+    }
+
+    /// Replies that kernels have taken.
+    pub(super) fn delivered(&self) -> u64 {
+        let passed = self.passed.lock();
+        let open: u64 = passed.passages.iter().map(|way| way.delivered()).sum();
+        passed.settled + open
+    }
+
+    /// Waits until no other kernel is just publishing a request. To be called once the kernel takes none any more: then
+    /// none is published after this.
+    pub(super) fn await_publisher(&self, timeout: Duration) {
+        let Some(joint) = self.inlet.lock().clone() else {
+            return;
+        };
+        let deadline = Deadline::after(timeout);
+        while joint.passage.valve.is_publishing() && !deadline.has_passed() {
+            std::thread::yield_now();
+        }
+    }
+
+    /// Ends connections whose kernels have ended, as far as that is possible now.
+    pub(super) fn settle(&self) {
+        for way in [&self.inlet, &self.outlet] {
+            let joint = way.lock().clone();
+            if let Some(joint) = joint.filter(|joint| joint.live().is_none()) {
+                joint.undo();
+            }
+        }
+    }
+}
+
+/// The connection there is, unless it is over.
+fn live(way: &Mutex<Option<Arc<Joint>>>) -> Option<Arc<Joint>> {
+    let joint = way.lock().clone();
+    joint.filter(|joint| joint.live().is_some())
+}
+
+/// See [`RingKernelRuntime::connect`](super::RingKernelRuntime::connect).
+pub(super) fn connect(
+    from: &Arc<KernelInstance>,
+    to: &Arc<KernelInstance>,
+    ours: &[Arc<KernelInstance>],
+    shared: bool,
+) -> Result<Connection, Error> {
+    let refuse = |reason| {
+        Err(Error::CannotConnect {
+            from: from.signals.name.clone(),
+            to: to.signals.name.clone(),
+            reason,
+        })
+    };
+    check_states(from, to, "Connected")?;
+    let is_ours = |kernel| ours.iter().any(|ours| Arc::ptr_eq(ours, kernel));
+    if !is_ours(from) || !is_ours(to) {
+        return refuse("they are not of the same runtime");
+    }
+    check_cycle(from, to)?;
+    for (way, kernel, with) in [(&from.pipes.outlet, from, 1), (&to.pipes.inlet, to, 0)] {
+        if let Some(joint) = live(way) {
+            return Err(Error::ConnectedAlready {
+                kernel: kernel.signals.name.clone(),
+                with: joint.names[with].clone(),
+            });
+        }
+    }
+    if from.blocks.len() != 1 || to.blocks.len() != 1 {
+        return refuse("a shared ring has one block at either end");
+    }
+    if from.device != to.device {
+        return refuse("they are on different devices");
+    }
+    if !shared {
+        return refuse("only kernels on the CPU share a ring");
+    }
+    let _controls = lock_both(from, to);
+    check_states(from, to, "Connected")?;
+    // What is left of earlier connections, whose other kernels have ended.
+    if !from.signals.outlet.is_back() {
+        recall(from)?;
+    }
+    from.pipes.settle();
+    to.pipes.settle();
+    let (requests, mut replies) = take_sides(from, to)?;
+    let kind = if from.cores == to.cores {
+        ConnectionKind::SharedThread
+    } else {
+        ConnectionKind::SharedRing
+    };
+    let joint = match offer(from, to, requests, kind) {
+        Ok(passage) => Joint {
+            from: Arc::downgrade(from),
+            to: Arc::downgrade(to),
+            names: [from, to].map(|kernel| kernel.signals.name.clone()),
+            kind,
+            passage,
+            replies: Mutex::new(None),
+        },
+        Err(error) => {
+            give_back_replies(from, replies);
+            return Err(error);
+        }
+    };
+    // It was about to write one to its own ring, and has done so.
+    let unread = replies.has_reply();
+    *joint.replies.lock() = Some(replies);
+    if unread {
+        recall(from)?;
+        joint.undo();
+        return Err(busy(from, "replies have not been received"));
+    }
+    let joint = Arc::new(joint);
+    let mut passed = from.pipes.passed.lock();
+    let mut settled = 0;
+    passed.passages.retain(|way| {
+        let over = way.is_settled();
+        settled += if over { way.delivered() } else { 0 };
+        !over
+    });
+    passed.settled += settled;
+    passed.passages.push(Arc::clone(&joint.passage));
+    drop(passed);
+    *from.pipes.outlet.lock() = Some(Arc::clone(&joint));
+    *to.pipes.inlet.lock() = Some(Arc::clone(&joint));
+    // Whoever waits for a reply or for room finds the side gone.
+    from.signals.wake_all();
+    log::debug!("kernel '{}' -> kernel '{}'", joint.names[0], joint.names[1]);
+    Ok(Connection { joint })
+}
+
+fn busy(kernel: &KernelInstance, reason: &'static str) -> Error {
+    Error::EndpointsBusy {
+        kernel: kernel.signals.name.clone(),
+        reason,
+    }
+}
+
+/// Fails unless both kernels are resident and idle.
+fn check_states(
+    from: &KernelInstance,
+    to: &KernelInstance,
+    end: &'static str,
+) -> Result<(), Error> {
+    for kernel in [from, to] {
+        let state = kernel.state();
+        if !matches!(state, KernelState::Launched | KernelState::Deactivated) {
+            return Err(Error::InvalidTransition {
+                kernel: kernel.signals.name.clone(),
+                from: state.name(),
+                to: end,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Fails if what `to` replies comes to `from`.
+fn check_cycle(from: &Arc<KernelInstance>, to: &Arc<KernelInstance>) -> Result<(), Error> {
+    let mut kernels = vec![from.signals.name.clone()];
+    let mut next = Some(Arc::clone(to));
+    while let Some(kernel) = next {
+        kernels.push(kernel.signals.name.clone());
+        if Arc::ptr_eq(&kernel, from) {
+            return Err(Error::Cycle { kernels });
+        }
+        next = live(&kernel.pipes.outlet).and_then(|joint| joint.to.upgrade());
+    }
+    Ok(())
+}
+
+/// Both control planes, locked in an order that all threads agree on.
+fn lock_both<'a>(
+    from: &'a Arc<KernelInstance>,
+    to: &'a Arc<KernelInstance>,
+) -> [MutexGuard<'a, ControlPlane>; 2] {
+    if Arc::as_ptr(from) < Arc::as_ptr(to) {
+        let first = from.control.lock();
+        [first, to.control.lock()]
+    } else {
+        let first = to.control.lock();
+        [first, from.control.lock()]
+    }
+}
+
+/// Takes the sides that a connection needs: both, or none.
+fn take_sides(
+    from: &KernelInstance,
+    to: &KernelInstance,
+) -> Result<(HostProducer, ReceiveSide), Error> {
+    let mut send = to.send.lock();
+    let mut receive = from.receive.lock();
+    if from.calls.any_pending() {
+        return Err(busy(from, "a call is pending"));
+    }
+    match receive.as_mut() {
+        None => return Err(busy(from, "they are split off")),
+        Some(side) => {
+            if side.has_message() {
+                return Err(busy(from, "replies have not been received"));
+            }
+        }
+    }
+    let requests = send.take().and_then(SendSide::into_only);
+    match (requests, receive.take()) {
+        (Some(requests), Some(replies)) => {
+            from.receiver_split.store(true, Ordering::Release);
+            Ok((requests, replies))
+        }
+        (_, replies) => {
+            *receive = replies;
+            Err(busy(to, "they are split off"))
+        }
+    }
+}
+
+fn give_back_replies(from: &KernelInstance, replies: ReceiveSide) {
+    let mut receive = from.receive.lock();
+    *receive = Some(replies);
+    from.receiver_split.store(false, Ordering::Release);
+}
+
+/// Puts the writing end of `to`'s ring into the hands of `from`'s block; back where it was if that cannot be done.
+fn offer(
+    from: &Arc<KernelInstance>,
+    to: &Arc<KernelInstance>,
+    requests: HostProducer,
+    kind: ConnectionKind,
+) -> Result<Arc<Passage>, Error> {
+    let passage = Arc::new(Passage {
+        valve: Arc::new(Valve::default()),
+        next: Arc::clone(&to.signals),
+        block: Arc::clone(&to.blocks[0]),
+        capacity: to.capacity,
+        accepted: Arc::clone(&to.accepted),
+        first: to.accepted[0].get(),
+        end: AtomicU64::new(u64::MAX),
+    });
+    let guest = (kind == ConnectionKind::SharedThread).then(|| {
+        let berth = Arc::new(Berth::new(Arc::clone(&to.signals)));
+        *to.signals.berth.lock() = Some(Arc::<Berth>::clone(&berth));
+        berth as Arc<dyn Guest>
+    });
+    let slot = &from.signals.outlet;
+    slot.offer(Outlet::new(
+        requests.into_parts(),
+        Arc::clone(&passage.valve),
+        Arc::clone(&to.signals),
+        Arc::clone(&to.accepted),
+        to.needs_wake,
+        guest,
+        [Arc::clone(&from.types), Arc::clone(&to.types)],
+    ));
+    let followed = follow(from, "connection", || slot.is_taken());
+    if followed.is_err()
+        && let Some(outlet) = slot.take_back()
+    {
+        to.signals.berth.lock().take();
+        let producer = HostProducer::from_parts(outlet.producer, outlet.memory);
+        *to.send.lock() = Some(SendSide::new(vec![producer]));
+        return followed.map(|()| passage);
+    }
+    Ok(passage)
+}
+
+/// Waits until the block of an idle kernel has brought its outlet back.
+fn recall(from: &KernelInstance) -> Result<(), Error> {
+    let slot = &from.signals.outlet;
+    slot.recall();
+    let followed = follow(from, "disconnection", || slot.is_back());
+    if followed.is_err() {
+        slot.cancel_recall();
+        if slot.is_back() {
+            return Ok(());
+        }
+    }
+    followed
+}
+
+/// Wakes the block of an idle kernel, and waits until it has followed.
+fn follow(
+    kernel: &KernelInstance,
+    operation: &'static str,
+    has_followed: impl Fn() -> bool,
+) -> Result<(), Error> {
+    let deadline = Deadline::after(kernel.termination_timeout);
+    kernel.signals.wake_all();
+    while !has_followed() {
+        if deadline.has_passed() || kernel.state().is_final() {
+            return Err(Error::Timeout {
+                operation,
+                kernel: kernel.signals.name.clone(),
+                after: kernel.termination_timeout,
+            });
+        }
+        std::thread::sleep(NAP);
+    }
+    Ok(())
+}
+
+/// The kernels, each behind all those that feed it; otherwise in the order that they have.
+pub(super) fn upstream_first(kernels: &[Arc<KernelInstance>]) -> Vec<Arc<KernelInstance>> {
+    let before = |kernel: &Arc<KernelInstance>| {
+        let mut count = 0;
+        let mut joint = kernel.pipes.inlet.lock().clone();
+        while let Some(from) = joint.and_then(|joint| joint.from.upgrade()) {
+            count += 1;
+            joint = from.pipes.inlet.lock().clone();
+        }
+        count
+    };
+    let mut kernels = kernels.to_vec();
+    kernels.sort_by_cached_key(before);
+    kernels
+}
+
+/// Replies of a kernel that has been booked, some of which kernels behind it may yet take.
+#[derive(Debug)]
+pub(super) struct Settling {
+    passages: Vec<Arc<Passage>>,
+    /// Delivered, and booked so.
+    booked: u64,
+}
+
+impl Settling {
+    /// Books what has been delivered since.
+    pub(super) fn book(&mut self, replies: &mut MessageTally) {
+        let delivered: u64 = self.passages.iter().map(|way| way.delivered()).sum();
+        let more = (delivered - self.booked).min(replies.returned);
+        replies.delivered += more;
+        replies.returned -= more;
+        self.booked += more;
+    }
+
+    /// Whether nothing can come any more.
+    pub(super) fn is_over(&self) -> bool {
+        self.passages.iter().all(|way| way.is_settled())
+    }
+}
+
+impl KernelInstance {
+    /// The replies' accounts of a kernel that has ended, and those of them that are not final.
+    pub(super) fn closing_reply_tally(&self) -> (MessageTally, Option<Settling>) {
+        let passages = std::mem::take(&mut self.pipes.passed.lock().passages);
+        let booked: u64 = passages.iter().map(|way| way.delivered()).sum();
+        self.pipes.passed.lock().settled += booked;
+        let replies = self.reply_tally();
+        let settling = Settling { passages, booked };
+        (replies, (!settling.is_over()).then_some(settling))
+    }
+}
