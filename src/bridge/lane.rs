@@ -297,6 +297,14 @@ impl Lane {
         self.shared.taken.add(1);
     }
 
+    /// Lets the client have every slot back that is free: its requests have to wait.
+    #[inline]
+    pub(super) fn pause(&mut self, level: usize) {
+        if let Requests::Queues(queues) = &mut self.requests {
+            queues[level].publish_progress();
+        }
+    }
+
     /// Whether one more request may be forwarded: its reply will have room then, if it has one.
     #[inline]
     pub(super) fn has_credit(&mut self) -> bool {

@@ -351,6 +351,7 @@ impl<P: Port> Merger<P> {
         }
         // Before it is looked at: what a mailbox has given cannot be put back.
         if !lane.has_credit() {
+            lane.pause(level);
             return Step::HeldUp;
         }
         if lane.takes_newest_only() && !self.port.has_room() {
@@ -402,8 +403,14 @@ impl<P: Port> Merger<P> {
                 lane.shared.overflowed.add(1);
                 Step::Moved
             }
-            Err(_) if route == 0 => Step::NoRoom,
-            Err(_) => Step::HeldUp,
+            Err(_) => {
+                lane.pause(level);
+                if route == 0 {
+                    Step::NoRoom
+                } else {
+                    Step::HeldUp
+                }
+            }
         }
     }
 

@@ -223,6 +223,15 @@ impl Consumer {
         }
     }
 
+    /// As [`publish_cursor`](Self::publish_cursor), unless the producer has been told.
+    #[inline]
+    #[cfg(all(feature = "std", not(loom)))]
+    pub(crate) fn publish_progress(&mut self) {
+        if self.published != self.position {
+            self.publish_cursor();
+        }
+    }
+
     /// Tells the producer of every slot given back so far. Called by itself by quarter ring and on an empty ring; call
     /// it before this side stops reading for a while.
     #[inline]

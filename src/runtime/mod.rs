@@ -18,6 +18,7 @@ mod metrics;
 mod pipeline;
 mod port;
 mod receive;
+mod relay;
 mod replay;
 mod ring_kernel_runtime;
 mod send;

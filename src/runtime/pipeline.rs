@@ -15,6 +15,7 @@ use super::instance::{ControlPlane, KernelInstance};
 use super::lifecycle::MessageTally;
 use super::link::progress;
 use super::receive::ReceiveSide;
+use super::relay::{Edge, Inlet, Relay};
 use super::send::SendSide;
 use crate::backend::cpu::Berth;
 use crate::backend::{BlockMemory, HostProducer};
@@ -37,72 +38,139 @@ pub enum ConnectionKind {
     /// same core, or none of their own, so that two threads would wait for the scheduler with every message. A handler that
     /// takes long holds the other up. The second kernel's own thread takes over while the first one is not active.
     SharedThread,
+    /// The bridge of the first kernel's device carries each message: between devices, kernels of several blocks, and wherever a kernel feeds
+    /// several others or is fed by several.
+    Bridged,
 }
 
 /// Two connected kernels. Dropping it leaves them connected.
 #[derive(Clone)]
 pub struct Connection {
-    joint: Arc<Joint>,
+    names: [String; 2],
+    way: Way,
+}
+
+/// What a connection is made of.
+#[derive(Clone)]
+enum Way {
+    Ring(Arc<Joint>),
+    Bridge(Arc<Edge>),
 }
 
 impl fmt::Debug for Connection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Connection")
-            .field("from", &self.joint.names[0])
-            .field("to", &self.joint.names[1])
+            .field("from", &self.names[0])
+            .field("to", &self.names[1])
             .finish_non_exhaustive()
     }
 }
 
 impl Connection {
-    /// How it works.
+    fn new(from: &KernelInstance, to: &KernelInstance, way: Way) -> Self {
+        Self {
+            names: [from, to].map(|kernel| kernel.signals.name.clone()),
+            way,
+        }
+    }
+
+    /// What it is made of now: a ring gives way to the bridge when another kernel joins in.
+    fn way(&self) -> Way {
+        match &self.way {
+            Way::Ring(joint) => match &*joint.moved.lock() {
+                Some(edge) => Way::Bridge(Arc::clone(edge)),
+                None => Way::Ring(Arc::clone(joint)),
+            },
+            Way::Bridge(edge) => Way::Bridge(Arc::clone(edge)),
+        }
+    }
+
+    /// How it works at the moment.
     #[must_use]
     pub fn kind(&self) -> ConnectionKind {
-        self.joint.kind
+        match self.way() {
+            Way::Ring(joint) => joint.kind,
+            Way::Bridge(_) => ConnectionKind::Bridged,
+        }
     }
 
     /// Name of the kernel whose replies go this way.
     #[must_use]
     pub fn from(&self) -> &str {
-        &self.joint.names[0]
+        &self.names[0]
     }
 
     /// Name of the kernel that takes them.
     #[must_use]
     pub fn to(&self) -> &str {
-        &self.joint.names[1]
+        &self.names[1]
     }
 
     /// Whether the kernels are still connected: neither has ended, and nobody has disconnected them.
     #[must_use]
     pub fn is_connected(&self) -> bool {
-        self.joint.is_live()
+        match self.way() {
+            Way::Ring(joint) => joint.is_live(),
+            Way::Bridge(edge) => edge.is_live(),
+        }
     }
 
-    /// Messages that have gone this way and that the second kernel has taken.
+    /// Messages that have gone this way and that the second kernel has taken; over the bridge, that lie in its ring.
     #[must_use]
     pub fn delivered(&self) -> u64 {
-        self.joint.passage.delivered()
+        let by_ring = match &self.way {
+            Way::Ring(joint) => joint.passage.delivered(),
+            Way::Bridge(_) => 0,
+        };
+        match self.way() {
+            Way::Ring(_) => by_ring,
+            Way::Bridge(edge) => by_ring + edge.carried.load(Ordering::Relaxed),
+        }
     }
 
-    /// Undoes it: replies of the first kernel wait for its callers again, and the second one can be sent to. What has
-    /// been passed on stays in the second kernel's ring. Does nothing if they are not connected any more. Blocks for a
-    /// moment, until the first kernel has brought the ring back.
+    /// Undoes it: replies of the first kernel wait for its callers again (or go to the other kernels that it feeds alone), and the second one
+    /// can be sent to (unless others feed it still). What has been passed on stays in the second kernel's ring. Does nothing if they are not
+    /// connected any more. Blocks for a moment, until the first kernel has brought the ring back.
     ///
     /// # Errors
     /// [`Error::InvalidTransition`] if one of the kernels is active; [`Error::Timeout`]. They stay connected then.
     pub fn disconnect(&self) -> Result<(), Error> {
-        let joint = &self.joint;
-        let (Some(from), Some(to)) = (joint.from.upgrade(), joint.to.upgrade()) else {
-            return Ok(());
-        };
-        let _controls = lock_both(&from, &to);
-        if joint.is_live() {
-            check_states(&from, &to, "Disconnected")?;
-            recall(&from)?;
+        match self.way() {
+            Way::Ring(joint) => {
+                let (Some(from), Some(to)) = (joint.from.upgrade(), joint.to.upgrade()) else {
+                    return Ok(());
+                };
+                let _controls = lock_both(&from, &to);
+                if joint.is_live() {
+                    check_states(&from, &to, "Disconnected")?;
+                    recall(&from)?;
+                }
+                joint.undo();
+                Ok(())
+            }
+            Way::Bridge(edge) => {
+                let relay = edge.relay.upgrade();
+                let (Some(relay), Some(to)) = (relay, edge.to.upgrade()) else {
+                    return Ok(());
+                };
+                let Some(from) = relay.from() else {
+                    return Ok(());
+                };
+                let _controls = lock_both(&from, &to);
+                if edge.is_live() {
+                    check_states(&from, &to, "Disconnected")?;
+                }
+                let deadline = Deadline::after(from.termination_timeout);
+                if relay.remove(&edge, deadline) {
+                    return Ok(());
+                }
+                Err(Error::Timeout {
+                    operation: "disconnection",
+                    kernel: from.signals.name.clone(),
+                    after: from.termination_timeout,
+                })
+            }
         }
-        joint.undo();
-        Ok(())
     }
 }
 
@@ -115,6 +183,10 @@ pub(super) struct Pipes {
     outlet: Mutex<Option<Arc<Joint>>>,
     /// What has gone there, now and earlier.
     passed: Mutex<Passed>,
+    /// By which its requests come, if a bridge carries them.
+    entry: Mutex<Option<Arc<Inlet>>>,
+    /// By which its replies go, if a bridge carries them.
+    exit: Mutex<Option<Arc<Relay>>>,
 }
 
 #[derive(Debug, Default)]
@@ -174,6 +246,8 @@ struct Joint {
     passage: Arc<Passage>,
     /// The receiving side of the first kernel.
     replies: Mutex<Option<ReceiveSide>>,
+    /// The connection over the bridge that it gave way to.
+    moved: Mutex<Option<Arc<Edge>>>,
 }
 
 impl fmt::Debug for Joint {
@@ -227,12 +301,41 @@ impl Joint {
 impl Pipes {
     /// Whether requests come from another kernel.
     pub(super) fn has_inlet(&self) -> bool {
-        self.inlet.lock().is_some()
+        self.inlet.lock().is_some() || self.entry.lock().is_some()
     }
 
     /// Whether replies go to another kernel.
     pub(super) fn has_outlet(&self) -> bool {
-        live(&self.outlet).is_some()
+        let exit = self.exit.lock().clone();
+        live(&self.outlet).is_some() || exit.is_some_and(|relay| relay.is_live())
+    }
+
+    /// The way into the kernel has been given up.
+    pub(super) fn forget_entry(&self, inlet: &Inlet) {
+        let mut entry = self.entry.lock();
+        entry.take_if(|other| std::ptr::eq(&**other, inlet));
+    }
+
+    /// The way out of the kernel has been given up.
+    pub(super) fn forget_exit(&self, relay: &Relay) {
+        let mut exit = self.exit.lock();
+        exit.take_if(|other| std::ptr::eq(&**other, relay));
+    }
+
+    /// The kernels whose replies come here.
+    fn before(&self) -> Vec<Arc<KernelInstance>> {
+        let joint = live(&self.inlet).and_then(|joint| joint.from.upgrade());
+        let entry = self.entry.lock().clone();
+        let feeders = entry.map_or_else(Vec::new, |inlet| inlet.feeders());
+        joint.into_iter().chain(feeders).collect()
+    }
+
+    /// The kernels that replies go to.
+    fn behind(&self) -> Vec<Arc<KernelInstance>> {
+        let joint = live(&self.outlet).and_then(|joint| joint.to.upgrade());
+        let exit = self.exit.lock().clone();
+        let targets = exit.map_or_else(Vec::new, |relay| relay.targets());
+        joint.into_iter().chain(targets).collect()
     }
 
     /// Whether what `first` replies comes to this kernel, `own`.
@@ -240,13 +343,12 @@ impl Pipes {
         if std::ptr::eq(&**first, own) {
             return true;
         }
-        let before = |way: &Mutex<_>| live(way).and_then(|joint| joint.from.upgrade());
-        let mut kernel = before(&self.inlet);
-        while let Some(found) = kernel {
-            if Arc::ptr_eq(&found, first) {
+        let mut kernels = self.before();
+        while let Some(kernel) = kernels.pop() {
+            if Arc::ptr_eq(&kernel, first) {
                 return true;
             }
-            kernel = before(&found.pipes.inlet);
+            kernels.extend(kernel.pipes.before());
         }
         false
     }
@@ -261,6 +363,10 @@ impl Pipes {
     /// Waits until no other kernel is just publishing a request. To be called once the kernel takes none any more: then
     /// none is published after this.
     pub(super) fn await_publisher(&self, timeout: Duration) {
+        let entry = self.entry.lock().clone();
+        if let Some(inlet) = entry {
+            inlet.await_publisher(Deadline::after(timeout));
+        }
         let Some(joint) = self.inlet.lock().clone() else {
             return;
         };
@@ -277,6 +383,10 @@ impl Pipes {
             if let Some(joint) = joint.filter(|joint| joint.live().is_none()) {
                 joint.undo();
             }
+        }
+        let exit = self.exit.lock().clone();
+        if let Some(relay) = exit.filter(|relay| !relay.is_live()) {
+            relay.end();
         }
     }
 }
@@ -307,22 +417,21 @@ pub(super) fn connect(
         return refuse("they are not of the same runtime");
     }
     check_cycle(from, to)?;
-    for (way, kernel, with) in [(&from.pipes.outlet, from, 1), (&to.pipes.inlet, to, 0)] {
-        if let Some(joint) = live(way) {
-            return Err(Error::ConnectedAlready {
-                kernel: kernel.signals.name.clone(),
-                with: joint.names[with].clone(),
-            });
-        }
+    if from
+        .pipes
+        .behind()
+        .iter()
+        .any(|kernel| Arc::ptr_eq(kernel, to))
+    {
+        return Err(Error::ConnectedAlready {
+            kernel: from.signals.name.clone(),
+            with: to.signals.name.clone(),
+        });
     }
-    if from.blocks.len() != 1 || to.blocks.len() != 1 {
-        return refuse("a shared ring has one block at either end");
-    }
-    if from.device != to.device {
-        return refuse("they are on different devices");
-    }
-    if !shared {
-        return refuse("only kernels on the CPU share a ring");
+    let is_alone = !from.pipes.has_outlet() && !to.pipes.has_inlet();
+    let has_one_block = from.blocks.len() == 1 && to.blocks.len() == 1;
+    if !(shared && is_alone && has_one_block && from.device == to.device) {
+        return bridge(from, to);
     }
     let _controls = lock_both(from, to);
     check_states(from, to, "Connected")?;
@@ -346,6 +455,7 @@ pub(super) fn connect(
             kind,
             passage,
             replies: Mutex::new(None),
+            moved: Mutex::new(None),
         },
         Err(error) => {
             give_back_replies(from, replies);
@@ -376,7 +486,111 @@ pub(super) fn connect(
     // Whoever waits for a reply or for room finds the side gone.
     from.signals.wake_all();
     log::debug!("kernel '{}' -> kernel '{}'", joint.names[0], joint.names[1]);
-    Ok(Connection { joint })
+    Ok(Connection::new(from, to, Way::Ring(joint)))
+}
+
+/// Connects two kernels by way of the first one's bridge, with whatever is connected with them already.
+fn bridge(from: &Arc<KernelInstance>, to: &Arc<KernelInstance>) -> Result<Connection, Error> {
+    // Rings that only two kernels share give way to the bridge.
+    for joint in [live(&from.pipes.outlet), live(&to.pipes.inlet)] {
+        let Some(joint) = joint else {
+            continue;
+        };
+        let (Some(before), Some(behind)) = (joint.from.upgrade(), joint.to.upgrade()) else {
+            continue;
+        };
+        {
+            let _controls = lock_both(&before, &behind);
+            check_states(&before, &behind, "Connected")?;
+            recall(&before)?;
+            joint.undo();
+        }
+        let edge = carry(&before, &behind)?;
+        *joint.moved.lock() = Some(edge);
+    }
+    let edge = carry(from, to)?;
+    Ok(Connection::new(from, to, Way::Bridge(edge)))
+}
+
+/// Makes a connection that the bridge carries.
+fn carry(from: &Arc<KernelInstance>, to: &Arc<KernelInstance>) -> Result<Arc<Edge>, Error> {
+    let _controls = lock_both(from, to);
+    check_states(from, to, "Connected")?;
+    // What is left of earlier connections, whose other kernels have ended.
+    if !from.signals.outlet.is_back() {
+        recall(from)?;
+    }
+    from.pipes.settle();
+    to.pipes.settle();
+    let found = to.pipes.entry.lock().clone();
+    let inlet = match found {
+        Some(inlet) => inlet,
+        None => {
+            let side = to.send.lock().take();
+            let side = side.ok_or_else(|| busy(to, "they are split off"))?;
+            let inlet = Arc::new(Inlet::new(to, side));
+            *to.pipes.entry.lock() = Some(Arc::clone(&inlet));
+            inlet
+        }
+    };
+    let connected = carry_by(from, to, &inlet);
+    if connected.is_err() {
+        inlet.give_back_if_unused();
+    }
+    let edge = connected?;
+    // Whoever waits for a reply or for room finds the side gone.
+    from.signals.wake_all();
+    to.signals.wake_all();
+    log::debug!(
+        "kernel '{}' -> bridge -> kernel '{}'",
+        from.signals.name,
+        to.signals.name
+    );
+    Ok(edge)
+}
+
+/// The same by way of an inlet.
+fn carry_by(
+    from: &Arc<KernelInstance>,
+    to: &Arc<KernelInstance>,
+    inlet: &Arc<Inlet>,
+) -> Result<Arc<Edge>, Error> {
+    let too_many = || busy(from, "32 kernels take its replies already");
+    let found = from.pipes.exit.lock().clone();
+    if let Some(relay) = found {
+        return relay.add(from, to, inlet).ok_or_else(too_many);
+    }
+    let relay = Arc::new(Relay::new(from, take_replies(from)?));
+    *from.pipes.exit.lock() = Some(Arc::clone(&relay));
+    // From now on the kernel rings for the bridge.
+    from.signals.lanes.in_use.store(true, Ordering::SeqCst);
+    // Before the bridge sees it: one that carries to nobody is over.
+    let edge = relay.add(from, to, inlet);
+    let added = from.bridge.add(Arc::<Relay>::clone(&relay));
+    match (edge, added) {
+        (Some(edge), Ok(())) => Ok(edge),
+        (_, added) => {
+            relay.end();
+            added.and(Err(too_many()))
+        }
+    }
+}
+
+/// Takes the receiving side of a kernel.
+fn take_replies(from: &KernelInstance) -> Result<ReceiveSide, Error> {
+    let mut receive = from.receive.lock();
+    if from.calls.any_pending() {
+        return Err(busy(from, "a call is pending"));
+    }
+    let Some(mut side) = receive.take() else {
+        return Err(busy(from, "they are split off"));
+    };
+    if side.has_message() {
+        *receive = Some(side);
+        return Err(busy(from, "replies have not been received"));
+    }
+    from.receiver_split.store(true, Ordering::Release);
+    Ok(side)
 }
 
 fn busy(kernel: &KernelInstance, reason: &'static str) -> Error {
@@ -407,14 +621,23 @@ fn check_states(
 
 /// Fails if what `to` replies comes to `from`.
 fn check_cycle(from: &Arc<KernelInstance>, to: &Arc<KernelInstance>) -> Result<(), Error> {
-    let mut kernels = vec![from.signals.name.clone()];
-    let mut next = Some(Arc::clone(to));
-    while let Some(kernel) = next {
-        kernels.push(kernel.signals.name.clone());
-        if Arc::ptr_eq(&kernel, from) {
-            return Err(Error::Cycle { kernels });
+    // Every way from `to` on.
+    let mut ways = vec![vec![Arc::clone(to)]];
+    while let Some(way) = ways.pop() {
+        let Some(last) = way.last() else {
+            continue;
+        };
+        if Arc::ptr_eq(last, from) {
+            let names = [from].into_iter().chain(&way);
+            return Err(Error::Cycle {
+                kernels: names.map(|kernel| kernel.signals.name.clone()).collect(),
+            });
         }
-        next = live(&kernel.pipes.outlet).and_then(|joint| joint.to.upgrade());
+        for next in last.pipes.behind() {
+            let mut longer = way.clone();
+            longer.push(next);
+            ways.push(longer);
+        }
     }
     Ok(())
 }
@@ -550,17 +773,17 @@ fn follow(
 
 /// The kernels, each behind all those that feed it; otherwise in the order that they have.
 pub(super) fn upstream_first(kernels: &[Arc<KernelInstance>]) -> Vec<Arc<KernelInstance>> {
-    let before = |kernel: &Arc<KernelInstance>| {
-        let mut count = 0;
-        let mut joint = kernel.pipes.inlet.lock().clone();
-        while let Some(from) = joint.and_then(|joint| joint.from.upgrade()) {
-            count += 1;
-            joint = from.pipes.inlet.lock().clone();
-        }
-        count
-    };
+    // The longest way that leads to it. There are no cycles.
+    fn depth(kernel: &Arc<KernelInstance>) -> usize {
+        let before = kernel.pipes.before();
+        before
+            .iter()
+            .map(|kernel| 1 + depth(kernel))
+            .max()
+            .unwrap_or(0)
+    }
     let mut kernels = kernels.to_vec();
-    kernels.sort_by_cached_key(before);
+    kernels.sort_by_cached_key(depth);
     kernels
 }
 
@@ -589,6 +812,12 @@ impl Settling {
 }
 
 impl KernelInstance {
+    /// Whether a bridge has replies of this kernel to carry.
+    pub(super) fn owes_replies(&self) -> bool {
+        let exit = self.pipes.exit.lock().clone();
+        exit.is_some_and(|relay| relay.is_live()) && self.reply_tally().returned > 0
+    }
+
     /// The replies' accounts of a kernel that has ended, and those of them that are not final.
     pub(super) fn closing_reply_tally(&self) -> (MessageTally, Option<Settling>) {
         let passages = std::mem::take(&mut self.pipes.passed.lock().passages);

@@ -436,9 +436,10 @@ impl RingKernelRuntime {
             kernel.bridge.attention.bell.notify();
         }
         let busy = || {
-            kernels
-                .iter()
-                .any(|kernel| kernel.state() == KernelState::Active && kernel.queue_depth() > 0)
+            kernels.iter().any(|kernel| {
+                kernel.state() == KernelState::Active
+                    && (kernel.queue_depth() > 0 || kernel.owes_replies())
+            })
         };
         while busy() && !deadline.has_passed() {
             std::thread::sleep(DRAIN_INTERVAL.min(deadline.remaining()));

@@ -1,6 +1,7 @@
 //! What must hold on every backend, as functions over a [`Subject`]. A backend's own test file instantiates all of them
 //! by [`conformance!`].
 
+pub mod bridged;
 pub mod clients;
 pub mod faults;
 pub mod kernels;
@@ -127,6 +128,10 @@ macro_rules! conformance {
                 life::{
                     terminate_wakes_blocked_senders_and_receivers,
                 }
+                bridged::{
+                    a_ring_gives_way_to_the_bridge,
+                    the_bridge_carries_between_devices_and_grids,
+                }
                 clients::{
                     the_loop_gives_expired_messages_up,
                     lanes_get_their_turns_by_weight,
@@ -152,7 +157,6 @@ macro_rules! conformance {
                     sums_that_overflow_are_errors_behind_a_translation,
                     connected_handles_say_so,
                     what_cannot_be_connected_is_refused_and_changes_nothing,
-                    devices_apart_are_not_connected_by_a_ring,
                     kernels_of_a_pipeline_wait_as_they_like,
                     calls_through_a_pipeline_never_mix,
                     many_replies_pass_kernels_of_one_thread,
@@ -259,6 +263,17 @@ macro_rules! conformance {
                 the_life_of_a_runtime_only_goes_forward,
                 nothing_can_be_committed_after_the_end,
                 names_are_unique_and_clean,
+            }
+            bridged::{
+                every_kernel_behind_gets_every_reply,
+                several_kernels_feed_one,
+                a_diamond_delivers_by_both_ways,
+                a_full_kernel_behind_holds_the_first_back,
+                connections_over_the_bridge_come_and_go,
+                what_ends_leaves_the_rest_of_the_bridge,
+                a_drain_waits_for_what_the_bridge_carries,
+                calls_go_over_the_bridge,
+                bridged_kernels_may_be_dropped_in_any_order,
             }
             clients::{
                 many_clients_of_many_kernels_lose_double_and_mix_nothing,
