@@ -41,6 +41,8 @@
 //! |---|---|---|---|---|
 //! | [`Sender::try_send`], [`Receiver::try_recv`] | no | no | no ¹ | wait-free ¹ |
 //! | [`Receiver::recv_timeout`] with [`WaitStrategy::Spin`] | no | no | no | the timeout |
+//! | [`Client::try_send`], [`try_recv`](Client::try_recv) | no | no | no ¹ | wait-free ¹ ² |
+//! | [`Client::recv_timeout`], [`call`](Client::call) with [`WaitStrategy::Spin`] | no | no | no ¹ | the timeout |
 //! | [`KernelHandle::send`], [`recv_timeout`](KernelHandle::recv_timeout) | no | one, uncontended | none while spinning ¹ | the timeout |
 //! | [`KernelHandle::call`] | no | one a direction, uncontended | none while spinning ¹ | the timeout |
 //! | [`launch`](RingKernelRuntime::launch), [`activate`](KernelHandle::activate), [`terminate`](KernelHandle::terminate) | yes | yes | yes | `termination_timeout` |
@@ -48,12 +50,15 @@
 //! ¹ To a kernel that spins. Waking a kernel that sleeps ([`WaitStrategy::Park`], or `Auto` on a machine without a core
 //! for it) is one system call and takes the lock under its condition variable; likewise for a kernel that wakes callers.
 //!
+//! ² A client that finds the lanes in nobody's hands moves up to 64 messages each way, for all clients of its kernel, before it returns, and where
+//! credit is used up all the replies that lie in the kernel's rings; neither while a bridge spins ([`RuntimeConfig::bridge_wait`]).
+//!
 //! Messages whose own type allocates (a `Vec`) allocate when they are received by value; read in place they do not.
 //! Allocations and system calls are counted by `tests/hot_path.rs` (`nothing_is_allocated_per_message`,
 //! `no_system_call_is_made_per_message`, which would also see a lock that is contended). That endpoints take no lock at
 //! all follows from their code, which has none. The bounds are tested by the conformance suite (`tests/conformance/`:
 //! `a_full_ring_gives_the_message_back_and_frees_its_slots`, `terminate_wakes_blocked_senders_and_receivers`,
-//! `a_handler_that_never_returns_is_reported_in_time`).
+//! `a_handler_that_never_returns_is_reported_in_time`, `terminate_wakes_clients`, `a_client_that_reads_nothing_holds_up_nobody`).
 //!
 //! # Features
 //!

@@ -317,15 +317,20 @@ impl RingKernelRuntime {
         Ok(KernelHandle::new(instance))
     }
 
-    /// Makes the replies of `from` the requests of `to`. Both write and read one ring then: no host thread lies between
-    /// them. Chains of any length can be made so.
+    /// Makes the replies of `from` the requests of `to`. Chains of any length can be made so; a kernel may feed up to 32 others, each of which
+    /// gets every reply, and be fed by any number.
+    ///
+    /// Kernels of one block on one CPU device that have no other connection in that direction share a ring: no host thread lies between them.
+    /// All others are connected by the bridge of `from`'s device ([`ConnectionKind`](crate::ConnectionKind)). A ring gives way to the bridge when
+    /// another kernel joins in; the kernels that share it must be idle then too.
     ///
     /// While they are connected, `to` cannot be sent to, and `from` can be neither received from nor called:
     /// [`Unavailable::Connected`](crate::error::Unavailable::Connected). Whoever sends to the first kernel receives from
     /// the last ([`KernelHandle::call_through`], [`KernelHandle::split_through`], or any other way): correlation, priority
     /// and extension travel through, types are translated. A reply of a type that `to` does not take is an error of
     /// `from`'s handler. Errors of handlers travel through as well, past the handlers behind them, and reach whoever
-    /// receives from the last kernel.
+    /// receives from the last kernel. Over the bridge, a reply that no kernel behind can take (of another type, too large, or an error where no
+    /// kernel behind runs on the CPU) goes to the dead letters.
     ///
     /// What `to` has been sent before comes first. A full ring makes `from` wait, whose own ring then fills. A drain waits
     /// for the whole chain. A reply that `to` has taken counts as delivered; one that it gives back when it ends as
@@ -336,9 +341,9 @@ impl RingKernelRuntime {
     ///
     /// # Errors
     /// [`Error::InvalidTransition`] unless both kernels are launched or deactivated; [`Error::Cycle`];
-    /// [`Error::ConnectedAlready`] if replies of `from` go elsewhere, or requests of `to` come from elsewhere;
+    /// [`Error::ConnectedAlready`] if they are;
     /// [`Error::EndpointsBusy`] if a side is split off, or `from` has pending calls or replies that nobody has received;
-    /// [`Error::CannotConnect`] unless both are kernels of this runtime, of one block each, on the same CPU device;
+    /// [`Error::CannotConnect`] unless both are kernels of this runtime;
     /// [`Error::Timeout`]; [`Error::InvalidLifecycle`] once the runtime drains. Nothing has changed then.
     ///
     /// ```
