@@ -124,6 +124,17 @@ pub use crate::{
     time::Hlc,
 };
 
+// The merger's promises, checked over rings of the tests' own; the bridge itself is not built under loom.
+#[cfg(all(test, loom))]
+#[path = "bridge/model.rs"]
+mod bridge_model;
+#[cfg(all(test, loom))]
+extern crate self as ringkernel;
+#[cfg(all(test, loom))]
+#[allow(clippy::unwrap_used)]
+#[path = "../tests/heap_ring/mod.rs"]
+mod heap_ring;
+
 // The conformance suite runs on a Metal of our own, which is in this crate: what it asks of Metal is not public.
 #[cfg(all(test, feature = "metal", target_os = "linux", not(loom)))]
 extern crate self as ringkernel;

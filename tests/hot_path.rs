@@ -9,7 +9,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ringkernel::{
-    KernelRegistration, LaunchOptions, RingKernelRuntime, RuntimeConfig, WaitStrategy,
+    Bytes, Client, ClientOptions, KernelRegistration, LaunchOptions, RingKernelRuntime,
+    RuntimeConfig, WaitStrategy,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -18,16 +19,39 @@ struct Counting;
 
 static COUNTING: AtomicBool = AtomicBool::new(false);
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+/// Those of them that bridges made.
+static BY_BRIDGES: AtomicU64 = AtomicU64::new(0);
 
 thread_local! {
-    /// The test harness has threads of its own; only this test's and the kernel's count.
+    /// The test harness has threads of its own; only this test's, the kernel's and the bridge's count.
     static WATCHED: Cell<bool> = const { Cell::new(false) };
 }
 
 fn count() {
-    if COUNTING.load(Ordering::Relaxed) && WATCHED.try_with(Cell::get).unwrap_or(false) {
+    if !COUNTING.load(Ordering::Relaxed) {
+        return;
+    }
+    let by_bridge = is_bridge();
+    if by_bridge {
+        BY_BRIDGES.fetch_add(1, Ordering::Relaxed);
+    }
+    if by_bridge || WATCHED.try_with(Cell::get).unwrap_or(false) {
         ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
     }
+}
+
+/// Whether the calling thread is a bridge's: those run no code of a test that could mark them, so they are known by their names.
+#[cfg(target_os = "linux")]
+fn is_bridge() -> bool {
+    let mut name = [0_u8; 16];
+    // SAFETY: the call writes at most 16 bytes.
+    unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
+    name.starts_with(b"rk-br-")
+}
+
+#[cfg(not(target_os = "linux"))]
+fn is_bridge() -> bool {
+    false
 }
 
 // SAFETY: everything is passed on to the system's allocator.
@@ -223,6 +247,152 @@ fn nothing_is_allocated_per_message_in_a_pipeline() {
     assert_eq!(ALLOCATIONS.load(Ordering::SeqCst), before);
 }
 
+/// How the messages of clients reach the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// The only client writes to the kernel's ring itself.
+    Direct,
+    /// Two clients have lanes, and move messages themselves.
+    Lanes,
+    /// Two clients have lanes, and the bridge spins for them.
+    Bridge,
+}
+
+impl Way {
+    const ALL: [Self; 3] = [Self::Direct, Self::Lanes, Self::Bridge];
+}
+
+/// Requests that a client has on their way before it looks for replies. Where there are fewer cores than threads that spin, a turn of the
+/// scheduler is then worth many messages.
+const WINDOW: u64 = 1024;
+
+/// `messages` through clients, after a warm-up; `mark` is called when the steady state begins and when it ends. The clients are
+/// one thread's: what one of them does while another one's replies lie in the kernel's ring is what is of interest.
+fn clients_in_steady_state(way: Way, messages: u64, mark: impl Fn()) {
+    let runtime = RingKernelRuntime::builder()
+        .config(RuntimeConfig {
+            kernel_wait: WaitStrategy::Spin,
+            host_wait: WaitStrategy::Spin,
+            bridge_wait: match way {
+                Way::Direct | Way::Lanes => WaitStrategy::Park,
+                Way::Bridge => WaitStrategy::Spin,
+            },
+            // No sign of life falls into the steady state.
+            heartbeat_interval: Duration::from_secs(3600),
+            ..RuntimeConfig::default()
+        })
+        .register(watched_echo())
+        .build()
+        .unwrap();
+    let options = LaunchOptions {
+        message_size: Some(64),
+        ..LaunchOptions::default()
+    };
+    let kernel = runtime.launch("test.watched_echo", 1, 1, options).unwrap();
+    kernel.activate().unwrap();
+    // Every client wakes the bridge. Once it has slept, its thread has made itself at home.
+    loop {
+        drop(kernel.client_bytes());
+        if runtime.bridge(0).unwrap().load().unwrap().sleeps > 0 {
+            break;
+        }
+        std::thread::yield_now();
+    }
+    let number = if way == Way::Direct { 1 } else { 2 };
+    let mut clients: Vec<Client<Bytes, Bytes>> = (0..number)
+        .map(|_| {
+            let options = ClientOptions {
+                capacity: Some(WINDOW as usize),
+                ..ClientOptions::default()
+            };
+            kernel.client_bytes_with(options).unwrap()
+        })
+        .collect();
+    let bridge = runtime.bridge(0).unwrap();
+    let payload = [7; 64];
+    let mut buffer = [0; 64];
+    for phase in 0..2 {
+        let rounds = if phase == 0 { 8 } else { messages / WINDOW };
+        let before = bridge.load().unwrap().moved;
+        if phase == 1 {
+            mark();
+        }
+        for _ in 0..rounds {
+            // Some of the messages one at a time, the others as many at a time as there is room for; a spinning bridge only the latter, because
+            // every single one would wait for the scheduler where cores are scarce.
+            let single = if way == Way::Bridge { 2 } else { WINDOW / 8 };
+            for turn in 0..single {
+                let client = &mut clients[turn as usize % number];
+                client.call_bytes(&payload, &mut buffer, LONG).unwrap();
+            }
+            for turn in 0..WINDOW - single {
+                let client = &mut clients[turn as usize % number];
+                client.send_bytes_timeout(&payload, LONG).unwrap();
+            }
+            for turn in 0..WINDOW - single {
+                let client = &mut clients[turn as usize % number];
+                client.recv_bytes_timeout(&mut buffer, LONG).unwrap();
+            }
+        }
+        if phase == 1 {
+            mark();
+        }
+        let moved = bridge.load().unwrap().moved - before;
+        if phase == 1 {
+            assert_eq!(bridge.is_spinning(), way == Way::Bridge);
+        }
+        if way == Way::Bridge && phase == 1 {
+            // Requests and replies.
+            assert!(moved >= rounds * WINDOW, "the bridge moved {moved}");
+        }
+    }
+    assert_eq!(clients[0].is_direct(), way == Way::Direct);
+}
+
+/// Page faults of the process so far.
+#[cfg(target_os = "linux")]
+fn page_faults() -> i64 {
+    // SAFETY: all zeros is a value of this struct.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: the call fills the struct.
+    assert_eq!(
+        unsafe { libc::getrusage(libc::RUSAGE_SELF, &raw mut usage) },
+        0
+    );
+    usage.ru_minflt + usage.ru_majflt
+}
+
+#[test]
+fn nothing_is_allocated_per_message_of_a_client() {
+    let _one = one_at_a_time();
+    WATCHED.with(|watched| watched.set(true));
+    for way in Way::ALL {
+        let before = ALLOCATIONS.load(Ordering::SeqCst);
+        clients_in_steady_state(way, 128 * WINDOW, || {
+            COUNTING.fetch_xor(true, Ordering::SeqCst);
+        });
+        assert_eq!(ALLOCATIONS.load(Ordering::SeqCst), before, "{way:?}");
+    }
+}
+
+/// Else the test above shows nothing about bridges.
+#[test]
+#[cfg(target_os = "linux")]
+fn what_a_bridge_allocates_and_frees_is_counted() {
+    let _one = one_at_a_time();
+    let runtime = spinning();
+    let kernel = runtime
+        .launch("test.watched_echo", 1, 1, LaunchOptions::default())
+        .unwrap();
+    let client = kernel.client_bytes().unwrap();
+    let before = BY_BRIDGES.load(Ordering::SeqCst);
+    // It frees its list when it ends, with the runtime.
+    COUNTING.store(true, Ordering::SeqCst);
+    drop((client, kernel, runtime));
+    COUNTING.store(false, Ordering::SeqCst);
+    assert_ne!(BY_BRIDGES.load(Ordering::SeqCst), before);
+}
+
 /// The system call that brackets the steady state in the trace: cheap, harmless, and made by nobody else here.
 #[cfg(target_os = "linux")]
 fn mark_in_trace() {
@@ -234,48 +404,131 @@ fn mark_in_trace() {
 #[cfg(target_os = "linux")]
 const TRACED_ROUNDS: u64 = 125_000;
 
-/// Runs only as the child of the test below.
+/// Messages of the traced run for each way of clients.
+#[cfg(target_os = "linux")]
+const TRACED_MESSAGES: u64 = 1_000_000_u64.next_multiple_of(WINDOW);
+
+/// Names the variable by which the test below tells its child what to run.
+#[cfg(target_os = "linux")]
+const TRACED: &str = "RINGKERNEL_TRACED";
+
+/// Runs only as the child of the tests below.
 #[test]
 #[cfg(target_os = "linux")]
 fn traced_child() {
-    if std::env::var_os("RINGKERNEL_TRACED").is_some() {
-        steady_state(TRACED_ROUNDS, mark_in_trace);
+    let Some(what) = std::env::var_os(TRACED) else {
+        return;
+    };
+    // Faults are looked at outside of what the marks enclose.
+    let faults = Cell::new((page_faults(), false));
+    let mark = || {
+        let (before, is_open) = faults.get();
+        if !is_open {
+            faults.set((page_faults(), true));
+            mark_in_trace();
+        } else {
+            mark_in_trace();
+            println!("FAULTS {}", page_faults() - before);
+            faults.set((0, false));
+        }
+    };
+    match Way::ALL.iter().find(|way| what == *format!("{way:?}")) {
+        Some(way) => clients_in_steady_state(*way, TRACED_MESSAGES, mark),
+        None => steady_state(TRACED_ROUNDS, mark),
     }
 }
 
-#[test]
+/// What a traced child did in each of its steady states: the system calls, and the number of page faults. `None` where nothing can be
+/// traced, which it says.
 #[cfg(target_os = "linux")]
-fn no_system_call_is_made_per_message() {
-    let _one = one_at_a_time();
+fn trace(what: &str) -> Option<Vec<(Vec<String>, u64)>> {
     if Command::new("strace").arg("-V").output().is_err() {
         println!("skipped: strace is not installed");
-        return;
+        return None;
     }
-    let log = std::env::temp_dir().join(format!("ringkernel-strace-{}", std::process::id()));
+    let log = std::env::temp_dir().join(format!("ringkernel-strace-{}-{what}", std::process::id()));
     let output = Command::new("strace")
         .args(["-f", "-o"])
         .arg(&log)
         .arg(std::env::current_exe().unwrap())
-        .args(["--exact", "traced_child", "--test-threads=1"])
-        .env("RINGKERNEL_TRACED", "1")
+        .args(["--exact", "traced_child", "--test-threads=1", "--nocapture"])
+        .env(TRACED, what)
         .output()
         .unwrap();
     let trace = std::fs::read_to_string(&log).unwrap_or_default();
     let _ = std::fs::remove_file(&log);
     if trace.is_empty() || trace.contains("Operation not permitted") && !output.status.success() {
         println!("skipped: strace may not trace here");
-        return;
+        return None;
     }
     assert!(output.status.success(), "{output:?}");
     let lines: Vec<&str> = trace.lines().collect();
     let marks: Vec<usize> = (0..lines.len())
         .filter(|line| lines[*line].contains("getppid("))
         .collect();
-    assert_eq!(marks.len(), 4, "two steady states");
-    for bracket in marks.chunks(2) {
+    let said = String::from_utf8_lossy(&output.stdout);
+    let faults: Vec<u64> = said
+        .split("FAULTS ")
+        .skip(1)
+        .filter_map(|rest| rest.split_whitespace().next()?.parse().ok())
+        .collect();
+    assert_eq!(marks.len(), 2 * faults.len(), "{said}");
+    Some(
+        marks
+            .chunks(2)
+            .map(|pair| {
+                let calls = &lines[pair[0] + 1..pair[1]];
+                calls.iter().map(|call| (*call).to_owned()).collect()
+            })
+            .zip(faults)
+            .collect(),
+    )
+}
+
+/// Page faults that a steady state may have: the child's threads come to pages of their stacks, and of its code, that nothing needed before,
+/// whatever the number of messages.
+#[cfg(target_os = "linux")]
+const FEW: u64 = 32;
+
+#[test]
+#[cfg(target_os = "linux")]
+fn no_system_call_is_made_per_message() {
+    let _one = one_at_a_time();
+    let Some(states) = trace("all") else {
+        return;
+    };
+    assert_eq!(states.len(), 2, "two steady states");
+    for (calls, faults) in &states {
         // The kernel's thread and the caller's; the harness's main thread waits in its own call all the time.
-        let calls = &lines[bracket[0] + 1..bracket[1]];
         assert!(calls.is_empty(), "{} calls: {calls:?}", calls.len());
+        assert!(*faults <= FEW, "{faults} page faults");
     }
-    println!("0 system calls in {} messages", TRACED_ROUNDS * (4 + 5));
+    let faults: u64 = states.iter().map(|(_, faults)| faults).sum();
+    let messages = TRACED_ROUNDS * (4 + 5);
+    println!("0 system calls and {faults} page faults in {messages} messages");
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn no_system_call_is_made_per_message_of_a_client() {
+    let _one = one_at_a_time();
+    for way in Way::ALL {
+        let Some(states) = trace(&format!("{way:?}")) else {
+            return;
+        };
+        let [(calls, faults)] = &states[..] else {
+            panic!("one steady state");
+        };
+        println!(
+            "{way:?}: {} system calls and {faults} page faults in {TRACED_MESSAGES} messages",
+            calls.len()
+        );
+        let some = &calls[..calls.len().min(10)];
+        match way {
+            Way::Direct | Way::Bridge => assert!(calls.is_empty(), "{way:?}: {some:?}"),
+            // The bridge, which sleeps, is woken when replies that nobody waits for have filled a quarter of the kernel's ring.
+            Way::Lanes => assert!(calls.len() as u64 * 64 < TRACED_MESSAGES, "{some:?}"),
+        }
+        assert!(*faults <= FEW, "{way:?}: {faults} page faults");
+    }
 }

@@ -1,16 +1,19 @@
 //! Memory of this process, counted against a device's limit.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::alloc::{Layout, alloc, alloc_zeroed, dealloc};
 use std::any::Any;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::backend::DeviceMemory;
 use crate::error::Error;
 use crate::ring::WriteCombining;
 
-/// Alignment of every allocation, and the distance at which pages are touched: the smallest page there is.
+/// Size and alignment of a huge page, where there are any: what a page directory's entry covers with 4 KiB pages, on x86-64 and AArch64.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// Alignment of every smaller allocation, and the distance at which pages are touched: the smallest page there is.
 const PAGE_BYTES: usize = 4096;
 
 /// Bytes taken on one device.
@@ -18,6 +21,7 @@ const PAGE_BYTES: usize = 4096;
 pub(crate) struct Account {
     limit: u64,
     used: AtomicU64,
+    huge_pages: AtomicBool,
 }
 
 impl Account {
@@ -25,7 +29,13 @@ impl Account {
         Self {
             limit,
             used: AtomicU64::new(0),
+            huge_pages: AtomicBool::new(false),
         }
+    }
+
+    /// Whether this process's memory that is taken from now on is to lie in huge pages.
+    pub(crate) fn use_huge_pages(&self, huge_pages: bool) {
+        self.huge_pages.store(huge_pages, Ordering::Relaxed);
     }
 
     pub(crate) fn used(&self) -> u64 {
@@ -98,15 +108,24 @@ impl HostMemory {
     /// At least `bytes` of zeroed memory, every page of it present; `None` if the account or the system has none left.
     pub(crate) fn allocate(bytes: usize, account: &Arc<Account>) -> Option<Self> {
         let bytes = bytes.max(1).checked_next_multiple_of(PAGE_BYTES)?;
-        let layout = Layout::from_size_align(bytes, PAGE_BYTES).ok()?;
+        let is_huge = account.huge_pages.load(Ordering::Relaxed) && bytes >= HUGE_PAGE_BYTES;
+        let alignment = if is_huge { HUGE_PAGE_BYTES } else { PAGE_BYTES };
+        let layout = Layout::from_size_align(bytes, alignment).ok()?;
         if !account.take(bytes as u64) {
             return None;
         }
+        // An allocator that zeroes memory may touch it: advice has to come before.
+        let take = if is_huge { alloc } else { alloc_zeroed };
         // SAFETY: the layout's size is at least one page, so not zero.
-        let Some(start) = NonNull::new(unsafe { alloc_zeroed(layout) }) else {
+        let Some(start) = NonNull::new(unsafe { take(layout) }) else {
             account.give_back(bytes as u64);
             return None;
         };
+        if is_huge {
+            advise_huge_pages(start, bytes);
+            // SAFETY: all of it is within the allocation, which is nobody else's yet.
+            unsafe { start.write_bytes(0, bytes) };
+        }
         for offset in (0..bytes).step_by(PAGE_BYTES) {
             // SAFETY: the offset is within the allocation. Volatile, so that the page is really written to.
             unsafe { start.add(offset).write_volatile(0) };
@@ -118,6 +137,24 @@ impl HostMemory {
         })
     }
 }
+
+/// Asks for huge pages; goes on without if there are none.
+#[cfg(target_os = "linux")]
+fn advise_huge_pages(start: NonNull<u8>, bytes: usize) {
+    // SAFETY: the range is an allocation of ours that begins with a page. The advice changes nothing of what it holds, nor of what may lie
+    // behind it in its last page.
+    let result = unsafe { libc::madvise(start.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
+    if result != 0 {
+        log::debug!(
+            "no huge pages for {bytes} bytes: {}",
+            std::io::Error::last_os_error()
+        );
+    }
+}
+
+/// Other systems have no such advice.
+#[cfg(not(target_os = "linux"))]
+fn advise_huge_pages(_start: NonNull<u8>, _bytes: usize) {}
 
 impl DeviceMemory for HostMemory {
     fn host_ptr(&self) -> Option<NonNull<u8>> {
@@ -135,8 +172,62 @@ impl DeviceMemory for HostMemory {
 
 impl Drop for HostMemory {
     fn drop(&mut self) {
-        // SAFETY: `start` came from `alloc_zeroed` with this very layout, and is freed once.
+        // SAFETY: `start` came from `alloc_zeroed` or `alloc` with this very layout, and is freed once.
         unsafe { dealloc(self.start.as_ptr(), self.layout) };
         self.account.give_back(self.layout.size() as u64);
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    /// Whether the mapping that `address` lies in is marked for huge pages; `None` if the kernel does not say.
+    fn is_advised(address: usize) -> Option<bool> {
+        let maps = std::fs::read_to_string("/proc/self/smaps").ok()?;
+        let mut is_here = false;
+        for line in maps.lines() {
+            let range = line.split(' ').next().and_then(|range| {
+                let (from, to) = range.split_once('-')?;
+                let parse = |text| usize::from_str_radix(text, 16).ok();
+                Some(parse(from)?..parse(to)?)
+            });
+            if let Some(range) = range {
+                is_here = range.contains(&address);
+            } else if is_here && let Some(flags) = line.strip_prefix("VmFlags:") {
+                return Some(flags.split(' ').any(|flag| flag == "hg"));
+            }
+        }
+        None
+    }
+
+    #[test]
+    fn large_memory_is_advised_on_request() {
+        if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage/enabled").exists() {
+            println!("skipped: this kernel has no transparent huge pages");
+            return;
+        }
+        let account = Arc::new(Account::new(u64::MAX));
+        // Larger than the largest that malloc takes from its heap, so that each is a mapping of its own.
+        let bytes = 33 << 20;
+        for huge_pages in [false, true] {
+            account.use_huge_pages(huge_pages);
+            let memory = HostMemory::allocate(bytes, &account).unwrap();
+            let start = memory.start().as_ptr() as usize;
+            if let Some(advised) = is_advised(start) {
+                assert_eq!(advised, huge_pages);
+            } else {
+                println!("skipped: smaps does not say");
+            }
+            if huge_pages {
+                assert_eq!(start % HUGE_PAGE_BYTES, 0);
+                // SAFETY: the memory is there, and nobody writes to it.
+                let content = unsafe { std::slice::from_raw_parts(memory.start().as_ptr(), bytes) };
+                assert!(content.iter().all(|byte| *byte == 0));
+                let small = HostMemory::allocate(HUGE_PAGE_BYTES / 2, &account).unwrap();
+                assert_eq!(small.layout.align(), PAGE_BYTES);
+            }
+        }
+        assert_eq!(account.used(), 0);
     }
 }

@@ -41,6 +41,8 @@ pub(crate) struct ReplyPort<'a> {
     may_nap: bool,
     /// Position up to which replies have been written, modulo 2^32, wherever they went.
     produced: u32,
+    /// A quarter of the own reply ring less one: as often replies are routed to lanes although nobody waits for them.
+    due_mask: u32,
     /// Replies written and their payload bytes.
     pub(crate) replies: u64,
     pub(crate) bytes: u64,
@@ -75,6 +77,7 @@ impl<'a> ReplyPort<'a> {
     ) -> Self {
         Self {
             produced: producer.position(),
+            due_mask: (producer.layout().capacity() / 4).max(1) - 1,
             producer,
             outlet: None,
             hosted: false,
@@ -143,7 +146,8 @@ impl<'a> ReplyPort<'a> {
         let length = write(reservation.body_mut())?;
         reservation.commit(length).map_err(too_large)?;
         self.count(length);
-        self.signals.reply_written();
+        self.signals
+            .reply_written(self.produced & self.due_mask == 0);
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! What the host side of a kernel and the thread or bridge behind it tell each other outside the device's memory.
 
 use std::any::Any;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -11,6 +11,7 @@ use super::outlet::OutletSlot;
 use super::state::{FailureReason, KernelFailure, KernelState};
 use crate::error::Unavailable;
 use crate::thread::event_count::EventCount;
+use crate::thread::watch::Watch;
 
 const STATE_MASK: u32 = 0xff;
 const DRAINING: u32 = 1 << 8;
@@ -93,15 +94,12 @@ impl Gate {
     }
 }
 
-/// Who sees to it that replies reach the lanes of a kernel's clients.
-///
-/// While a client waits awake, it routes the replies of all of them. Who ceases to, looks at the rings once more; whoever writes a reply
-/// while nobody does, wakes the bridge.
-#[derive(Debug, Default)]
+/// What a kernel's clients and its blocks know of each other where replies go to lanes.
+#[derive(Debug)]
 #[repr(align(128))]
 pub(crate) struct LaneWatch {
-    /// Clients that wait awake.
-    watchers: Apart<AtomicU32>,
+    /// Who sees to it that replies reach the lanes.
+    pub(crate) watch: Watch,
     /// Whether replies go to lanes at all.
     pub(crate) in_use: AtomicBool,
     /// What wakes the bridge.
@@ -110,12 +108,16 @@ pub(crate) struct LaneWatch {
     clients: Mutex<Vec<Arc<EventCount>>>,
 }
 
-/// On cache lines of its own.
-#[derive(Debug, Default)]
-#[repr(align(128))]
-struct Apart<T>(T);
-
 impl LaneWatch {
+    fn new() -> Self {
+        Self {
+            watch: Watch::new(),
+            in_use: AtomicBool::new(false),
+            bell: OnceLock::new(),
+            clients: Mutex::new(Vec::new()),
+        }
+    }
+
     /// Says who is to be woken for replies that no client waits for.
     pub(crate) fn set_bell(&self, bell: Arc<EventCount>) {
         // There is one bridge.
@@ -123,35 +125,12 @@ impl LaneWatch {
     }
 
     #[inline]
-    fn reply_written(&self) {
-        // ORDERING: watch. The reply was written before; pairs with the fence in `leave`: either the last watcher sees the reply, or we see
-        // that it has gone.
-        fence(Ordering::SeqCst);
-        if self.watchers.0.load(Ordering::Relaxed) == 0
+    fn reply_written(&self, is_due: bool) {
+        if self.watch.must_ring(is_due)
             && let Some(bell) = self.bell.get()
         {
             bell.notify();
         }
-    }
-
-    /// The caller routes replies from now on.
-    #[inline]
-    pub(crate) fn watch(&self) {
-        self.watchers.0.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// The caller does so no more. Whether nobody does now: then it must look at the rings once more.
-    #[inline]
-    pub(crate) fn leave(&self) -> bool {
-        let is_last = self.watchers.0.fetch_sub(1, Ordering::Relaxed) == 1;
-        // ORDERING: watch. See `reply_written`.
-        fence(Ordering::SeqCst);
-        is_last
-    }
-
-    /// Whether nobody routes replies, so that the bridge must.
-    pub(crate) fn is_unwatched(&self) -> bool {
-        self.watchers.0.load(Ordering::Relaxed) == 0
     }
 
     /// Adds what wakes a client.
@@ -222,7 +201,7 @@ impl KernelSignals {
             callers_park,
             work: (0..blocks).map(|_| bell()).collect(),
             alive_at_ns: AtomicU64::new(0),
-            lanes: LaneWatch::default(),
+            lanes: LaneWatch::new(),
             outlet: OutletSlot::default(),
             berth: Mutex::new(None),
             failure: Mutex::new(None),
@@ -270,11 +249,12 @@ impl KernelSignals {
         self.failure.lock().clone()
     }
 
-    /// Tells callers of a reply that was just written, or handed over.
+    /// Tells callers of a reply that was just written, or handed over. `is_due` says that it is time to route replies to lanes even if
+    /// nobody waits for any, so that the ring never fills up for want of somebody who looks.
     #[inline]
-    pub(crate) fn reply_written(&self) {
+    pub(crate) fn reply_written(&self, is_due: bool) {
         if self.lanes.in_use.load(Ordering::Relaxed) {
-            self.lanes.reply_written();
+            self.lanes.reply_written(is_due);
         } else if self.callers_park {
             self.replied.notify();
         }

@@ -377,6 +377,8 @@ pub(super) struct ClientLane {
     aside: usize,
     /// Whether it is one of those who route replies.
     is_watching: bool,
+    /// Whether it is one of those who sleep until others do.
+    is_asleep: bool,
     /// Counts calls.
     calls: u32,
     /// Requests that went to the kernel directly.
@@ -402,6 +404,7 @@ impl ClientLane {
             is_dirty: false,
             aside: 0,
             is_watching: false,
+            is_asleep: false,
             calls: 0,
             direct: 0,
             waited: 0,
@@ -678,8 +681,7 @@ impl ClientLane {
         let mut last = false;
         let end = loop {
             if !self.is_watching && self.hub.is_crowded() {
-                self.is_watching = true;
-                instance.signals.lanes.watch();
+                self.start_watching();
             }
             match self.look(wanted, waiter.polls(), &mut read) {
                 Ok(outcome) => break Ok(outcome),
@@ -700,16 +702,30 @@ impl ClientLane {
             };
         };
         if self.is_watching {
-            self.stop_watching();
+            self.is_watching = false;
+            let is_last = self.instance.signals.lanes.watch.leave();
+            self.look_once_more(is_last);
         }
         end
     }
 
-    /// Leaves the routing of replies to others. Whether any replies were moved on this occasion.
+    /// Routes replies from now on.
     #[inline]
-    fn stop_watching(&mut self) -> bool {
-        self.is_watching = false;
-        if !self.instance.signals.lanes.leave() {
+    fn start_watching(&mut self) {
+        let watch = &self.instance.signals.lanes.watch;
+        if self.is_asleep {
+            watch.wake_up();
+        } else {
+            watch.enter();
+        }
+        self.is_asleep = false;
+        self.is_watching = true;
+    }
+
+    /// What is to be done by one who has ceased to route replies, if it was the last one. Whether any were moved on this occasion.
+    #[inline]
+    fn look_once_more(&mut self, is_last: bool) -> bool {
+        if !is_last {
             return false;
         }
         match self.hub.try_take() {
@@ -725,7 +741,10 @@ impl ClientLane {
 
     /// Whether a client in a crowd, about to sleep, should look once more instead. From now on others route its replies.
     fn may_go_on(&mut self) -> bool {
-        let moved = self.stop_watching();
+        self.is_watching = false;
+        self.is_asleep = true;
+        let is_last = self.instance.signals.lanes.watch.fall_asleep();
+        let moved = self.look_once_more(is_last);
         moved
             || !matches!(self.ends.replies.peek(), Peek::Empty)
             || self.instance.signals.gate.check_receive().is_err()
@@ -922,6 +941,10 @@ impl ClientLane {
 impl Drop for ClientLane {
     /// What was sent is handled all the same; replies that nobody has received go to the dead letters.
     fn drop(&mut self) {
+        if self.is_watching {
+            // Only after a panic. Who sleeps is woken by the bridge, which is called below.
+            self.instance.signals.lanes.watch.leave();
+        }
         let shared = &self.ends.shared;
         self.instance.signals.lanes.remove_client(&shared.replied);
         shared.closed.store(true, Ordering::Release);

@@ -59,6 +59,10 @@ pub struct RuntimeConfig {
     pub cpu_devices: usize,
     /// Bytes that kernels may take on each CPU device; `None` means the machine's memory, shared evenly.
     pub cpu_memory_limit: Option<u64>,
+    /// Whether this process's memory for rings (those of kernels on the CPU backend, and clients' lanes on all) is to lie in huge pages: each
+    /// ring of at least 2 MiB, by `madvise` on Linux, as far as the system grants it. No effect on other systems. Default false. Rings are
+    /// written to when they are taken, in pages of either size, so that no message has to fault one in.
+    pub huge_pages: bool,
     /// Messages that could not be delivered and wait to be read ([`DeadLetterQueue`](crate::kernel::DeadLetterQueue)); the oldest make
     /// room for newer ones. Default 256; 0 keeps none, at most 2^20.
     pub dead_letter_capacity: usize,
@@ -90,6 +94,7 @@ impl Default for RuntimeConfig {
             reserved_cores: Vec::new(),
             cpu_devices: 1,
             cpu_memory_limit: None,
+            huge_pages: false,
             dead_letter_capacity: 256,
             dead_letter_bytes: 256,
             vulkan: VulkanConfig::default(),

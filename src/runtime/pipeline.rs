@@ -563,6 +563,7 @@ fn carry_by(
     let relay = Arc::new(Relay::new(from, take_replies(from)?));
     *from.pipes.exit.lock() = Some(Arc::clone(&relay));
     // From now on the kernel rings for the bridge.
+    from.signals.lanes.watch.begin_carrying();
     from.signals.lanes.in_use.store(true, Ordering::SeqCst);
     // Before the bridge sees it: one that carries to nobody is over.
     let edge = relay.add(from, to, inlet);

@@ -172,7 +172,7 @@ impl Port for KernelPort {
     }
 
     fn is_unwatched(&self) -> bool {
-        self.instance.signals.lanes.is_unwatched()
+        self.instance.signals.lanes.watch.is_unwatched()
     }
 
     fn use_lanes(&self) {

@@ -301,7 +301,7 @@ impl ReceiveSide {
                 .reply(DeadLetterReason::LateReply, &self.lost(link, block));
         }
         self.release_reply(block);
-        link.signals.reply_written();
+        link.signals.reply_written(true);
     }
 
     /// Moves an uncorrelated reply into the inbox.
@@ -319,7 +319,7 @@ impl ReceiveSide {
                 .reply(DeadLetterReason::InboxFull, &self.lost(link, block)),
         }
         self.release_reply(block);
-        link.signals.reply_written();
+        link.signals.reply_written(true);
     }
 
     /// Gives up whatever lies here: nobody will receive it. To be called when the kernel writes no more; looks at no more messages than

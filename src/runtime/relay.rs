@@ -346,6 +346,7 @@ impl Relay {
             }
             flow.given = 0;
             from.signals.lanes.in_use.store(false, Ordering::SeqCst);
+            from.signals.lanes.watch.end_carrying();
             *from.receive.lock() = Some(replies);
             from.receiver_split.store(false, Ordering::Release);
             from.pipes.forget_exit(self);

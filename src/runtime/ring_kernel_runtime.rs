@@ -75,6 +75,7 @@ struct Devices {
     backend: Box<dyn Backend>,
     described: Vec<DeviceInfo>,
     open: Mutex<BTreeMap<usize, Arc<dyn Device>>>,
+    huge_pages: bool,
 }
 
 #[derive(Debug)]
@@ -552,6 +553,7 @@ impl Devices {
             described: backend.devices(),
             backend,
             open: Mutex::new(BTreeMap::new()),
+            huge_pages: config.huge_pages,
         })
     }
 
@@ -611,6 +613,7 @@ impl Devices {
             return Ok(Arc::clone(device));
         }
         let device = self.backend.open(index)?;
+        device.account().use_huge_pages(self.huge_pages);
         open.insert(index, Arc::clone(&device));
         Ok(device)
     }

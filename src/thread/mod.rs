@@ -7,6 +7,9 @@ pub(crate) mod baton;
 #[cfg_attr(loom, allow(dead_code))]
 pub(crate) mod event_count;
 mod mailbox;
+// Under loom only its own model uses it.
+#[cfg_attr(loom, allow(dead_code))]
+pub(crate) mod watch;
 
 #[cfg(not(loom))]
 pub mod affinity;

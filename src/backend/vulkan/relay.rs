@@ -192,7 +192,7 @@ impl Relay {
             }
         }
         if replied {
-            kernel.signals.reply_written();
+            kernel.signals.reply_written(true);
         }
         self.blocked = !progressed && !replied;
         failure.map_or(Ok(()), |failure| Err(Box::new(failure)))
