@@ -14,7 +14,7 @@ use ringkernel::{
     LaunchOptions, Priority, RingKernelRuntime, RuntimeConfig, SendOptions, WaitStrategy,
 };
 
-use super::kernels::{Add, GATE_OPEN, Sum};
+use super::kernels::{Add, GATE_OPEN, Opened, Sum};
 use super::{LONG, Subject, active, eventually, runtime, runtime_from, small};
 
 type BytesClient = Client<Bytes, Bytes>;
@@ -799,7 +799,6 @@ pub fn lanes_get_their_turns_by_weight<S: Subject>() {
         context.reply_bytes(&[])
     });
     let runtime = runtime_from(S::builder().register(logging));
-    GATE_OPEN.store(false, Ordering::Release);
     let kernel = active(&runtime, "test.log", small());
     let mut clients: Vec<BytesClient> = [3, 1, 2]
         .map(|weight| {
@@ -820,7 +819,7 @@ pub fn lanes_get_their_turns_by_weight<S: Subject>() {
             client.try_send_bytes(&[]).unwrap();
         }
     }
-    GATE_OPEN.store(true, Ordering::Release);
+    let _open = Opened::new(&GATE_OPEN);
     eventually("196 messages", || log.lock().unwrap().len() == 196);
     let lanes: Vec<u16> = clients.iter().map(Client::lane).collect();
     let log = log.lock().unwrap();
@@ -835,7 +834,6 @@ pub fn lanes_get_their_turns_by_weight<S: Subject>() {
 /// A call of a client that times out leaves its late reply to the dead letters.
 pub fn a_late_reply_to_a_client_becomes_a_dead_letter<S: Subject>() {
     let runtime = runtime::<S>();
-    GATE_OPEN.store(false, Ordering::Release);
     let kernel = active(&runtime, "test.gated", small());
     for options in [ClientOptions::default(), laned(8)] {
         let mut client = kernel.client_bytes_with(options).unwrap();
@@ -845,12 +843,10 @@ pub fn a_late_reply_to_a_client_becomes_a_dead_letter<S: Subject>() {
             client.call_bytes(b"late", &mut buffer, short),
             Err(CallError::Timeout)
         );
-        GATE_OPEN.store(true, Ordering::Release);
+        let _open = Opened::new(&GATE_OPEN);
         assert_eq!(client.call_bytes(b"on time", &mut buffer, LONG), Ok(7));
         assert_eq!(letters(&runtime, DeadLetterReason::LateReply).len(), 1);
-        GATE_OPEN.store(false, Ordering::Release);
     }
-    GATE_OPEN.store(true, Ordering::Release);
 }
 
 /// A kernel that fails tells every client at once, and what they had sent is accounted for.

@@ -473,7 +473,7 @@ pub fn extensions_travel_with_their_message<S: Subject>() {
         priority: Priority::Critical,
         key: Some(3),
         timestamp: true,
-        deadline_ns: Some(77),
+        deadline_ns: Some(u64::MAX - 77),
         trace_id: Some(*b"0123456789abcdef"),
         time_to_live: None,
     };
@@ -481,7 +481,7 @@ pub fn extensions_travel_with_their_message<S: Subject>() {
     sender.try_send_bytes(&payload).unwrap();
     let received = receiver.recv_ref_timeout(LONG).unwrap();
     let extension = received.extension().unwrap();
-    assert_eq!(extension.deadline_ns, 77);
+    assert_eq!(extension.deadline_ns, u64::MAX - 77);
     assert_eq!(&extension.trace_id, b"0123456789abcdef");
     assert!(extension.timestamp_ns > 0);
     assert_eq!(received.header().correlation(), 12);

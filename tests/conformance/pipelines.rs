@@ -173,7 +173,7 @@ pub fn what_travels_through_keeps_its_marks<S: Subject>() {
             correlation,
             priority: Priority::Critical,
             timestamp: true,
-            deadline_ns: Some(u64::from(correlation)),
+            deadline_ns: Some(u64::MAX - u64::from(correlation)),
             trace_id: Some([correlation as u8; 16]),
             ..SendOptions::default()
         };
@@ -184,7 +184,7 @@ pub fn what_travels_through_keeps_its_marks<S: Subject>() {
             (header.correlation(), header.priority()),
             (correlation, Priority::Critical)
         );
-        assert_eq!(extension.deadline_ns, u64::from(correlation));
+        assert_eq!(extension.deadline_ns, u64::MAX - u64::from(correlation));
         assert_eq!(extension.trace_id, [correlation as u8; 16]);
         assert!(extension.timestamp_ns > 0);
         assert_eq!(received.payload(), b"marked");
