@@ -355,10 +355,8 @@ fn page_faults() -> i64 {
     // SAFETY: all zeros is a value of this struct.
     let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
     // SAFETY: the call fills the struct.
-    assert_eq!(
-        unsafe { libc::getrusage(libc::RUSAGE_SELF, &raw mut usage) },
-        0
-    );
+    let result = unsafe { libc::getrusage(libc::RUSAGE_SELF, &raw mut usage) };
+    assert_eq!(result, 0);
     usage.ru_minflt + usage.ru_majflt
 }
 

@@ -49,8 +49,7 @@ pub(super) fn launch(
     name: String,
     (grid, block_size): (Dim3, Dim3),
     options: &LaunchOptions,
-    dead_letters: &Arc<DeadLetterQueue>,
-    bridge: &Arc<Bridge>,
+    (dead_letters, bridge): (&Arc<DeadLetterQueue>, &Arc<Bridge>),
 ) -> Result<Arc<KernelInstance>, Error> {
     let blocks = check_shape(grid, block_size)?;
 

@@ -303,8 +303,7 @@ impl RingKernelRuntime {
             name,
             (grid.into(), block_size.into()),
             &options,
-            &self.dead_letters,
-            &self.bridge_of(&*device),
+            (&self.dead_letters, &self.bridge_of(&*device)),
         )?;
         inner.state = LifecycleState::Running;
         inner.launches += 1;

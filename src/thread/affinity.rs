@@ -39,7 +39,6 @@ pub fn usable_cores() -> Vec<usize> {
 }
 
 /// The [`usable_cores`] without the reserved ones; all of them if that would leave none.
-#[cfg(any(feature = "vulkan", feature = "cuda", feature = "metal"))]
 pub(crate) fn unreserved_cores(reserved: &[usize]) -> Vec<usize> {
     let usable = usable_cores();
     let cores: Vec<usize> = usable
