@@ -438,9 +438,10 @@ impl Worker {
         }
         match wait.idle(empty) {
             IdleStep::Poll => {}
-            // Another thread does the work, and may end any time.
-            IdleStep::Sleep if round.is_contended => std::thread::yield_now(),
-            IdleStep::Sleep | IdleStep::SleepFor(_) => self.sleep(round.is_waiting),
+            // Another thread does the work, and may end any time: looked at again after a nap.
+            IdleStep::Sleep | IdleStep::SleepFor(_) => {
+                self.sleep(round.is_waiting || round.is_contended);
+            }
         }
     }
 

@@ -494,7 +494,7 @@ impl ClientLane {
             return Err(TrySendError::Full);
         };
         if queues[level].free_slots(1) == 0 {
-            self.hand_on();
+            self.hand_on(true);
         }
         let Outbox::Queues(queues) = &mut self.ends.outbox else {
             return Err(TrySendError::Full);
@@ -517,7 +517,7 @@ impl ClientLane {
             Ok(()) => {
                 self.ends.shared.pushed.add(1);
                 self.is_dirty = true;
-                self.hand_on();
+                self.hand_on(false);
             }
             Err(TrySendError::Full) => self.refused += 1,
             Err(_) => {}
@@ -568,17 +568,22 @@ impl ClientLane {
         // A mailbox has one level.
         self.ends.shared.levels.store(u32::MAX, Ordering::Relaxed);
         self.is_dirty = true;
-        self.hand_on();
+        self.hand_on(false);
         Ok(())
     }
 
-    /// Sees to it that what lies in the lane is merged: does so itself, or has the bridge do it.
+    /// Sees to it that what lies in the lane is merged: does so itself, or has the bridge do it. Routes replies as well where there was
+    /// `no_room`, because that may be why; else it leaves the kernel's reply rings alone, whose lines the kernel is writing.
     #[inline]
-    fn hand_on(&mut self) {
+    fn hand_on(&mut self, no_room: bool) {
         if !self.hub.is_attended()
             && let Some(mut merger) = self.hub.try_take()
         {
-            merger.pass();
+            if no_room {
+                merger.pass();
+            } else {
+                merger.merge_some();
+            }
             self.is_dirty = merger.has_backlog(self.number);
             if !self.is_dirty {
                 return;

@@ -111,7 +111,7 @@ pub(crate) struct Waiter {
     steps: u32,
     permit: Option<SpinPermit>,
     longest_sleep: Duration,
-    steps_before_auto: u32,
+    is_among_others: bool,
 }
 
 /// What a waiting caller does next.
@@ -132,15 +132,16 @@ impl Waiter {
             steps: 0,
             permit: None,
             longest_sleep: Duration::MAX,
-            steps_before_auto: STEPS_BEFORE_AUTO,
+            is_among_others: false,
         }
     }
 
-    /// The same wait for somebody whose work others do as well: with `Auto` it asks soon whether it may go on spinning.
+    /// The same wait for somebody whose work others do as well: with `Auto` it asks soon whether it may go on spinning, and may so only if
+    /// a core is left then for the others, who would otherwise have to share one with it or with the kernel.
     #[inline]
     pub(crate) fn among_others(self) -> Self {
         Self {
-            steps_before_auto: STEPS_BEFORE_PARK,
+            is_among_others: true,
             ..self
         }
     }
@@ -234,11 +235,20 @@ impl Waiter {
 
     #[inline]
     fn auto_step(&mut self) -> CallerStep {
-        if self.steps < self.steps_before_auto || self.permit.is_some() {
+        let steps = if self.is_among_others {
+            STEPS_BEFORE_PARK
+        } else {
+            STEPS_BEFORE_AUTO
+        };
+        if self.steps < steps || self.permit.is_some() {
             std::hint::spin_loop();
             return CallerStep::Poll;
         }
-        self.permit = SpinPermit::for_caller();
+        self.permit = if self.is_among_others {
+            SpinPermit::for_kernel(1)
+        } else {
+            SpinPermit::for_caller()
+        };
         if self.permit.is_some() {
             CallerStep::Poll
         } else {
