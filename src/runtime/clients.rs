@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, Weak};
 
-use super::client::{Client, ClientLane};
+use super::client::Client;
+use super::client_lane::ClientLane;
 use super::client_options::{Backpressure, ClientOptions};
 use super::handle::KernelHandle;
 use super::instance::KernelInstance;

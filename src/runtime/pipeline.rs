@@ -43,135 +43,11 @@ pub enum ConnectionKind {
     Bridged,
 }
 
-/// Two connected kernels. Dropping it leaves them connected.
-#[derive(Clone)]
-pub struct Connection {
-    names: [String; 2],
-    way: Way,
-}
-
 /// What a connection is made of.
 #[derive(Clone)]
-enum Way {
+pub(super) enum Way {
     Ring(Arc<Joint>),
     Bridge(Arc<Edge>),
-}
-
-impl fmt::Debug for Connection {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Connection")
-            .field("from", &self.names[0])
-            .field("to", &self.names[1])
-            .finish_non_exhaustive()
-    }
-}
-
-impl Connection {
-    fn new(from: &KernelInstance, to: &KernelInstance, way: Way) -> Self {
-        Self {
-            names: [from, to].map(|kernel| kernel.signals.name.clone()),
-            way,
-        }
-    }
-
-    /// What it is made of now: a ring gives way to the bridge when another kernel joins in.
-    fn way(&self) -> Way {
-        match &self.way {
-            Way::Ring(joint) => match &*joint.moved.lock() {
-                Some(edge) => Way::Bridge(Arc::clone(edge)),
-                None => Way::Ring(Arc::clone(joint)),
-            },
-            Way::Bridge(edge) => Way::Bridge(Arc::clone(edge)),
-        }
-    }
-
-    /// How it works at the moment.
-    #[must_use]
-    pub fn kind(&self) -> ConnectionKind {
-        match self.way() {
-            Way::Ring(joint) => joint.kind,
-            Way::Bridge(_) => ConnectionKind::Bridged,
-        }
-    }
-
-    /// Name of the kernel whose replies go this way.
-    #[must_use]
-    pub fn from(&self) -> &str {
-        &self.names[0]
-    }
-
-    /// Name of the kernel that takes them.
-    #[must_use]
-    pub fn to(&self) -> &str {
-        &self.names[1]
-    }
-
-    /// Whether the kernels are still connected: neither has ended, and nobody has disconnected them.
-    #[must_use]
-    pub fn is_connected(&self) -> bool {
-        match self.way() {
-            Way::Ring(joint) => joint.is_live(),
-            Way::Bridge(edge) => edge.is_live(),
-        }
-    }
-
-    /// Messages that have gone this way and that the second kernel has taken; over the bridge, that lie in its ring.
-    #[must_use]
-    pub fn delivered(&self) -> u64 {
-        let by_ring = match &self.way {
-            Way::Ring(joint) => joint.passage.delivered(),
-            Way::Bridge(_) => 0,
-        };
-        match self.way() {
-            Way::Ring(_) => by_ring,
-            Way::Bridge(edge) => by_ring + edge.carried.load(Ordering::Relaxed),
-        }
-    }
-
-    /// Undoes it: replies of the first kernel wait for its callers again (or go to the other kernels that it feeds alone), and the second one
-    /// can be sent to (unless others feed it still). What has been passed on stays in the second kernel's ring. Does nothing if they are not
-    /// connected any more. Blocks for a moment, until the first kernel has brought the ring back.
-    ///
-    /// # Errors
-    /// [`Error::InvalidTransition`] if one of the kernels is active; [`Error::Timeout`]. They stay connected then.
-    pub fn disconnect(&self) -> Result<(), Error> {
-        match self.way() {
-            Way::Ring(joint) => {
-                let (Some(from), Some(to)) = (joint.from.upgrade(), joint.to.upgrade()) else {
-                    return Ok(());
-                };
-                let _controls = lock_both(&from, &to);
-                if joint.is_live() {
-                    check_states(&from, &to, "Disconnected")?;
-                    recall(&from)?;
-                }
-                joint.undo();
-                Ok(())
-            }
-            Way::Bridge(edge) => {
-                let relay = edge.relay.upgrade();
-                let (Some(relay), Some(to)) = (relay, edge.to.upgrade()) else {
-                    return Ok(());
-                };
-                let Some(from) = relay.from() else {
-                    return Ok(());
-                };
-                let _controls = lock_both(&from, &to);
-                if edge.is_live() {
-                    check_states(&from, &to, "Disconnected")?;
-                }
-                let deadline = Deadline::after(from.termination_timeout);
-                if relay.remove(&edge, deadline) {
-                    return Ok(());
-                }
-                Err(Error::Timeout {
-                    operation: "disconnection",
-                    kernel: from.signals.name.clone(),
-                    after: from.termination_timeout,
-                })
-            }
-        }
-    }
 }
 
 /// What a kernel has to do with pipelines.
@@ -197,7 +73,7 @@ struct Passed {
 }
 
 /// The messages of one connection: requests of the kernel behind it from one position to another.
-struct Passage {
+pub(super) struct Passage {
     valve: Arc<Valve>,
     next: Arc<KernelSignals>,
     block: Arc<BlockMemory>,
@@ -225,7 +101,7 @@ impl Passage {
         progress(&self.accepted[0], processed, self.capacity).1
     }
 
-    fn delivered(&self) -> u64 {
+    pub(super) fn delivered(&self) -> u64 {
         let end = self.end.load(Ordering::Acquire);
         self.processed().min(end).saturating_sub(self.first)
     }
@@ -238,16 +114,16 @@ impl Passage {
 }
 
 /// Two connected kernels, and what the connection keeps from their callers.
-struct Joint {
-    from: Weak<KernelInstance>,
-    to: Weak<KernelInstance>,
+pub(super) struct Joint {
+    pub(super) from: Weak<KernelInstance>,
+    pub(super) to: Weak<KernelInstance>,
     names: [String; 2],
-    kind: ConnectionKind,
-    passage: Arc<Passage>,
+    pub(super) kind: ConnectionKind,
+    pub(super) passage: Arc<Passage>,
     /// The receiving side of the first kernel.
     replies: Mutex<Option<ReceiveSide>>,
     /// The connection over the bridge that it gave way to.
-    moved: Mutex<Option<Arc<Edge>>>,
+    pub(super) moved: Mutex<Option<Arc<Edge>>>,
 }
 
 impl fmt::Debug for Joint {
@@ -266,13 +142,13 @@ impl Joint {
         is_open.then_some((from, to))
     }
 
-    fn is_live(&self) -> bool {
+    pub(super) fn is_live(&self) -> bool {
         self.live().is_some() && self.replies.lock().is_some()
     }
 
     /// Gives back what is there: to the first kernel its receiving side, to the second one its sending side once the
     /// first one has brought it back.
-    fn undo(&self) {
+    pub(super) fn undo(&self) {
         let Some(from) = self.from.upgrade() else {
             return;
         };
@@ -403,7 +279,7 @@ pub(super) fn connect(
     to: &Arc<KernelInstance>,
     ours: &[Arc<KernelInstance>],
     shared: bool,
-) -> Result<Connection, Error> {
+) -> Result<Way, Error> {
     let refuse = |reason| {
         Err(Error::CannotConnect {
             from: from.signals.name.clone(),
@@ -486,11 +362,11 @@ pub(super) fn connect(
     // Whoever waits for a reply or for room finds the side gone.
     from.signals.wake_all();
     log::debug!("kernel '{}' -> kernel '{}'", joint.names[0], joint.names[1]);
-    Ok(Connection::new(from, to, Way::Ring(joint)))
+    Ok(Way::Ring(joint))
 }
 
 /// Connects two kernels by way of the first one's bridge, with whatever is connected with them already.
-fn bridge(from: &Arc<KernelInstance>, to: &Arc<KernelInstance>) -> Result<Connection, Error> {
+fn bridge(from: &Arc<KernelInstance>, to: &Arc<KernelInstance>) -> Result<Way, Error> {
     // Rings that only two kernels share give way to the bridge.
     for joint in [live(&from.pipes.outlet), live(&to.pipes.inlet)] {
         let Some(joint) = joint else {
@@ -509,7 +385,7 @@ fn bridge(from: &Arc<KernelInstance>, to: &Arc<KernelInstance>) -> Result<Connec
         *joint.moved.lock() = Some(edge);
     }
     let edge = carry(from, to)?;
-    Ok(Connection::new(from, to, Way::Bridge(edge)))
+    Ok(Way::Bridge(edge))
 }
 
 /// Makes a connection that the bridge carries.
@@ -602,7 +478,7 @@ fn busy(kernel: &KernelInstance, reason: &'static str) -> Error {
 }
 
 /// Fails unless both kernels are resident and idle.
-fn check_states(
+pub(super) fn check_states(
     from: &KernelInstance,
     to: &KernelInstance,
     end: &'static str,
@@ -644,7 +520,7 @@ fn check_cycle(from: &Arc<KernelInstance>, to: &Arc<KernelInstance>) -> Result<(
 }
 
 /// Both control planes, locked in an order that all threads agree on.
-fn lock_both<'a>(
+pub(super) fn lock_both<'a>(
     from: &'a Arc<KernelInstance>,
     to: &'a Arc<KernelInstance>,
 ) -> [MutexGuard<'a, ControlPlane>; 2] {
@@ -738,7 +614,7 @@ fn offer(
 }
 
 /// Waits until the block of an idle kernel has brought its outlet back.
-fn recall(from: &KernelInstance) -> Result<(), Error> {
+pub(super) fn recall(from: &KernelInstance) -> Result<(), Error> {
     let slot = &from.signals.outlet;
     slot.recall();
     let followed = follow(from, "disconnection", || slot.is_back());

@@ -9,12 +9,13 @@ use parking_lot::{Mutex, MutexGuard};
 
 use super::builder::DeviceChoice;
 use super::config::RuntimeConfig;
+use super::connection::Connection;
 use super::handle::KernelHandle;
 use super::instance::{ControlPlane, KernelInstance};
 use super::launch;
 use super::lifecycle::{DrainReport, LifecycleState, ShutdownReport};
 use super::metrics::KernelStatus;
-use super::pipeline::{self, Connection, Settling};
+use super::pipeline::{self, Settling};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, BackendType, Device, DeviceInfo, ExecutionMode};
 use crate::bridge::{Bridge, BridgeSettings, RingBufferBridge};
@@ -374,7 +375,8 @@ impl RingKernelRuntime {
         }
         let shared = self.backend == BackendType::Cpu;
         // Under the lock: no other connection is made meanwhile, so that cycles are seen.
-        pipeline::connect(&from.instance, &to.instance, &inner.kernels, shared)
+        let way = pipeline::connect(&from.instance, &to.instance, &inner.kernels, shared)?;
+        Ok(Connection::new(&from.instance, &to.instance, way))
     }
 
     /// Where each kernel stands that has not been terminated, in the order of their launches.
