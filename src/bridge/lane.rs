@@ -175,6 +175,8 @@ pub(crate) struct Lane {
     pub(super) forwarded: u32,
     /// Those of them that the kernel is done with, and whose replies have all been routed.
     pub(super) settled: u32,
+    /// The sweep in which something more urgent of it was held up.
+    pub(super) held_in: u64,
     /// Level of what is in the mailbox.
     level: usize,
 }
@@ -228,6 +230,7 @@ impl LanePlan {
             credit: self.capacity as u32,
             forwarded: 0,
             settled: 0,
+            held_in: 0,
             level: self.priority as usize,
         });
         let ends = ClientEnds {

@@ -116,6 +116,8 @@ pub(crate) struct Merger<P> {
     order: Vec<u8>,
     /// Whose turn it is, by level.
     turn: [usize; LEVELS],
+    /// Counts sweeps over the levels, from the most urgent down.
+    sweep: u64,
     /// Messages that it may still forward in this turn, by level.
     left: [u32; LEVELS],
     outstanding: Box<[Outstanding]>,
@@ -153,6 +155,7 @@ impl<P: Port> Merger<P> {
             lanes: (0..MAX_LANES).map(|_| None).collect(),
             order: Vec::with_capacity(MAX_LANES),
             turn: [0; LEVELS],
+            sweep: 0,
             left: [0; LEVELS],
             outstanding,
             all_replies: capacity.saturating_mul(positions.len() as u32),
@@ -287,6 +290,9 @@ impl<P: Port> Merger<P> {
         });
         let mut level = LEVELS;
         while level > 0 && moved < most {
+            if level == LEVELS {
+                self.sweep += 1;
+            }
             level -= 1;
             if used & (1 << level) == 0 {
                 continue;
@@ -343,14 +349,20 @@ impl<P: Port> Merger<P> {
 
     #[inline]
     fn forward(&mut self, place: u8, level: usize) -> Step {
+        let sweep = self.sweep;
         let Some(lane) = self.lanes[usize::from(place)].as_deref_mut() else {
             return Step::None;
         };
         if !lane.has_request(level) {
             return Step::None;
         }
+        // Credit that has come since must not go to something less urgent.
+        if lane.held_in == sweep {
+            return Step::HeldUp;
+        }
         // Before it is looked at: what a mailbox has given cannot be put back.
         if !lane.has_credit() {
+            lane.held_in = sweep;
             lane.pause(level);
             return Step::HeldUp;
         }
@@ -404,6 +416,7 @@ impl<P: Port> Merger<P> {
                 Step::Moved
             }
             Err(_) => {
+                lane.held_in = sweep;
                 lane.pause(level);
                 if route == 0 {
                     Step::NoRoom
