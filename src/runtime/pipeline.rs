@@ -817,7 +817,7 @@ impl KernelInstance {
     /// Whether a bridge has replies of this kernel to carry.
     pub(super) fn owes_replies(&self) -> bool {
         let exit = self.pipes.exit.lock().clone();
-        exit.is_some_and(|relay| relay.is_live() && relay.has_reply())
+        exit.is_some_and(|relay| relay.is_live() && relay.owes_replies())
     }
 
     /// The replies' accounts of a kernel that has ended, and those of them that are not final.

@@ -159,6 +159,10 @@ impl Flow {
     fn is_unused(&self) -> bool {
         self.targets.iter().all(Option::is_none)
     }
+
+    fn has_reply(&mut self) -> bool {
+        self.replies.as_mut().is_some_and(ReceiveSide::has_reply)
+    }
 }
 
 /// Why a relay takes no further kernel.
@@ -342,13 +346,10 @@ impl Relay {
             .is_some_and(|from| from.signals.gate.is_open())
     }
 
-    /// Whether replies wait to be carried.
-    pub(super) fn has_reply(&self) -> bool {
-        // Whoever has it is carrying some.
-        self.flow.try_take().is_none_or(|mut flow| {
-            let replies = flow.replies.as_mut();
-            replies.is_some_and(ReceiveSide::has_reply)
-        })
+    /// Whether replies wait to be carried. Waits for whoever is just carrying some.
+    pub(super) fn owes_replies(&self) -> bool {
+        let flow = take_before(&self.flow, self.deadline());
+        flow.is_none_or(|mut flow| flow.has_reply())
     }
 
     /// Takes a connection out; the last one takes the relay with it. False if the relay could not be had in time.
@@ -503,7 +504,8 @@ impl Station for Relay {
 
     fn is_ready(&self) -> bool {
         // Whoever has it may have looked before the last reply came.
-        self.has_reply()
+        let flow = self.flow.try_take();
+        flow.is_none_or(|mut flow| flow.has_reply())
     }
 
     fn sample(&self, _now_ns: u64) {
