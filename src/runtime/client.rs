@@ -14,11 +14,12 @@ use crate::error::{CallError, RecvTimeoutError, SendTimeoutError, TryRecvError, 
 use crate::message::{MessageHeader, RAW_KIND, RingMessage};
 
 /// One of several clients of a kernel, for one thread. `Send`, but neither `Sync` nor `Clone`; each has a private lane, so that no other
-/// client can hold it up, and its replies never reach another one.
+/// client holds it up by what it sends or does not read, and its replies never reach another one.
 ///
 /// Sending and receiving are wait-free, allocate nothing and take no lock. Who has to wait for a reply passes the time by moving messages
 /// between lanes and kernel, unless a bridge spins on a core of its own and does so ([`RuntimeConfig::bridge_wait`](crate::RuntimeConfig)).
-/// The only client of a kernel writes to its ring and reads from it directly; a second one may come and go at any time.
+/// The only client of a kernel writes to its ring and reads from it directly. A second one may come at any time; from then on messages go through
+/// lanes, until all clients have gone.
 ///
 /// ```
 /// use std::time::Duration;
@@ -143,7 +144,8 @@ impl<Req, Resp> Client<Req, Resp> {
     /// Receives a reply of any type as raw bytes, if one is waiting, and returns its length. Wait-free.
     ///
     /// # Errors
-    /// [`TryRecvError`], but never `Busy`. A message that `buffer` is too small for stays where it is.
+    /// [`TryRecvError`], but never `Busy`. `Empty` also while another thread is just moving messages, or more than 64 of other clients lie in front
+    /// of it. A message that `buffer` is too small for stays where it is.
     #[inline]
     pub fn try_recv_bytes(&mut self, buffer: &mut [u8]) -> Result<usize, TryRecvError> {
         let read = |_: &KernelLink, header: &MessageHeader, payload: &[u8]| {
@@ -245,7 +247,8 @@ impl<Req: RingMessage, Resp: RingMessage> Client<Req, Resp> {
     /// Receives a reply, if one is waiting. Wait-free; allocates only if the type does.
     ///
     /// # Errors
-    /// [`TryRecvError`], but never `Busy`. A message of another type stays where it is.
+    /// [`TryRecvError`], but never `Busy`. `Empty` also while another thread is just moving messages, or more than 64 of other clients lie in front
+    /// of it. A message of another type stays where it is.
     #[inline]
     pub fn try_recv(&mut self) -> Result<Resp, TryRecvError> {
         self.try_find(Wanted::ANY)
@@ -265,7 +268,8 @@ impl<Req: RingMessage, Resp: RingMessage> Client<Req, Resp> {
         Ok(self.lane.find(wanted, 1, read)??)
     }
 
-    /// Receives a reply, waiting for `timeout` at most. One that comes before the deadline is never missed.
+    /// Receives a reply, waiting for `timeout` at most. One that comes before the deadline is never missed, but while the operating system keeps
+    /// a thread off its core that was just moving messages: for that one it waits 100 us longer. A timeout of zero is a try.
     ///
     /// # Errors
     /// [`RecvTimeoutError`]. A message of another type stays where it is.
