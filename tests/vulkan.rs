@@ -1091,7 +1091,6 @@ fn every_block_is_traced_whatever_its_size() {
             // Every third message of a block, and one more.
             let options = SendOptions {
                 correlation: index,
-                key: Some((index % 3).into()),
                 timestamp: true,
                 trace_id: (index == 76).then_some([9; 16]),
                 ..SendOptions::default()

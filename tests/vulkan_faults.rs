@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use ringkernel::backend::{DeviceKind, ExecutionMode, VulkanDeviceInfo};
 use ringkernel::error::{CallError, RecvTimeoutError, SendTimeoutError, Unavailable};
 use ringkernel::kernel::FailureReason;
+use ringkernel::time::now_ns;
 use ringkernel::{
     BackendType, Error, KernelHandle, KernelRegistration, KernelState, LaunchOptions,
     RingKernelRuntime, RuntimeConfig, ShaderCode, VulkanConfig, VulkanMode, WaitStrategy,
@@ -386,10 +387,13 @@ fn a_device_whose_dispatches_see_nothing_new_runs_in_exchange_mode() {
     );
     println!("{}", info.mode_reason);
     exchange(&active(&runtime, "echo"), 2000);
+    // What a shader's clock lacks is told between dispatches as well.
+    assert!(is_traced(&runtime));
     drop(runtime);
     // So it does when its rings are elsewhere.
     let staged = build(VulkanMode::Staged).unwrap();
     exchange(&active(&staged, "echo"), 2000);
+    assert!(is_traced(&staged));
 }
 
 #[test]
@@ -456,7 +460,13 @@ fn is_traced(runtime: &RingKernelRuntime) -> bool {
     let bytes = |kernel: &KernelHandle| kernel.metrics().memory_bytes;
     match traced.traces() {
         None => assert_eq!(bytes(&plain), bytes(&traced)),
-        Some(traces) => assert!(!traces.is_empty()),
+        Some(traces) => {
+            assert!(!traces.is_empty());
+            let now = now_ns();
+            let second = 1_000_000_000;
+            let is_recent = |seen: u64| seen <= now && seen + 20 * second > now;
+            assert!(traces.iter().all(|trace| is_recent(trace.seen_ns)));
+        }
     }
     traced.traces().is_some()
 }

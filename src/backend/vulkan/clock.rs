@@ -74,14 +74,18 @@ fn judge(readings: &[ClockReading]) -> Result<Found, String> {
             .iter()
             .flat_map(|reading| [reading.seen, reading.done])
     };
-    let step = times()
-        .zip(times().skip(1))
-        .fold(0, |step, (a, b)| common_divisor(step, a.abs_diff(b)));
+    // One that shows no high word may have none: that of one which has is the same.
+    let short = times().all(|time| u32::try_from(time).is_ok());
+    let step = times().zip(times().skip(1)).fold(0, |step, (a, b)| {
+        let passed = match short {
+            true => (b as u32).wrapping_sub(a as u32).into(),
+            false => b.abs_diff(a),
+        };
+        common_divisor(step, passed)
+    });
     if step == 0 {
         return Err("its shaders' clock stands still".into());
     }
-    // One that shows no high word may have none: that of one which has is the same.
-    let short = times().all(|time| u32::try_from(time).is_ok());
     let within = readings.iter().all(|reading| {
         // The clock shows the last of its steps.
         let from = reading.before.saturating_sub(step);
@@ -120,7 +124,7 @@ mod tests {
             let before = from + index * 10_007;
             ClockReading {
                 before,
-                seen: shows(before + 301 + index * index),
+                seen: shows(before + 301 + index * 58 % 256),
                 done: shows(before + 633 + index),
                 after: before + 1400,
             }
@@ -157,6 +161,9 @@ mod tests {
         for from in [7_u64 << 32, (8 << 32) - 80_000, (8 << 32) - 20, 100_000] {
             let found = judge(&readings(from, |now| now & 0xffff_ffff));
             assert_eq!(found, Ok(short), "{from:#x}");
+            // In steps that do not divide the range.
+            let found = judge(&readings(from, |now| now / 40 * 40 & 0xffff_ffff));
+            assert_eq!(found, Ok(Found { step: 40, ..short }), "{from:#x}");
         }
     }
 
