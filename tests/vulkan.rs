@@ -18,7 +18,7 @@ use ringkernel::error::{
     CallError, RecvTimeoutError, SendTimeoutError, TryRecvError, TrySendError, Unavailable,
 };
 use ringkernel::kernel::FailureReason;
-use ringkernel::time::now_ns;
+use ringkernel::time::now_ns_ordered;
 use ringkernel::{
     BackendType, Error, KernelHandle, KernelRegistration, KernelState, LaunchOptions, MessageTrace,
     RingKernelRuntime, RuntimeConfig, SendOptions, ShaderCode, VulkanConfig, VulkanMode,
@@ -1007,9 +1007,9 @@ fn traced(every: u32) -> LaunchOptions {
 
 /// Calls the kernel, and notes between which times of the host that was.
 fn timed_call(kernel: &KernelHandle, bounds: &mut Vec<(u64, u64)>) {
-    let before = now_ns();
+    let before = now_ns_ordered();
     kernel.call_bytes(b"x", &mut [0; 48], LONG).unwrap();
-    bounds.push((before, now_ns()));
+    bounds.push((before, now_ns_ordered()));
 }
 
 /// The samples of all calls, which are where they were made on the host's clock.
@@ -1095,10 +1095,10 @@ fn every_block_is_traced_whatever_its_size() {
                 trace_id: (index == 76).then_some([9; 16]),
                 ..SendOptions::default()
             };
-            let before = now_ns();
+            let before = now_ns_ordered();
             sender.try_send_bytes_with(b"payload", &options).unwrap();
             receiver.recv_ref_timeout(LONG).unwrap();
-            bounds.push((before, now_ns()));
+            bounds.push((before, now_ns_ordered()));
         }
         let mut traces = Vec::new();
         eventually("the samples", || {

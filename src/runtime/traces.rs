@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 
 use crate::backend::{BlockClock, BlockMemory, DriverClock};
 use crate::kernel::{MessageTrace, Sample, read_samples};
-use crate::time::{Bracket, Deadline, DeviceClock, HostTime, now_ns};
+use crate::time::{Bracket, Deadline, DeviceClock, HostTime, now_ns_ordered};
 
 /// How long a device may take to tell its clock for the first time: it may be in a handler, or between two slices. One that takes longer
 /// is asked again by the next call.
@@ -23,12 +23,12 @@ const DRIVER_QUESTIONS: u32 = 16;
 
 /// One reading of a clock that the driver tells.
 fn ask(driver: &dyn DriverClock) -> Option<Bracket> {
-    let before_ns = now_ns();
+    let before_ns = now_ns_ordered();
     let ticks = driver.ticks()?;
     Some(Bracket {
         before_ns,
         ticks,
-        after_ns: now_ns(),
+        after_ns: now_ns_ordered(),
     })
 }
 

@@ -255,10 +255,10 @@ pub fn a_message_that_ends_in_an_error_is_traced<S: Subject>() {
             right: 1,
             negate: false,
         };
-        let before = now_ns();
+        let before = now_ns_ordered();
         let sum = kernel.call::<Add, Sum>(&add, LONG);
         assert_eq!(sum.is_err(), left == u64::MAX);
-        bounds.push((before, now_ns()));
+        bounds.push((before, now_ns_ordered()));
     }
     let traces = traces(&kernel, 4);
     assert_eq!(traces.len(), 4);

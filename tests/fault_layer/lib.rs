@@ -388,7 +388,11 @@ unsafe extern "system" fn create_device(
                 vk::PFN_vkCreateComputePipelines
             ),
             // SAFETY: the device is live, and the function of this name has this type.
-            stamps: unsafe { transmute(get(device, c"vkGetCalibratedTimestampsEXT".as_ptr())) },
+            stamps: unsafe {
+                transmute::<vk::PFN_vkVoidFunction, Option<vk::PFN_vkGetCalibratedTimestampsKHR>>(
+                    get(device, c"vkGetCalibratedTimestampsEXT".as_ptr()),
+                )
+            },
         };
         remember(&DEVICES, device, next);
         LATEST.store(device.as_raw(), Ordering::SeqCst);

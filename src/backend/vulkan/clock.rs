@@ -162,7 +162,7 @@ mod tests {
             let found = judge(&readings(from, |now| now & 0xffff_ffff));
             assert_eq!(found, Ok(short), "{from:#x}");
             // In steps that do not divide the range.
-            let found = judge(&readings(from, |now| now / 40 * 40 & 0xffff_ffff));
+            let found = judge(&readings(from, |now| (now / 40 * 40) & 0xffff_ffff));
             assert_eq!(found, Ok(Found { step: 40, ..short }), "{from:#x}");
         }
     }
