@@ -765,15 +765,18 @@ void main() {
                     run = false;
                 }
             }
-#ifdef RK_TRACES
-            // Before the request's slot is given back.
-            if (rk_sampled) rk_trace();
-#endif
             over = left != RK_LEFT_ERROR && (flags != RK_RUN || left == RK_LEFT_FAULT || idle >= idle_budget);
             bool quiet = left == RK_LEFT_IDLE || left == RK_LEFT_NO_ROOM;
             due = rk_position - given_back >= give_back || (quiet && stored != rk_position) ||
                   looks >= RK_LOOKS_PER_BEAT;
+#ifdef RK_TRACES
+            due = due || rk_sampled;
+#endif
         }
+#ifdef RK_TRACES
+        // Before the request's slot is given back.
+        if (rk_sampled) rk_trace();
+#endif
         looks = 0u;
         stored = rk_position;
         given_back = rk_position;
