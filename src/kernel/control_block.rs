@@ -16,13 +16,13 @@ const _: () = assert!(CONTROL_BLOCK_BYTES == 256);
 ///
 /// | line | written by | words |
 /// |---|---|---|
-/// | 0 | host | `active`, `terminate`, `slice_budget`, `epoch`, `idle_budget`, `clock_asked` |
+/// | 0 | host | `active`, `terminate`, `slice_budget`, `epoch`, `idle_budget`, `clock_asked`, `clock_half` |
 /// | 1 | device, per message | `processed`, `produced`, `step` |
 /// | 2 | device, per poll or rarer | `state`, `heartbeat`, `dropped`, `last_error`, `slice_number`, `has_terminated`, `fault` |
 /// | 3 | device | reserved |
 ///
 /// `slice_budget`, `epoch`, `idle_budget`, `step`, `slice_number` and `fault` are there for devices that run a kernel in
-/// slices; the CPU leaves them 0. `clock_asked` is for traces on devices with clocks of their own.
+/// slices; the CPU leaves them 0. `clock_asked` and `clock_half` are for traces on devices with clocks of their own.
 #[derive(Clone, Copy, Debug)]
 pub struct ControlBlock<'a> {
     pub(crate) host: &'a HostLine,
@@ -53,7 +53,9 @@ pub struct HostLine {
     idle_budget: AtomicU32,
     /// Changes when the host wants to know the device's clock.
     clock_asked: AtomicU32,
-    _reserved: [u32; 10],
+    _reserved: [u32; 9],
+    /// In which half of its low word's range the device's clock last was, counted from the clock's beginning; 0 if it shows more than its low word.
+    clock_half: AtomicU32,
 }
 
 /// The lines of a control block that the device writes.
@@ -86,6 +88,7 @@ const _: () = {
     assert!(offset_of!(HostLine, epoch) == 12);
     assert!(offset_of!(HostLine, idle_budget) == 16);
     assert!(offset_of!(HostLine, clock_asked) == 20);
+    assert!(offset_of!(HostLine, clock_half) == 60);
     assert!(size_of::<DeviceLines>() == 192);
     assert!(offset_of!(DeviceLines, processed) == 0);
     assert!(offset_of!(DeviceLines, produced) == 4);
@@ -112,6 +115,9 @@ impl HostLine {
 
     /// Of what only preludes with a clock know.
     pub(crate) const CLOCK_ASKED: usize = offset_of!(HostLine, clock_asked);
+
+    /// Of what only shaders with a clock know.
+    pub(crate) const CLOCK_HALF: usize = offset_of!(HostLine, clock_half);
 }
 
 #[cfg(all(test, feature = "vulkan"))]
@@ -225,6 +231,13 @@ impl ControlBlock<'_> {
         self.host.clock_asked.store(number, Ordering::Release);
         store_fence();
         number
+    }
+
+    /// Says where the device's clock is, for one that shows its low word alone.
+    #[cfg(feature = "vulkan")]
+    pub(crate) fn set_clock_half(&self, half: u32) {
+        self.host.clock_half.store(half, Ordering::Release);
+        store_fence();
     }
 
     /// Where an empty kernel begins.

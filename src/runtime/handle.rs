@@ -126,12 +126,13 @@ impl KernelHandle {
     /// oldest first. Each call gives all of them; [`MessageTrace::sample`] tells which are new. A sample appears when its
     /// handler has returned, which may be shortly after its reply was received. Allocates; does not disturb the kernel's loop.
     ///
-    /// Of a kernel that reads a device's own clock and is active, it asks for that clock first: for some 2 ms, and up to 100 ms if the kernel
-    /// does not answer, because it is in a handler. Does not wait on the CPU.
+    /// Of a kernel that reads a device's own clock and is active, it asks for that clock first. On CUDA it asks the kernel: for some 2 ms, and up to
+    /// 100 ms if that does not answer, because it is in a handler. On Vulkan it asks the driver, some microseconds, and does not wait on the CPU.
     ///
     /// `None` if the kernel is not traced: it was launched without [`LaunchOptions::trace_every`](crate::LaunchOptions::trace_every), or on a
-    /// device whose kernels cannot be traced (Vulkan, Metal). `None` too while nothing is known of the device's clock, because the kernel has
-    /// not answered twice.
+    /// device whose kernels cannot be traced: on Metal, on Vulkan devices whose shaders have no clock or another one than the driver tells, and
+    /// there if the kernel has no module for it ([`ShaderCode::traced`](crate::ShaderCode::traced)); the log says which. `None` too while
+    /// nothing is known of the device's clock, because it was not told twice.
     #[must_use]
     pub fn traces(&self) -> Option<Vec<MessageTrace>> {
         self.instance.traces()

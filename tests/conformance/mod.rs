@@ -204,6 +204,7 @@ macro_rules! conformance {
                 a_trace_tells_when_a_message_was_sent_seen_and_done,
                 one_message_in_n_is_traced_and_every_one_with_a_trace_id,
                 the_latest_traces_are_kept_and_outlive_a_pause,
+                a_message_that_ends_in_an_error_is_traced,
                 handler_time_is_all_of_the_handlers_time,
             }
         }

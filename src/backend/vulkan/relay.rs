@@ -54,6 +54,8 @@ struct BlockRelay {
     published: u32,
     /// The host's reply cursor at the last look.
     read: u32,
+    /// Samples that were carried out.
+    traced: u32,
 }
 
 impl Relay {
@@ -79,6 +81,7 @@ impl Relay {
                     step: 0,
                     published: produced,
                     read: produced,
+                    traced: 0,
                 }
             })
             .collect();
@@ -185,6 +188,7 @@ impl Relay {
             control.mirror(device);
             control.beat();
             host.telemetry().mirror(relay.device.telemetry());
+            relay.traced = host.mirror_traces(&relay.device, relay.traced);
             host.request_cursor().store(processed, Ordering::Release);
             if device.state() == Some(BlockState::Faulted) {
                 control.store_state(BlockState::Faulted);
