@@ -131,6 +131,8 @@ macro_rules! conformance {
                 bridged::{
                     a_ring_gives_way_to_the_bridge,
                     the_bridge_carries_between_devices_and_grids,
+                    a_refused_connection_leaves_rings_alone,
+                    many_ways_take_no_time,
                 }
                 clients::{
                     the_loop_gives_expired_messages_up,
@@ -277,6 +279,10 @@ macro_rules! conformance {
                 a_drain_waits_for_what_the_bridge_carries,
                 calls_go_over_the_bridge,
                 bridged_kernels_may_be_dropped_in_any_order,
+                a_reply_of_a_grid_that_is_held_up_is_given_once,
+                a_reply_that_went_one_way_is_no_callers,
+                a_drain_does_not_wait_for_what_a_client_left,
+                a_kernel_may_join_in_while_the_last_one_ends,
             }
             clients::{
                 many_clients_of_many_kernels_lose_double_and_mix_nothing,
