@@ -13,6 +13,7 @@
 // rk_nap                         gives way for some nanoseconds
 // rk_as_f32, rk_from_f32, rk_mul_f32, rk_add_f32
 //
+// and RK_HAS_ADDRESSES where a kernel can use memory that it is told the address of while it runs: rk_at(low, high) is that memory;
 // and where the device has them RK_HAS_U64 with rk_u64, RK_HAS_F64 with rk_as_f64 and rk_from_f64, RK_HAS_CLOCK with rk_clock_ns.
 
 // Layouts. Sizes and offsets are in words of 4 bytes; a test compares each with the Rust structures of the same name.
@@ -34,10 +35,23 @@
 #define RK_HOST_EPOCH 3u
 #define RK_HOST_IDLE_BUDGET 4u
 #define RK_HOST_CLOCK_ASKED 5u
+#define RK_HOST_WAY 6u
+#define RK_HOST_NEXT_SLOTS 7u
+#define RK_HOST_NEXT_CURSOR 9u
+#define RK_HOST_NEXT_CAPACITY 11u
+#define RK_HOST_NEXT_SLOT_WORDS 12u
+#define RK_HOST_NEXT_OFFSET 13u
+#define RK_HOST_WORDS 16u
+// Behind it the link, which other devices need, and the kinds of the kernel that replies are passed on to, by kinds of this one,
+// two in a word.
+#define RK_LINK_WORDS 16u
+#define RK_NO_KIND 0xffffu
+#define RK_MAX_KINDS 64u
 // The device's lines, behind the reply slots and the request ring's cursor.
 #define RK_DEVICE_PROCESSED 0u
 #define RK_DEVICE_PRODUCED 1u
 #define RK_DEVICE_STEP 2u
+#define RK_DEVICE_PASSED 3u
 #define RK_DEVICE_STATE 16u
 #define RK_DEVICE_HEARTBEAT 17u
 #define RK_DEVICE_DROPPED 18u
@@ -45,6 +59,7 @@
 #define RK_DEVICE_SLICE_NUMBER 20u
 #define RK_DEVICE_HAS_TERMINATED 21u
 #define RK_DEVICE_FAULT 22u
+#define RK_DEVICE_WAY_TAKEN 23u
 #define RK_DEVICE_WORDS 48u
 // Telemetry, behind the device's lines. 64-bit counters, low word first.
 #define RK_TELEMETRY_VERSION 0u
@@ -128,6 +143,15 @@ struct Rk {
     RK_GLOBAL uint* telemetry;
     // Positions of the rings, and how many replies the present run may still write.
     uint position, out_position, left;
+    // The ring that replies go into: the own one, or that of another kernel.
+    RK_GLOBAL uint* out_ring;
+    RK_GLOBAL uint* out_cursor;
+    uint out_capacity, out_slot_words;
+    // How many replies are produced beyond the position in it; how many of them were passed on to other kernels by ways that are over.
+    uint out_beyond, passed;
+    // The way of the host's line that it goes by; and if that is odd and so leads to another kernel, from the count of replies passed on to the
+    // position there, and a kind of this kernel's with the other one's for it.
+    uint way, offset, known_kind, known_next;
     // The request in hand, and how often the handler was run for it.
     RK_GLOBAL uint* request;
     uint correlation, length_flags, kind_lane, bytes, step;
@@ -287,16 +311,43 @@ RK_FN void rk_count(RK_THREAD uint* counter, uint value) {
     if (counter[0] < before) counter[1]++;
 }
 
+RK_FN RK_GLOBAL uint* rk_slot_out(RK_THREAD const Rk& rk, uint position) {
+    return rk.out_ring + (position & (rk.out_capacity - 1u)) * rk.out_slot_words;
+}
+
+// Words before the payload of the request in hand, and of its replies.
+RK_FN uint rk_skip(RK_THREAD const Rk& rk) {
+    return (rk.length_flags & RK_EXTENDED_BIT) != 0u ? RK_HEADER_WORDS + RK_EXTENSION_WORDS : RK_HEADER_WORDS;
+}
+
 RK_FN void rk_aim_reply(RK_THREAD Rk& rk) {
-    uint skip = (rk.length_flags & RK_EXTENDED_BIT) != 0u ? RK_HEADER_WORDS + RK_EXTENSION_WORDS : RK_HEADER_WORDS;
-    rk.reply = rk_slot(rk, rk.d2h, rk.out_position) + skip;
-    rk.reply_limit = 4u * (rk.launch.slot_words - skip);
+    uint skip = rk_skip(rk);
+    rk.reply = rk_slot_out(rk, rk.out_position) + skip;
+    rk.reply_limit = 4u * (rk.out_slot_words - skip);
+}
+
+// What the next kernel knows a kind by.
+RK_FN uint rk_kind_of_next(RK_THREAD Rk& rk, uint kind) {
+    if (kind != rk.known_kind) {
+        uint index = kind - 1u;
+        rk.known_kind = kind;
+        rk.known_next = kind == 0u ? 0u : RK_NO_KIND;
+        if (index < RK_MAX_KINDS) {
+            uint pair = rk_load(rk.host_line + RK_HOST_WORDS + RK_LINK_WORDS + (index >> 1));
+            rk.known_next = (index & 1u) == 0u ? pair & 0xffffu : pair >> 16;
+        }
+    }
+    return rk.known_next;
 }
 
 // Publishes what `rk_out` wrote.
 RK_FN void rk_publish(RK_THREAD Rk& rk, uint kind, uint flags, uint bytes) {
+    bool passes = (rk.way & 1u) != 0u;
+    if (passes) kind = rk_kind_of_next(rk, kind);
     if (rk.fault != RK_FAULT_NONE) {
         rk.left = 0u;
+    } else if (passes && kind == RK_NO_KIND) {
+        rk_error(RK_BAD_REQUEST);
     } else if (bytes > rk.reply_limit) {
         rk_error(RK_REPLY_TOO_LARGE);
     } else if (rk.left == 0u) {
@@ -305,7 +356,7 @@ RK_FN void rk_publish(RK_THREAD Rk& rk, uint kind, uint flags, uint bytes) {
         // All of the payload is written before its sequence is.
         rk_group_sync(rk.threads);
         if (rk.index == 0u) {
-            RK_GLOBAL uint* slot = rk_slot(rk, rk.d2h, rk.out_position);
+            RK_GLOBAL uint* slot = rk_slot_out(rk, rk.out_position);
             rk_store(slot + RK_HEADER_CORRELATION, rk.correlation);
             rk_store(slot + RK_HEADER_LENGTH_FLAGS,
                      bytes | flags | (rk.length_flags & (RK_PRIORITY_MASK | RK_EXTENDED_BIT)));
@@ -408,9 +459,39 @@ RK_FN uint rk_commands(RK_THREAD const Rk& rk, RK_GROUP const uint* host_line) {
     return host_line[RK_HOST_ACTIVE] != 0u ? RK_RUN : 0u;
 }
 
+// Leads replies to where the host's line says, at the start or because it has changed. [all]
+RK_FN void rk_turn_to(RK_THREAD Rk& rk, uint way) {
+    uint produced = rk.out_position + rk.out_beyond;
+    uint passed = (rk.way & 1u) != 0u ? rk.out_position - rk.offset : rk.passed;
+    rk.way = way;
+    rk.passed = passed;
+    rk.out_ring = rk.d2h;
+    rk.out_cursor = rk.reply_cursor;
+    rk.out_capacity = rk.launch.capacity;
+    rk.out_slot_words = rk.launch.slot_words;
+    rk.out_position = produced - passed;
+#ifdef RK_HAS_ADDRESSES
+    if ((way & 1u) != 0u) {
+        RK_GLOBAL uint* slots = rk.host_line + RK_HOST_NEXT_SLOTS;
+        RK_GLOBAL uint* cursor = rk.host_line + RK_HOST_NEXT_CURSOR;
+        rk.out_ring = rk_at(rk_load(slots), rk_load(slots + 1));
+        rk.out_cursor = rk_at(rk_load(cursor), rk_load(cursor + 1));
+        rk.out_capacity = rk_load(rk.host_line + RK_HOST_NEXT_CAPACITY);
+        rk.out_slot_words = rk_load(rk.host_line + RK_HOST_NEXT_SLOT_WORDS);
+        rk.offset = rk_load(rk.host_line + RK_HOST_NEXT_OFFSET);
+        rk.out_position = passed + rk.offset;
+        rk.known_kind = 0u;
+        rk.known_next = 0u;
+    }
+#endif
+    rk.out_beyond = produced - rk.out_position;
+    rk_aim_reply(rk);
+}
+
 // Makes known how far the block has got. For thread 0.
 RK_FN void rk_show_progress(RK_THREAD const Rk& rk) {
-    rk_store(rk.device_line + RK_DEVICE_PRODUCED, rk.out_position);
+    rk_store(rk.device_line + RK_DEVICE_PRODUCED, rk.out_position + rk.out_beyond);
+    if ((rk.way & 1u) != 0u) rk_store(rk.device_line + RK_DEVICE_PASSED, rk.out_position - rk.offset);
     rk_store(rk.device_line + RK_DEVICE_STEP, rk.step);
 #ifdef RK_HAS_CLOCK
     // A request that takes several slices was taken up once.
@@ -465,7 +546,14 @@ RK_FN void rk_begin(RK_THREAD Rk& rk) {
     rk.device_line = rk.request_cursor + RK_CURSOR_WORDS;
     rk.telemetry = rk.device_line + RK_DEVICE_WORDS;
     rk.position = rk_load(rk.device_line + RK_DEVICE_PROCESSED);
-    rk.out_position = rk_load(rk.device_line + RK_DEVICE_PRODUCED);
+    uint produced = rk_load(rk.device_line + RK_DEVICE_PRODUCED);
+    rk.passed = rk_load(rk.device_line + RK_DEVICE_PASSED);
+    rk.out_position = produced - rk.passed;
+    rk.out_beyond = rk.passed;
+    rk.way = 0u;
+    rk.offset = 0u;
+    rk.known_kind = 0u;
+    rk.known_next = 0u;
     rk.step = rk_load(rk.device_line + RK_DEVICE_STEP);
     rk.left = 0u;
     rk.fault = RK_FAULT_NONE;
@@ -493,7 +581,7 @@ RK_FN void rk_begin(RK_THREAD Rk& rk) {
         rk.clock_answered = rk_load(header + RK_TRACE_CLOCK_ANSWERED);
     }
 #endif
-    rk_aim_reply(rk);
+    rk_turn_to(rk, 0u);
 }
 
 // Cursor, counters, signs of life.
@@ -524,7 +612,7 @@ RK_FN void rk_extend_replies(RK_THREAD const Rk& rk, uint replies) {
     RK_GLOBAL uint* from = rk_slot(rk, rk.h2d, rk.position) + RK_HEADER_WORDS;
     for (uint i = rk.index; i < RK_EXTENSION_WORDS * replies; i += rk.threads) {
         uint word = i & (RK_EXTENSION_WORDS - 1u);
-        RK_GLOBAL uint* slot = rk_slot(rk, rk.d2h, rk.out_position + i / RK_EXTENSION_WORDS);
+        RK_GLOBAL uint* slot = rk_slot_out(rk, rk.out_position + i / RK_EXTENSION_WORDS);
         rk_store(slot + RK_HEADER_WORDS + word, rk_load(from + word));
     }
 }
@@ -537,6 +625,15 @@ RK_FN uint rk_handle(RK_THREAD Rk& rk, uint needed) {
     if ((rk.length_flags & RK_EXTENDED_BIT) != 0u) rk_extend_replies(rk, needed);
     rk.again = false;
     rk.has_error = false;
+    if ((rk.length_flags & RK_ERROR_BIT) != 0u) {
+        // An error of a handler before this one, which no other handler sees. As much of it as fits: its code comes first.
+        uint bytes = rk.bytes < rk.reply_limit ? rk.bytes : rk.reply_limit;
+        rk.left = 1u;
+        for (uint i = rk.index; i < (bytes + 3u) >> 2; i += rk.threads) rk_out(i, rk_in(i));
+        rk_publish(rk, 0u, RK_ERROR_BIT, bytes);
+        rk_advance(rk);
+        return 1u;
+    }
     rk.left = rk.launch.replies;
     if ((rk.kind_lane & 0xffffu) > rk.launch.kinds) {
         rk.error_code = RK_BAD_REQUEST;
@@ -594,7 +691,8 @@ RK_FN void rk_run(RK_THREAD Rk& rk) {
             rk_show_progress(rk);
             rk_load4_acquire(rk.host_line, news);
             news[RK_HOST_IDLE_BUDGET] = rk_load(rk.host_line + RK_HOST_IDLE_BUDGET);
-            news[7] = rk_load_acquire(rk.reply_cursor);
+            news[5] = rk_load_acquire(rk.host_line + RK_HOST_WAY);
+            news[7] = rk_load_acquire(rk.out_cursor);
 #ifdef RK_HAS_CLOCK
             news[6] = rk_clock_ns() - begin > rk.launch.slice_ns ? 1u : 0u;
             rk_answer_clock(rk);
@@ -609,9 +707,16 @@ RK_FN void rk_run(RK_THREAD Rk& rk) {
         late = news[6] != 0u;
 #endif
         uint budget = news[RK_HOST_SLICE_BUDGET], idle_budget = news[RK_HOST_IDLE_BUDGET];
-        uint room = unread <= capacity ? capacity - unread : 0u;
+        uint room = unread <= rk.out_capacity ? rk.out_capacity - unread : 0u;
+        uint way = news[5];
         rk.turn++;
         looks++;
+        if (way != rk.way) {
+            // There is room to be looked for elsewhere.
+            room = 0u;
+            rk_turn_to(rk, way);
+            if (leader) rk_store_release(rk.device_line + RK_DEVICE_WAY_TAKEN, way);
+        }
 
         bool quiet = false;
         if (commands == RK_RUN) {
@@ -648,7 +753,7 @@ RK_FN void rk_run(RK_THREAD Rk& rk) {
                     break;
                 }
                 rk_take(rk, seen);
-                if (rk.bytes > rk.reply_limit) {
+                if (rk.bytes > 4u * (rk.launch.slot_words - rk_skip(rk))) {
                     rk.fault = RK_FAULT_CORRUPT_RING;
                 } else if (room < needed) {
                     idle += RK_POLLS;

@@ -73,6 +73,10 @@ mod traces {
     crate::conformance! { traces: crate::Cuda }
 }
 
+mod shared_rings {
+    crate::conformance! { shared rings on a device: crate::Cuda }
+}
+
 #[test]
 fn on_the_fake_driver() {
     run_on_the_fake(&[], &[]);

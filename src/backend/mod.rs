@@ -48,6 +48,10 @@ pub use info::{
 };
 
 pub use options::{CudaConfig, CudaRingMemory, MetalConfig, MetalMode, VulkanConfig, VulkanMode};
+#[cfg(any(feature = "vulkan", feature = "cuda"))]
+pub(crate) use resident::Next;
+#[cfg(feature = "vulkan")]
+pub(crate) use resident::corrupt_device;
 #[cfg(any(feature = "vulkan", feature = "cuda", feature = "metal"))]
 pub(crate) use resident::{Keeper, Resident, ResidentDispatch};
 
@@ -189,6 +193,11 @@ pub(crate) trait Device: Send + Sync + fmt::Debug {
         true
     }
 
+    /// Whether a block can write its replies into the request ring of another of its blocks.
+    fn shares_rings(&self) -> bool {
+        false
+    }
+
     /// What this kernel's blocks would read the time from; nothing if it cannot be traced.
     fn clock(&self, _handler: &Handler) -> Option<BlockClock> {
         None
@@ -277,6 +286,18 @@ pub(crate) enum Handler {
     Shader(Arc<ShaderCode>),
     Cuda(Arc<CudaCode>),
     Metal(Arc<MetalCode>),
+}
+
+impl Handler {
+    /// Replies that one run may write; 1 where nobody says.
+    pub(crate) fn replies(&self) -> u32 {
+        match self {
+            Self::Cpu(_) => 1,
+            Self::Shader(code) => code.replies,
+            Self::Cuda(code) => code.replies,
+            Self::Metal(code) => code.replies,
+        }
+    }
 }
 
 impl fmt::Debug for Handler {

@@ -138,7 +138,7 @@ impl ClientLane {
         write: impl FnOnce(&mut [u8]) -> Result<usize, Rejection>,
     ) -> Result<(), TrySendError> {
         self.instance.signals.gate.check_send()?;
-        if address.has_deadline() && !self.instance.checks_deadlines && !self.hub.is_crowded() {
+        if address.has_deadline() && !self.instance.is_on_threads && !self.hub.is_crowded() {
             // Deadlines are looked at where lanes are merged, if not by the kernel.
             match self.hub.try_take() {
                 Some(merger) => self.hub.use_lanes(&merger),

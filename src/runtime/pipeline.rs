@@ -247,6 +247,7 @@ impl Pipes {
             return;
         };
         let deadline = Deadline::after(timeout);
+        joint.passage.valve.call_warden();
         while joint.passage.valve.is_publishing() && !deadline.has_passed() {
             std::thread::yield_now();
         }
@@ -278,7 +279,6 @@ pub(super) fn connect(
     from: &Arc<KernelInstance>,
     to: &Arc<KernelInstance>,
     ours: &[Arc<KernelInstance>],
-    shared: bool,
 ) -> Result<Way, Error> {
     let refuse = |reason| {
         Err(Error::CannotConnect {
@@ -305,8 +305,7 @@ pub(super) fn connect(
         });
     }
     let is_alone = !from.pipes.has_outlet() && !to.pipes.has_inlet();
-    let has_one_block = from.blocks.len() == 1 && to.blocks.len() == 1;
-    if !(shared && is_alone && has_one_block && from.device == to.device) {
+    if !is_alone || !can_share(from, to) {
         return bridge(from, to);
     }
     let _controls = lock_both(from, to);
@@ -318,7 +317,7 @@ pub(super) fn connect(
     from.pipes.settle();
     to.pipes.settle();
     let (requests, mut replies) = take_sides(from, to)?;
-    let kind = if from.cores == to.cores {
+    let kind = if from.is_on_threads && from.cores == to.cores {
         ConnectionKind::SharedThread
     } else {
         ConnectionKind::SharedRing
@@ -363,6 +362,14 @@ pub(super) fn connect(
     from.signals.wake_all();
     log::debug!("kernel '{}' -> kernel '{}'", joint.names[0], joint.names[1]);
     Ok(Way::Ring(joint))
+}
+
+/// Whether one kernel can write straight into the other's ring.
+fn can_share(from: &KernelInstance, to: &KernelInstance) -> bool {
+    let has_one_block = from.blocks.len() == 1 && to.blocks.len() == 1;
+    // A handler is run when there is room for all that it may reply.
+    let has_room = u64::from(from.replies) <= to.capacity;
+    from.shares_rings && to.shares_rings && from.device == to.device && has_one_block && has_room
 }
 
 /// Connects two kernels by way of the first one's bridge, with whatever is connected with them already.
@@ -593,7 +600,10 @@ fn offer(
     });
     let slot = &from.signals.outlet;
     slot.offer(Outlet::new(
-        requests.into_parts(),
+        (
+            requests.into_parts(),
+            Arc::<BlockMemory>::clone(&to.blocks[0]),
+        ),
         Arc::clone(&passage.valve),
         Arc::clone(&to.signals),
         Arc::clone(&to.accepted),

@@ -373,9 +373,8 @@ impl RingKernelRuntime {
                 operation: "connect kernels",
             });
         }
-        let shared = self.backend == BackendType::Cpu;
         // Under the lock: no other connection is made meanwhile, so that cycles are seen.
-        let way = pipeline::connect(&from.instance, &to.instance, &inner.kernels, shared)?;
+        let way = pipeline::connect(&from.instance, &to.instance, &inner.kernels)?;
         Ok(Connection::new(&from.instance, &to.instance, way))
     }
 

@@ -330,6 +330,11 @@ impl Device for VulkanDevice {
         self.mode != ExecutionMode::Resident
     }
 
+    fn shares_rings(&self) -> bool {
+        // Otherwise the rings that the host knows are not those that slices see.
+        self.mode == ExecutionMode::Resident
+    }
+
     fn dispatch(&self, request: DispatchRequest) -> Result<Box<dyn Dispatch>, Error> {
         self.context.check_lost()?;
         let blocks = request.blocks.len() as u32;

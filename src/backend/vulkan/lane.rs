@@ -22,6 +22,7 @@ use super::slice_kernel::{SOFTWARE_ITERATIONS, SliceKernel};
 use crate::backend::slices::{Attention, PARKING_IDLE_POLLS, Pace, SHARED_POLLS};
 use crate::backend::{ExecutionMode, Keeper};
 use crate::error::Error;
+use crate::kernel::outlet::Warden;
 use crate::kernel::{BlockState, FailureReason, KernelFailure};
 use crate::thread::affinity;
 
@@ -110,6 +111,12 @@ impl Keeper for LaneHandle {
             }
         }
         self.context.doorbell.notify();
+    }
+}
+
+impl Warden for LaneHandle {
+    fn call(&self) {
+        self.look();
     }
 }
 
@@ -387,7 +394,7 @@ impl Bridge {
         let running: Vec<Arc<SliceKernel>> = self
             .members
             .iter()
-            .filter(|member| member.wants_slices(now))
+            .filter(|member| member.wants_slices(now) && !member.kernel.wants_exchange())
             .map(|member| Arc::clone(&member.kernel))
             .collect();
         let polls = self.set_budgets(&running);
@@ -410,12 +417,14 @@ impl Bridge {
                 .any(|kernel| Arc::ptr_eq(kernel, &member.kernel))
             {
                 member.attention.observe(&member.kernel, now);
+                member.kernel.look_at_passing();
             }
         }
         Ok(())
     }
 
-    /// Answers for kernels that have no slices in flight any more, and lets go of those that ended.
+    /// Answers for kernels that have no slices in flight any more, leads their replies elsewhere if that is wanted, and lets go of those
+    /// that ended.
     fn settle(&mut self) {
         let in_flight = |kernel: &Arc<SliceKernel>| {
             self.in_flight.iter().any(|index| {
@@ -425,7 +434,16 @@ impl Bridge {
                     .any(|running| Arc::ptr_eq(running, kernel))
             })
         };
-        let (mut ended, mut live) = (Vec::new(), Vec::new());
+        let epoch = self.handle.epoch.load(Ordering::Relaxed);
+        let is_of_epoch = |kernel: &Arc<SliceKernel>| {
+            self.in_flight.iter().any(|index| {
+                let batch = &self.batches[*index];
+                let is_in = batch.kernels.iter().any(|other| Arc::ptr_eq(other, kernel));
+                is_in && batch.epoch == epoch
+            })
+        };
+        let (mut ended, mut live, mut idle) = (Vec::new(), Vec::new(), Vec::new());
+        let mut is_awaited = false;
         for member in std::mem::take(&mut self.members) {
             let kernel = &member.kernel;
             if let Some(failure) = kernel.fault()
@@ -434,6 +452,7 @@ impl Bridge {
                 kernel.fail(failure);
             }
             if in_flight(kernel) {
+                is_awaited |= kernel.wants_exchange() && is_of_epoch(kernel);
                 live.push(member);
             } else if kernel.must_terminate() {
                 ended.push(member);
@@ -443,6 +462,7 @@ impl Bridge {
                         block.control().store_state(BlockState::Idle);
                     }
                 }
+                idle.push(Arc::clone(kernel));
                 live.push(member);
             }
         }
@@ -451,10 +471,22 @@ impl Bridge {
             member.kernel.answer_end();
             self.release(member.kernel);
         }
+        if is_awaited {
+            // Its slices end; it gets no others until it has what it wants.
+            self.handle.look();
+        }
+        for kernel in idle {
+            if kernel.wants_exchange() {
+                // What is recorded leads to where its replies went so far.
+                self.forget(&kernel);
+                kernel.exchange(Arc::clone(&self.handle) as Arc<dyn Warden>);
+            }
+        }
     }
 
     /// Lets go of a kernel that has no slices in flight, and says so.
     fn release(&mut self, kernel: Arc<SliceKernel>) {
+        kernel.stop_passing();
         self.handle.remove(&kernel);
         self.forget(&kernel);
         let end = kernel.end();
@@ -873,7 +905,11 @@ impl Member {
         }
         match &self.relay {
             Some(relay) => relay.needs_attention(&self.kernel),
-            None => self.wants_slices(now) || self.kernel.is_unanswered(),
+            None => {
+                self.wants_slices(now)
+                    || self.kernel.is_unanswered()
+                    || self.kernel.wants_exchange()
+            }
         }
     }
 }
@@ -910,7 +946,7 @@ fn record_dispatch(
             vk::PipelineBindPoint::COMPUTE,
             context.pipeline_layout,
             0,
-            &[kernel.set],
+            &[kernel.set()],
             &[],
         );
         context.raw.cmd_push_constants(
@@ -960,15 +996,5 @@ fn transfer_barrier(context: &Context, commands: vk::CommandBuffer) {
             &[],
             &[],
         );
-    }
-}
-
-/// The failure of a kernel whose device writes positions that cannot be.
-pub(super) fn corrupt_device(block: u32) -> KernelFailure {
-    KernelFailure {
-        reason: crate::kernel::FailureReason::CorruptRing,
-        message: "the device reports positions that cannot be".into(),
-        block: Some(block),
-        request: None,
     }
 }

@@ -11,10 +11,9 @@ use std::time::Duration;
 
 use ash::vk;
 
-use super::lane::corrupt_device;
 use super::slice_kernel::{SliceKernel, raw_buffer};
 use crate::backend::slices::BLOCKED_NAP;
-use crate::backend::{BlockMemory, GridMemory};
+use crate::backend::{BlockMemory, GridMemory, corrupt_device};
 use crate::kernel::{BlockState, KernelFailure};
 use crate::thread::KernelWait;
 
