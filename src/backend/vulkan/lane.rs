@@ -397,6 +397,7 @@ impl Bridge {
             .filter(|member| member.wants_slices(now) && !member.kernel.wants_exchange())
             .map(|member| Arc::clone(&member.kernel))
             .collect();
+        let running = upstream_first(running);
         let polls = self.set_budgets(&running);
         while !running.is_empty() && self.in_flight.len() < BATCHES {
             let free = (0..BATCHES).find(|index| !self.in_flight.contains(index));
@@ -590,26 +591,17 @@ impl Bridge {
             return Ok(());
         }
         let context = Arc::clone(&self.context);
+        // Slices of one step may run at the same time, but for those that use the same ring.
+        let shares = running.iter().any(|kernel| kernel.passes_to(None));
         self.record(index, |commands| {
             for _ in 0..steps {
-                for kernel in running {
+                for (index, kernel) in running.iter().enumerate() {
+                    if index > 0 && shares {
+                        slice_barrier(&context, commands);
+                    }
                     record_dispatch(&context, commands, kernel, epoch);
                 }
-                let barrier = [vk::MemoryBarrier::default()
-                    .src_access_mask(vk::AccessFlags::SHADER_WRITE | vk::AccessFlags::SHADER_READ)
-                    .dst_access_mask(vk::AccessFlags::SHADER_READ | vk::AccessFlags::SHADER_WRITE)];
-                // SAFETY: the command buffer is being recorded.
-                unsafe {
-                    context.raw.cmd_pipeline_barrier(
-                        commands,
-                        vk::PipelineStageFlags::COMPUTE_SHADER,
-                        vk::PipelineStageFlags::COMPUTE_SHADER,
-                        vk::DependencyFlags::empty(),
-                        &barrier,
-                        &[],
-                        &[],
-                    );
-                }
+                slice_barrier(&context, commands);
             }
             host_barrier(&context, commands, vk::PipelineStageFlags::COMPUTE_SHADER);
         })?;
@@ -957,6 +949,42 @@ fn record_dispatch(
             &kernel.constants(epoch).bytes(),
         );
         context.raw.cmd_dispatch(commands, kernel.groups(), 1, 1);
+    }
+}
+
+/// The kernels, each behind those that pass their replies on to it, so that a message goes the whole way in one step; otherwise in the
+/// order that they have.
+fn upstream_first(mut kernels: Vec<Arc<SliceKernel>>) -> Vec<Arc<SliceKernel>> {
+    if kernels.iter().any(|kernel| kernel.passes_to(None)) {
+        let all = kernels.clone();
+        kernels.sort_by_cached_key(|kernel| {
+            let before = |kernel: &Arc<SliceKernel>| {
+                let mut others = all.iter();
+                others.find(|other| other.passes_to(Some(kernel))).cloned()
+            };
+            // There are no circles.
+            std::iter::successors(before(kernel), before).count()
+        });
+    }
+    kernels
+}
+
+/// Orders slices.
+fn slice_barrier(context: &Context, commands: vk::CommandBuffer) {
+    let barrier = [vk::MemoryBarrier::default()
+        .src_access_mask(vk::AccessFlags::SHADER_WRITE | vk::AccessFlags::SHADER_READ)
+        .dst_access_mask(vk::AccessFlags::SHADER_READ | vk::AccessFlags::SHADER_WRITE)];
+    // SAFETY: the command buffer is being recorded.
+    unsafe {
+        context.raw.cmd_pipeline_barrier(
+            commands,
+            vk::PipelineStageFlags::COMPUTE_SHADER,
+            vk::PipelineStageFlags::COMPUTE_SHADER,
+            vk::DependencyFlags::empty(),
+            &barrier,
+            &[],
+            &[],
+        );
     }
 }
 

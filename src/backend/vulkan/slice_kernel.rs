@@ -225,6 +225,17 @@ impl SliceKernel {
         self.next.lock().take();
     }
 
+    /// Whether its replies go into the ring of that kernel; of any, if none is named.
+    pub(super) fn passes_to(&self, other: Option<&Self>) -> bool {
+        let next = self.next.lock();
+        next.as_ref().is_some_and(|next| {
+            other.is_none_or(|other| {
+                let block = other.blocks.first();
+                block.is_some_and(|block| Arc::ptr_eq(block, &next.block))
+            })
+        })
+    }
+
     /// What a slice is bound to.
     pub(super) fn set(&self) -> vk::DescriptorSet {
         self.sets[usize::from(self.next.lock().is_some())]
