@@ -121,7 +121,7 @@ impl FromStr for BackendType {
 /// Where a piece of memory has to be good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Placement {
-    /// The host writes, the device reads.
+    /// The host writes, the device reads; in request slots, kernels of the same device write too.
     HostToDevice,
     /// The device writes, the host reads; cached on the host.
     DeviceToHost,

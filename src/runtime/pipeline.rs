@@ -2,7 +2,7 @@
 //!
 //! While two kernels are connected, the block of the first holds the writing end of the second one's request ring. It
 //! takes it, and brings it back, while it is idle, by way of its [`OutletSlot`](crate::kernel::outlet::OutletSlot); the
-//! reading end of its own reply ring waits here until then.
+//! reading end of its own reply ring waits here until then. For blocks on a device, whoever keeps them running does so.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -32,14 +32,15 @@ const NAP: Duration = Duration::from_micros(50);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ConnectionKind {
-    /// The first kernel writes straight into the second one's request ring.
+    /// The first kernel writes straight into the second one's request ring: both have one block, on the same device.
     SharedRing,
     /// As `SharedRing`, and the first kernel's thread runs the second one's handler between its own messages: both have the
     /// same core, or none of their own, so that two threads would wait for the scheduler with every message. A handler that
     /// takes long holds the other up. The second kernel's own thread takes over while the first one is not active.
     SharedThread,
-    /// The bridge of the first kernel's device carries each message: between devices, kernels of several blocks, and wherever a kernel feeds
-    /// several others or is fed by several.
+    /// The bridge of the first kernel's device carries each message: between devices, kernels of several blocks, wherever a kernel feeds
+    /// several others or is fed by several, and on devices whose kernels cannot write into one another's rings (Metal; Vulkan in
+    /// exchange or staged mode).
     Bridged,
 }
 
