@@ -57,5 +57,5 @@ macro_rules! mode {
 
 mode!(resident, Resident, 1 << 20, 1_000_000, shared rings on a device);
 // A submission a message.
-mode!(exchange, Exchange, 2 << 20, 50_000, no shared rings);
+mode!(exchange, Exchange, 2 << 20, 50_000, shared rings on a device);
 mode!(staged, Staged, 2 << 20, 50_000, no shared rings);

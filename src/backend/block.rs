@@ -3,8 +3,8 @@
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use super::host_memory::{HostMemory, HostPool};
 use super::{Device, DeviceMemory, Placement};
@@ -108,6 +108,8 @@ pub(crate) struct GridMemory {
     pub(crate) device_to_host: Arc<dyn DeviceMemory>,
     /// Absent for a kernel without state.
     pub(crate) state: Option<Arc<dyn DeviceMemory>>,
+    /// What the device uses instead of it, of the same layout, where a thread carries messages between the two.
+    pub(crate) behind: OnceLock<Arc<Self>>,
 }
 
 impl fmt::Debug for GridMemory {
@@ -235,6 +237,7 @@ impl GridMemory {
                 0 => None,
                 bytes => Some(take(bytes, Placement::DeviceState)?),
             },
+            behind: OnceLock::new(),
         }))
     }
 

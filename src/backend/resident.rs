@@ -93,9 +93,13 @@ impl Resident {
         self.signals.outlet.is_due(outlet)
     }
 
-    /// Takes the outlet that waits for the kernel: from now on it may write to where that leads, until `give_back`. To be called
-    /// while no message of it is under way.
-    pub(crate) fn take_outlet(&self, warden: Arc<dyn Warden>) -> Option<Next> {
+    /// Takes the outlet that waits for the kernel: from now on it may write to where that leads, until `give_back`. The kernel finds the next
+    /// one's kinds in the memory of `own`. To be called while no message of it is under way.
+    pub(crate) fn take_outlet(
+        &self,
+        own: Arc<BlockMemory>,
+        warden: Arc<dyn Warden>,
+    ) -> Option<Next> {
         let mut passing = self.passing.lock();
         let [block] = &self.blocks[..] else {
             return None;
@@ -105,7 +109,6 @@ impl Resident {
             Some(_) => return None,
         };
         let next = Arc::clone(&outlet.block).downcast::<BlockMemory>();
-        let own = Arc::clone(block);
         let may_begin = outlet.begin(
             Arc::<BlockMemory>::clone(block),
             warden,

@@ -39,8 +39,8 @@ pub enum ConnectionKind {
     /// takes long holds the other up. The second kernel's own thread takes over while the first one is not active.
     SharedThread,
     /// The bridge of the first kernel's device carries each message: between devices, kernels of several blocks, wherever a kernel feeds
-    /// several others or is fed by several, and on devices whose kernels cannot write into one another's rings (Metal; Vulkan in
-    /// exchange or staged mode).
+    /// several others or is fed by several, and on devices whose kernels cannot write into one another's rings (Metal, Vulkan in
+    /// staged mode).
     Bridged,
 }
 

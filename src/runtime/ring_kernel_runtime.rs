@@ -322,7 +322,7 @@ impl RingKernelRuntime {
     /// gets every reply, and be fed by any number.
     ///
     /// Kernels of one block on one device that have no other connection in that direction share a ring: no host thread lies between them.
-    /// So it is on the CPU, on CUDA, and on Vulkan in resident mode, if `to` has at least as many slots as one run of `from`'s handler may
+    /// So it is on the CPU, on CUDA, and on Vulkan but in staged mode, if `to` has at least as many slots as one run of `from`'s handler may
     /// write replies. All others are connected by the bridge of `from`'s device ([`ConnectionKind`](crate::ConnectionKind)). A ring gives way
     /// to the bridge when another kernel joins in; the kernels that share it must be idle then too.
     ///

@@ -401,6 +401,7 @@ pub fn connected_handles_say_so<S: Subject>() {
 
 pub fn what_cannot_be_connected_is_refused_and_changes_nothing<S: Subject>() {
     let runtime = with_kernels(runtime::<S>());
+    let elsewhere = with_kernels(super::runtime::<S>());
     let (kernels, connections) = chain_of(&runtime, &["pipe.step"; 3], &small());
     let [a, b, c] = &kernels[..] else {
         unreachable!()
@@ -443,7 +444,6 @@ pub fn what_cannot_be_connected_is_refused_and_changes_nothing<S: Subject>() {
             );
         }
     }
-    let elsewhere = with_kernels(super::runtime::<S>());
     let foreign = elsewhere.launch("pipe.step", 1, 1, small()).unwrap();
     let grid = runtime.launch("pipe.step", 2, 1, small()).unwrap();
     for (from, to) in [(&d, &foreign), (&foreign, &d)] {

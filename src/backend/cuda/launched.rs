@@ -229,7 +229,7 @@ impl Launched {
             self.give_back();
             *present = None;
         }
-        if let Some(next) = self.take_outlet(warden) {
+        if let Some(next) = self.take_outlet(Arc::clone(block), warden) {
             let way = present.insert(Way {
                 next,
                 leaving: None,

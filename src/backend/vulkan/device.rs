@@ -331,8 +331,8 @@ impl Device for VulkanDevice {
     }
 
     fn shares_rings(&self) -> bool {
-        // Otherwise the rings that the host knows are not those that slices see.
-        self.mode == ExecutionMode::Resident
+        // In staged mode nobody could tell what one kernel has written into the other's memory.
+        self.mode != ExecutionMode::Staged
     }
 
     fn dispatch(&self, request: DispatchRequest) -> Result<Box<dyn Dispatch>, Error> {
@@ -351,6 +351,8 @@ impl Device for VulkanDevice {
             (front, None)
         } else {
             let (device, host) = self.exchange_memory(&front, blocks)?;
+            // Whatever else writes into the kernel's ring. Set once: the memory was made for this kernel.
+            let _ = front.behind.set(Arc::clone(&device));
             (device, Some(host))
         };
         // Launches come one at a time; what kernels that end meanwhile give back is not counted.

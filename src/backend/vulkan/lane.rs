@@ -740,10 +740,17 @@ impl Bridge {
             let Some(relay) = &mut member.relay else {
                 continue;
             };
+            if member.kernel.wants_exchange() {
+                member
+                    .kernel
+                    .exchange(Arc::clone(&self.handle) as Arc<dyn Warden>);
+                relay.begin_again();
+            }
             if relay.answer(&member.kernel) && relay.collect(&member.kernel) {
                 round.push(index);
             }
         }
+        self.add_next(&mut round);
         if !round.is_empty() {
             self.exchange_round(&round)?;
         }
@@ -752,11 +759,41 @@ impl Bridge {
             .partition(|member| member.kernel.must_terminate());
         self.members = live;
         for Member { kernel, relay, .. } in ended {
-            drop(relay);
+            if let Some(relay) = relay {
+                relay.hand_back(&kernel);
+            }
             kernel.answer_end();
             self.release(kernel);
         }
         Ok(())
+    }
+
+    /// Adds the kernels that those of a round pass their replies on to, each behind them: a message goes the whole way in one round.
+    fn add_next(&self, round: &mut Vec<usize>) {
+        let is_any_passing = round
+            .iter()
+            .any(|index| self.members[*index].kernel.passes_to(None));
+        if !is_any_passing {
+            return;
+        }
+        let all = self.members.iter().map(|member| Arc::clone(&member.kernel));
+        let mut chosen: Vec<Arc<SliceKernel>> = Vec::new();
+        for kernel in upstream_first(all.collect()) {
+            let is_in = round
+                .iter()
+                .any(|index| Arc::ptr_eq(&self.members[*index].kernel, &kernel));
+            let is_fed = chosen.iter().any(|before| before.passes_to(Some(&kernel)));
+            if is_in || (is_fed && kernel.is_wanted()) {
+                chosen.push(kernel);
+            }
+        }
+        *round = chosen
+            .iter()
+            .filter_map(|kernel| {
+                let mut members = self.members.iter();
+                members.position(|member| Arc::ptr_eq(&member.kernel, kernel))
+            })
+            .collect();
     }
 
     fn exchange_round(&mut self, round: &[usize]) -> Result<(), Error> {
@@ -772,6 +809,9 @@ impl Bridge {
             transfer_barrier(&context, commands);
             for member in chosen() {
                 record_dispatch(&context, commands, &member.kernel, Relay::EPOCH);
+                if member.kernel.passes_to(None) {
+                    slice_barrier(&context, commands);
+                }
             }
             transfer_barrier(&context, commands);
             for member in chosen() {
@@ -828,7 +868,10 @@ impl Bridge {
                 continue;
             };
             match relay.publish(&member.kernel) {
-                Ok(()) => member.kernel.show_life(),
+                Ok(()) => {
+                    member.kernel.show_life();
+                    member.kernel.look_at_passing();
+                }
                 Err(failure) => member.kernel.fail(*failure),
             }
         }
@@ -847,7 +890,9 @@ impl Bridge {
         self.await_the_end();
         self.in_flight.clear();
         for Member { kernel, relay, .. } in members {
-            drop(relay);
+            if let Some(relay) = relay {
+                relay.hand_back(&kernel);
+            }
             self.release(kernel);
         }
     }
@@ -896,7 +941,7 @@ impl Member {
             return true;
         }
         match &self.relay {
-            Some(relay) => relay.needs_attention(&self.kernel),
+            Some(relay) => relay.needs_attention(&self.kernel) || self.kernel.wants_exchange(),
             None => {
                 self.wants_slices(now)
                     || self.kernel.is_unanswered()

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use ash::vk;
 use parking_lot::Mutex;
@@ -213,8 +214,15 @@ impl SliceKernel {
     /// Leads replies to where they are to go now. No slice of the kernel may be in flight, nor what was recorded of it be submitted again.
     pub(super) fn exchange(&self, warden: Arc<dyn Warden>) {
         self.stop_passing();
-        if let Some(next) = self.take_outlet(warden) {
-            self.fill(self.sets[1], raw_buffer(&next.block.grid.host_to_device));
+        // In exchange mode it reads what the relay writes.
+        let mut own = self.relay_blocks.iter().chain(&self.blocks);
+        if let Some(next) = own
+            .next()
+            .and_then(|own| self.take_outlet(Arc::clone(own), warden))
+        {
+            let grid = &next.block.grid;
+            let grid = grid.behind.get().unwrap_or(grid);
+            self.fill(self.sets[1], raw_buffer(&grid.host_to_device));
             *self.next.lock() = Some(next);
         }
     }
@@ -223,6 +231,13 @@ impl SliceKernel {
     pub(super) fn stop_passing(&self) {
         self.give_back();
         self.next.lock().take();
+    }
+
+    /// How far the kernel that its replies are passed on to has read, if there is one.
+    pub(super) fn next_cursor(&self) -> Option<u32> {
+        let next = self.next.lock();
+        let cursor = next.as_ref()?.block.request_cursor();
+        Some(cursor.load(Ordering::Acquire))
     }
 
     /// Whether its replies go into the ring of that kernel; of any, if none is named.

@@ -158,7 +158,7 @@ mod tests {
             .windows(4)
             .position(|w| w[0] == (4 << 16 | OP_SPEC_CONSTANT) && w[2] == id)
             .unwrap();
-        assert!(refusal(&with_word(constant + 3, 2)).contains("layout 2"));
+        assert!(refusal(&with_word(constant + 3, 1)).contains("layout 1"));
     }
 
     #[test]
