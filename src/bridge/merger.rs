@@ -107,6 +107,16 @@ enum Step {
     NoRoom,
 }
 
+/// What one turn of each lane came to.
+#[derive(Clone, Copy, Debug, Default)]
+struct Round {
+    moved: u32,
+    /// Whether a lane has requests left because its turn was over.
+    has_more: bool,
+    /// Whether any request was held up.
+    is_blocked: bool,
+}
+
 /// The lanes of one kernel.
 #[derive(Debug)]
 pub(crate) struct Merger<P> {
@@ -297,12 +307,16 @@ impl<P: Port> Merger<P> {
             if used & (1 << level) == 0 {
                 continue;
             }
-            let (count, blocked) = self.round(level, most - moved);
+            let Round {
+                moved: count,
+                has_more,
+                is_blocked,
+            } = self.round(level, most - moved);
             moved += count;
-            if count > 0 {
+            if count > 0 && (has_more || is_blocked || used >> level > 1) {
                 // Something more urgent may have come meanwhile.
                 level = LEVELS;
-            } else if blocked && may_settle {
+            } else if is_blocked && may_settle {
                 // Once a pass: it reads what the kernel writes with every message.
                 may_settle = false;
                 if self.settle() {
@@ -313,10 +327,10 @@ impl<P: Port> Merger<P> {
         moved
     }
 
-    /// One turn for each lane that has requests of this level. How many were moved, and whether any was held up.
-    fn round(&mut self, level: usize, most: u32) -> (u32, bool) {
+    /// One turn for each lane that has requests of this level.
+    fn round(&mut self, level: usize, most: u32) -> Round {
         let lanes = self.order.len();
-        let (mut moved, mut blocked) = (0, false);
+        let mut round = Round::default();
         for _ in 0..lanes {
             if self.left[level] == 0 {
                 let turn = &mut self.turn[level];
@@ -328,23 +342,30 @@ impl<P: Port> Merger<P> {
             while self.left[level] > 0 {
                 match self.forward(place, level) {
                     Step::Moved => {
-                        moved += 1;
+                        round.moved += 1;
                         self.left[level] -= 1;
+                        if self.left[level] == 0 {
+                            let lane = self.lanes[usize::from(place)].as_deref_mut();
+                            round.has_more |= lane.is_some_and(|lane| lane.has_request(level));
+                        }
                     }
                     // For nobody: the rest of its turn is still the lane's.
-                    Step::NoRoom => return (moved, true),
+                    Step::NoRoom => {
+                        round.is_blocked = true;
+                        return round;
+                    }
                     Step::None => self.left[level] = 0,
                     Step::HeldUp => {
-                        blocked = true;
+                        round.is_blocked = true;
                         self.left[level] = 0;
                     }
                 }
-                if moved == most {
-                    return (moved, blocked);
+                if round.moved == most {
+                    return round;
                 }
             }
         }
-        (moved, blocked)
+        round
     }
 
     #[inline]

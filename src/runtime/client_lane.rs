@@ -365,7 +365,7 @@ impl ClientLane {
         read: impl FnOnce(&MessageHeader, &[u8]) -> Result<R, MessageError>,
     ) -> Result<Result<R, MessageError>, WaitEnd> {
         let mut read = Some(read);
-        match self.look(wanted, 1, &mut read) {
+        match self.look(wanted, 1, false, &mut read) {
             Err(Miss::Empty | Miss::Busy) if !timeout.is_zero() => {}
             Err(Miss::Empty | Miss::Busy) => return Err(WaitEnd::Timeout),
             Err(Miss::Unavailable(unavailable)) => return Err(WaitEnd::Unavailable(unavailable)),
@@ -381,7 +381,7 @@ impl ClientLane {
             if !self.is_watching && self.hub.is_crowded() {
                 self.start_watching();
             }
-            match self.look(wanted, waiter.polls(), &mut read) {
+            match self.look(wanted, waiter.polls(), true, &mut read) {
                 Ok(outcome) => break Ok(outcome),
                 Err(Miss::Unavailable(unavailable)) => {
                     break Err(WaitEnd::Unavailable(unavailable));
@@ -456,15 +456,17 @@ impl ClientLane {
         polls: u32,
         read: impl FnOnce(&MessageHeader, &[u8]) -> Result<R, MessageError>,
     ) -> Result<Result<R, MessageError>, Miss> {
-        self.look(wanted, polls, &mut Some(read))
+        self.look(wanted, polls, false, &mut Some(read))
     }
 
-    /// Looks for a reply, first among those put aside, then in the lane, then in the kernel's rings.
+    /// Looks for a reply, first among those put aside, then in the lane, then in the kernel's rings. Who waits has the time to merge other
+    /// clients' requests as well.
     #[inline]
     fn look<R, F>(
         &mut self,
         wanted: Wanted,
         polls: u32,
+        is_waiting: bool,
         read: &mut Option<F>,
     ) -> Result<Result<R, MessageError>, Miss>
     where
@@ -502,7 +504,7 @@ impl ClientLane {
             // Whoever has it finds our replies too.
             return Err(Miss::Empty);
         };
-        if self.is_dirty || hub.is_crowded() {
+        if self.is_dirty || is_waiting && hub.is_crowded() {
             merger.merge_some();
             self.is_dirty = self.is_dirty && merger.has_backlog(self.number);
         }
