@@ -160,6 +160,14 @@ impl Resident {
         self.signals.outlet.bring_back(outlet);
     }
 
+    /// Whether it passes its replies on to a kernel that may sleep, and must be woken for them.
+    pub(crate) fn wakes_next(&self) -> bool {
+        let passing = self.passing.lock();
+        passing
+            .as_ref()
+            .is_some_and(|passing| passing.outlet.needs_wake)
+    }
+
     /// Counts what has been passed on, and wakes whoever is to take it. To be called now and then.
     pub(crate) fn look_at_passing(&self) {
         if let Some(passing) = &mut *self.passing.lock() {

@@ -505,8 +505,11 @@ impl Bridge {
         }
     }
 
-    /// Whether somebody who sleeps may want a turn while others run.
+    /// Whether somebody who sleeps may want a turn while others run, or be woken for what they write.
     fn has_sleepers(&self, running: &[Arc<SliceKernel>]) -> bool {
+        if running.iter().any(|kernel| kernel.wakes_next()) {
+            return true;
+        }
         let wanted = self
             .members
             .iter()
