@@ -401,3 +401,36 @@ impl OutletSlot {
         *self.exchange.lock() = Exchange::Returned(outlet);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use super::*;
+
+    #[derive(Debug)]
+    struct Passed(AtomicU32);
+
+    impl Meter for Passed {
+        fn passed(&self) -> u32 {
+            self.0.load(Ordering::Relaxed)
+        }
+    }
+
+    #[test]
+    fn a_counter_counts_by_its_meter_until_it_counts_again() {
+        let counter = Counter::default();
+        let meter = Arc::new(Passed(AtomicU32::new(u32::MAX - 1)));
+        counter.add(5);
+        counter.count_by(Arc::<Passed>::clone(&meter));
+        assert_eq!(counter.get(), 5);
+        // Around the end of its numbers.
+        meter.0.fetch_add(4, Ordering::Relaxed);
+        assert_eq!((counter.get(), counter.get()), (9, 9));
+        meter.0.fetch_add(1, Ordering::Relaxed);
+        counter.count_again();
+        meter.0.fetch_add(7, Ordering::Relaxed);
+        counter.add(1);
+        assert_eq!(counter.get(), 11);
+    }
+}

@@ -161,6 +161,24 @@ mod tests {
     }
 
     #[test]
+    fn a_follower_hears_of_a_type_before_anybody_can_use_it() {
+        use std::sync::{Arc, Mutex};
+        let table = Arc::new(TypeTable::new(&[10], true));
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        let (own, into) = (Arc::downgrade(&table), Arc::clone(&heard));
+        table.follow(Box::new(move |kind, type_id| {
+            let known = own.upgrade().and_then(|table| table.type_of(kind));
+            into.lock().unwrap().push((kind, type_id, known));
+        }));
+        for type_id in [20, 10, 20] {
+            table.kind_of(type_id).unwrap();
+        }
+        table.unfollow();
+        assert_eq!(table.kind_of(30), Ok(3));
+        assert_eq!(*heard.lock().unwrap(), [(1, 10, Some(10)), (2, 20, None)]);
+    }
+
+    #[test]
     fn an_open_table_grows_to_64_types() {
         let table = TypeTable::new(&[], true);
         for id in 1..=64 {
