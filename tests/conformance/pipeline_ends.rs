@@ -376,7 +376,9 @@ pub fn a_fault_in_any_stage_fails_that_kernel_alone<S: Subject>() {
             assert_eq!(receive(&kernels[2]), Ok(8));
             // The stage sees 2000, and then others that it never handles.
             for number in 0..4 {
-                send(&kernels[0], 2000 - stage as u64 - 100 * number).unwrap();
+                let sent = send_now(&kernels[0], 2000 - stage as u64 - 100 * number);
+                // The first kernel may have failed by then.
+                assert!(sent || number > 0);
             }
             eventually("the failure", || {
                 kernels[stage].status().state == KernelState::Failed
