@@ -20,9 +20,9 @@ use ringkernel::error::{
 use ringkernel::kernel::FailureReason;
 use ringkernel::time::now_ns_ordered;
 use ringkernel::{
-    BackendType, Error, KernelHandle, KernelRegistration, KernelState, LaunchOptions, MessageTrace,
-    RingKernelRuntime, RuntimeConfig, SendOptions, ShaderCode, VulkanConfig, VulkanMode,
-    WaitStrategy,
+    BackendType, ConnectionKind, Error, KernelHandle, KernelRegistration, KernelState,
+    LaunchOptions, MessageTrace, RingKernelRuntime, RuntimeConfig, SendOptions, ShaderCode,
+    VulkanConfig, VulkanMode, WaitStrategy,
 };
 
 /// Holds the tests apart, and looks for validation messages at the end of each.
@@ -392,6 +392,42 @@ fn nonsense_from_a_device_is_refused_and_loses_nothing_else() {
             kernel.terminate().unwrap();
             let report = runtime.complete_shutdown().unwrap();
             println!("{mode:?}, {wish}: {report}");
+        }
+    }
+}
+
+/// A device that lies of what it has written into the ring of another kernel.
+#[test]
+fn nonsense_that_is_passed_on_ends_the_kernel_behind_at_most() {
+    let Some(_turn) = turn() else { return };
+    for mode in [VulkanMode::Resident, VulkanMode::Exchange] {
+        for wish in [7, 8_u8] {
+            let runtime = runtime(mode);
+            let kernels = ["test.hostile", "echo", "echo"]
+                .map(|id| runtime.launch(id, 1, 1, small()).unwrap());
+            let [first, behind, other] = &kernels;
+            let connection = runtime.connect(first, behind).unwrap();
+            assert_eq!(connection.kind(), ConnectionKind::SharedRing);
+            for kernel in &kernels {
+                kernel.activate().unwrap();
+            }
+            let mut reply = [0; 64];
+            for message in [[0, 1, 2], [wish, 1, 2]] {
+                let length = first.call_bytes_through(behind, &message, &mut reply, LONG);
+                assert_eq!((length, &reply[..3]), (Ok(3), &message[..]));
+            }
+            first.deactivate().unwrap();
+            behind.deactivate().unwrap();
+            connection.disconnect().unwrap();
+            // Positions that cannot be are seen by whoever goes on there; a gap of a few, only by what is missing at the end.
+            let failure = behind.status().failure.map(|failure| failure.reason);
+            assert_eq!(failure, (wish == 8).then_some(FailureReason::CorruptRing));
+            assert_eq!(other.call_bytes(b"well", &mut reply, LONG), Ok(4));
+            let report = runtime.complete_shutdown().unwrap();
+            assert!(
+                report.requests.adds_up() && report.replies.adds_up(),
+                "{report}"
+            );
         }
     }
 }

@@ -142,6 +142,7 @@ mod tests {
         );
         layouts::check(&mut constants);
         layouts::check_traces(&mut constants, true);
+        layouts::check_ways(&mut constants);
         // What is the loop's own, and what it says to itself.
         for name in [
             "RK_RUN",

@@ -48,6 +48,10 @@ pub use info::{
 };
 
 pub use options::{CudaConfig, CudaRingMemory, MetalConfig, MetalMode, VulkanConfig, VulkanMode};
+#[cfg(any(feature = "vulkan", feature = "cuda"))]
+pub(crate) use resident::Next;
+#[cfg(feature = "vulkan")]
+pub(crate) use resident::corrupt_device;
 #[cfg(any(feature = "vulkan", feature = "cuda", feature = "metal"))]
 pub(crate) use resident::{Keeper, Resident, ResidentDispatch};
 
@@ -117,7 +121,7 @@ impl FromStr for BackendType {
 /// Where a piece of memory has to be good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Placement {
-    /// The host writes, the device reads.
+    /// The host writes, the device reads; in request slots, kernels of the same device write too.
     HostToDevice,
     /// The device writes, the host reads; cached on the host.
     DeviceToHost,
@@ -187,6 +191,11 @@ pub(crate) trait Device: Send + Sync + fmt::Debug {
     /// Whether callers that sleep are woken when a reply is written; they look for themselves otherwise.
     fn wakes_callers(&self) -> bool {
         true
+    }
+
+    /// Whether a block can write its replies into the request ring of another of its blocks.
+    fn shares_rings(&self) -> bool {
+        false
     }
 
     /// What this kernel's blocks would read the time from; nothing if it cannot be traced.
@@ -288,6 +297,18 @@ pub(crate) enum Handler {
     Shader(Arc<ShaderCode>),
     Cuda(Arc<CudaCode>),
     Metal(Arc<MetalCode>),
+}
+
+impl Handler {
+    /// Replies that one run may write; 1 where nobody says.
+    pub(crate) fn replies(&self) -> u32 {
+        match self {
+            Self::Cpu(_) => 1,
+            Self::Shader(code) => code.replies,
+            Self::Cuda(code) => code.replies,
+            Self::Metal(code) => code.replies,
+        }
+    }
 }
 
 impl fmt::Debug for Handler {

@@ -23,6 +23,8 @@ pub use builtin::{saxpy_reply, saxpy_request};
 pub(crate) use control_block::BlockFault;
 #[cfg(all(test, feature = "vulkan"))]
 pub(crate) use control_block::CONTROL_VALUES;
+#[cfg(feature = "cuda")]
+pub(crate) use control_block::NextRing;
 pub(crate) use control_block::{BlockState, HostCommands};
 pub use control_block::{CONTROL_BLOCK_BYTES, ControlBlock, DeviceLines, HostLine};
 pub(crate) use dead_letters::Lost;

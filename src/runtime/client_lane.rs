@@ -113,7 +113,7 @@ impl ClientLane {
     ) -> Result<(), TrySendError> {
         self.inbox.instance.signals.gate.check_send()?;
         // Deadlines are looked at where lanes are merged, if not by the kernel.
-        let needs_lane = address.has_deadline() && !self.inbox.instance.checks_deadlines;
+        let needs_lane = address.has_deadline() && !self.inbox.instance.is_on_threads;
         if needs_lane
             && !self.hub.is_crowded()
             && let Some(merger) = self.hub.try_take()

@@ -95,6 +95,7 @@ pub(super) fn launch(
         .map(|ends| Arc::clone(&ends.memory))
         .collect();
 
+    let replies = handler.replies();
     let dispatch = device.dispatch(DispatchRequest {
         handler,
         signals: Arc::clone(&signals),
@@ -144,7 +145,9 @@ pub(super) fn launch(
         waiters: AtomicU32::new(0),
         ring: layout.ring,
         lanes: Lanes::default(),
-        checks_deadlines: device.info().kind == DeviceKind::Cpu,
+        shares_rings: device.shares_rings(),
+        replies,
+        is_on_threads: device.info().kind == DeviceKind::Cpu,
         pipes: Pipes::default(),
     };
     Ok(Arc::new(KernelInstance {

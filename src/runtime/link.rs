@@ -59,8 +59,12 @@ pub(crate) struct KernelLink {
     pub(super) waiters: AtomicU32,
     /// The lanes of its clients.
     pub(super) lanes: Lanes,
-    /// Whether its loop gives expired requests up.
-    pub(super) checks_deadlines: bool,
+    /// Whether its blocks can write their replies into the rings of others.
+    pub(super) shares_rings: bool,
+    /// Replies that one run of the handler may write, of a device that must know it.
+    pub(super) replies: u32,
+    /// Whether its blocks are threads of this process, whose loop gives expired requests up.
+    pub(super) is_on_threads: bool,
     /// The kernels before and behind this one.
     pub(super) pipes: Pipes,
 }

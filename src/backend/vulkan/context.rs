@@ -17,8 +17,8 @@ use crate::error::Error;
 use crate::kernel::ShaderSource;
 use crate::thread::event_count::EventCount;
 
-/// Bindings of the prelude: host-to-device memory, device-to-host memory, state.
-pub(super) const BINDINGS: u32 = 3;
+/// Bindings of the prelude: host-to-device memory, device-to-host memory, state, where replies go. As many as every device has.
+pub(super) const BINDINGS: u32 = 4;
 
 /// What a shader is specialized for: its specialization constants 0 and 1, word for word.
 #[repr(C)]
@@ -64,6 +64,9 @@ pub(super) struct PushConstants {
     pub(super) replies: u32,
     pub(super) kinds: u32,
     pub(super) telemetry: u32,
+    pub(super) next_capacity: u32,
+    pub(super) next_slot_words: u32,
+    pub(super) next_offset: u32,
     pub(super) two: u32,
     /// Only there for modules that can be traced.
     pub(super) trace_every: u32,
@@ -71,8 +74,8 @@ pub(super) struct PushConstants {
 
 const PUSH_CONSTANT_BYTES: usize = size_of::<PushConstants>();
 
-// SAFETY-relevant for `bytes`: twelve words without padding.
-const _: () = assert!(PUSH_CONSTANT_BYTES == 12 * 4);
+// SAFETY-relevant for `bytes`: fifteen words without padding.
+const _: () = assert!(PUSH_CONSTANT_BYTES == 15 * 4);
 
 impl PushConstants {
     pub(super) fn bytes(&self) -> [u8; PUSH_CONSTANT_BYTES] {
@@ -87,6 +90,9 @@ impl PushConstants {
             self.replies,
             self.kinds,
             self.telemetry,
+            self.next_capacity,
+            self.next_slot_words,
+            self.next_offset,
             self.two,
             self.trace_every,
         ];
@@ -500,6 +506,9 @@ mod tests {
                 replies: 0,
                 kinds: 0,
                 telemetry: 0,
+                next_capacity: 0,
+                next_slot_words: 0,
+                next_offset: 0,
                 two: 0,
                 trace_every: 0,
             }

@@ -379,6 +379,11 @@ impl Device for VulkanDevice {
         self.mode != ExecutionMode::Resident
     }
 
+    fn shares_rings(&self) -> bool {
+        // In staged mode nobody could tell what one kernel has written into the other's memory.
+        self.mode != ExecutionMode::Staged
+    }
+
     fn dispatch(&self, request: DispatchRequest) -> Result<Box<dyn Dispatch>, Error> {
         self.context.check_lost()?;
         let blocks = request.blocks.len() as u32;
@@ -395,6 +400,8 @@ impl Device for VulkanDevice {
             (front, None)
         } else {
             let (device, host) = self.exchange_memory(&front, blocks)?;
+            // Whatever else writes into the kernel's ring. Set once: the memory was made for this kernel.
+            let _ = front.behind.set(Arc::clone(&device));
             (device, Some(host))
         };
         // Launches come one at a time; what kernels that end meanwhile give back is not counted.

@@ -3,7 +3,7 @@
 use super::physical::Features;
 
 /// The layout that the prelude in `shaders/ringkernel.glsl` declares, as the default of specialization constant 31.
-pub(super) const LAYOUT_VERSION: u32 = 1;
+pub(super) const LAYOUT_VERSION: u32 = 2;
 
 const LAYOUT_CONSTANT: u32 = 31;
 
@@ -167,7 +167,7 @@ mod tests {
             .windows(4)
             .position(|w| w[0] == (4 << 16 | OP_SPEC_CONSTANT) && w[2] == id)
             .unwrap();
-        assert!(refusal(&with_word(constant + 3, 2)).contains("layout 2"));
+        assert!(refusal(&with_word(constant + 3, 1)).contains("layout 1"));
     }
 
     #[test]
