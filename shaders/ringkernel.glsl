@@ -11,8 +11,14 @@
 // A dispatch of it is one *slice*: it polls until its budget is spent and leaves everything that the next slice needs
 // in memory. One workgroup is one block of the grid. All invocations of a block run the handler together, so that every
 // function marked [all] must be called by all of them alike.
+//
+// Built with -DRK_TRACES as well, it is the module for kernels whose messages are traced. That one reads the device's clock, and only
+// devices whose shaders have one take it; without, there is nothing of it in the module.
 
 #extension GL_KHR_shader_subgroup_shuffle : require
+#ifdef RK_TRACES
+#extension GL_EXT_shader_realtime_clock : require
+#endif
 // Handlers that need 64-bit values define these before this file is included; only devices that have them take such a module.
 #ifdef RK_USE_U64
 #extension GL_ARB_gpu_shader_int64 : require
@@ -69,6 +75,23 @@ const uint RK_TELEMETRY_REPLIED = 4u;
 const uint RK_TELEMETRY_ERRORS = 6u;
 const uint RK_TELEMETRY_BYTES_IN = 8u;
 const uint RK_TELEMETRY_BYTES_OUT = 10u;
+#ifdef RK_TRACES
+// In which half of its low word's range the clock last was.
+const uint RK_HOST_CLOCK_HALF = 15u;
+// Traces, behind the telemetry: a line of the block's own, then samples.
+const uint RK_TELEMETRY_WORDS = 32u;
+const uint RK_TRACE_SLOTS = 256u;
+const uint RK_TRACE_WORDS = 16u;
+const uint RK_TRACE_WRITTEN = 0u;
+const uint RK_TRACE_HEADER_SEEN = 4u;
+const uint RK_TRACE_VERSION = 0u;
+const uint RK_TRACE_NUMBER = 1u;
+const uint RK_TRACE_CORRELATION = 2u;
+const uint RK_TRACE_SENT = 4u;
+const uint RK_TRACE_SEEN = 6u;
+const uint RK_TRACE_DONE = 8u;
+const uint RK_TRACE_TRACE_ID = 12u;
+#endif
 // Values of the `state` word.
 const uint RK_STATE_IDLE = 1u;
 const uint RK_STATE_POLLING = 2u;
@@ -104,6 +127,9 @@ layout(std430, set = 0, binding = 0) coherent volatile buffer RkHostToDevice { u
 layout(std430, set = 0, binding = 1) coherent volatile buffer RkDeviceToHost { uint rk_d2h[]; };
 // The same memory four words at a time: one access for 16 bytes.
 layout(std430, set = 0, binding = 0) coherent volatile buffer RkHostToDevice4 { uvec4 rk_h2d4[]; };
+#ifdef RK_TRACES
+layout(std430, set = 0, binding = 1) coherent volatile buffer RkDeviceToHost4 { uvec4 rk_d2h4[]; };
+#endif
 layout(std430, set = 0, binding = 2) coherent buffer RkState { uint rk_state_words[]; };
 // Where replies go: the second, or the first of another kernel.
 layout(std430, set = 0, binding = 3) coherent volatile buffer RkReplies { uint rk_out_words_of[]; };
@@ -124,6 +150,9 @@ layout(push_constant) uniform RkLaunch {
     uint next_slot_words;
     uint next_offset;           // From the count of replies passed on to the position in that ring.
     uint two;                   // 2; a compiler must not know that.
+#ifdef RK_TRACES
+    uint trace_every;           // One request in so many is traced; 0 if none is.
+#endif
 } rk_launch;
 
 // Whether loops were cut in any SIMD group, which may be another than that of the invocation that publishes.
@@ -176,6 +205,13 @@ uint rk_error_code, rk_fault_code;
 bool rk_has_error;
 // Counters; all invocations count alike, the first one stores.
 uvec2 rk_received, rk_replied, rk_errors, rk_bytes_in, rk_bytes_out;
+#ifdef RK_TRACES
+// What the clock showed when the request in hand was taken up, and when it was done with; low words first.
+uvec2 rk_seen_at, rk_done_at;
+uint rk_clock_half;
+// Whether the request in hand carries a trace id, and whether the last one that is done with is to be sampled.
+bool rk_has_trace_id, rk_sampled;
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What a handler is written against.
@@ -391,6 +427,78 @@ void rk_reply_raw(uint bytes) { rk_publish(0u, 0u, bytes); }
 // ---------------------------------------------------------------------------------------------------------------------
 // The loop.
 
+#ifdef RK_TRACES
+// The device's clock. One that shows its low word alone is completed by what the host says: in which half of the range it was, half a
+// range ago at most.
+uvec2 rk_clock() {
+    uvec2 now = clockRealtime2x32EXT();
+    if (rk_clock_half != 0u) now.y = (rk_clock_half + ((rk_clock_half ^ (now.x >> 31)) & 1u)) >> 1;
+    return now;
+}
+
+uint rk_trace_header() { return rk_telemetry_line + RK_TELEMETRY_WORDS; }
+
+void rk_begin_traces() {
+    rk_seen_at = uvec2(0u);
+    rk_clock_half = 0u;
+    rk_has_trace_id = false;
+    rk_sampled = false;
+    if (rk_launch.trace_every != 0u) {
+        rk_clock_half = rk_read_h2d(rk_host_line + RK_HOST_CLOCK_HALF);
+        // A request that takes several slices was taken up once.
+        uint at = rk_trace_header() + RK_TRACE_HEADER_SEEN;
+        rk_seen_at.x = rk_read_d2h(at);
+        rk_seen_at.y = rk_read_d2h(at + 1u);
+    }
+}
+
+// Decides whether the request in hand, which is done with, is to be sampled.
+void rk_sample() {
+    bool has_id = rk_has_trace_id && (rk_length_flags & RK_EXTENDED_BIT) != 0u;
+    rk_sampled = rk_launch.trace_every != 0u && (has_id || rk_position % rk_launch.trace_every == 0u);
+    rk_done_at = rk_clock();
+}
+
+// A store by the first invocation that keeps its place among all others. [all]
+void rk_store_in_order(uint at, uint value) {
+    if (RK_LOCKSTEP) {
+        if (rk_thread() == 0u) atomicExchange(rk_d2h[at], value);
+    } else {
+        RK_SYNC
+        if (rk_thread() == 0u) rk_d2h[at] = value;
+        RK_SYNC
+    }
+}
+
+// Writes the sample of the request before the present position over the oldest one. [all]
+void rk_trace() {
+    uint number = rk_read_d2h(rk_trace_header() + RK_TRACE_WRITTEN);
+    uint slot = rk_trace_header() + RK_TRACE_WORDS * (1u + (number & (RK_TRACE_SLOTS - 1u)));
+    uint version = rk_read_d2h(slot + RK_TRACE_VERSION);
+    // A seqlock, as for the counters.
+    rk_store_in_order(slot + RK_TRACE_VERSION, version + 1u);
+    if (rk_thread() == 0u) {
+        uvec4 stamps = uvec4(0u), id = uvec4(0u);
+        if ((rk_length_flags & RK_EXTENDED_BIT) != 0u) {
+            uint extension = (rk_requests + rk_slot(rk_position - 1u) + RK_HEADER_WORDS) >> 2;
+            stamps = rk_h2d4[extension];
+            id = rk_h2d4[extension + 1u];
+        }
+        rk_d2h[slot + RK_TRACE_NUMBER] = number;
+        rk_d2h[slot + RK_TRACE_CORRELATION] = rk_correlation;
+        rk_d2h[slot + RK_TRACE_SENT] = stamps.x;
+        rk_d2h[slot + RK_TRACE_SENT + 1u] = stamps.y;
+        rk_d2h[slot + RK_TRACE_SEEN] = rk_seen_at.x;
+        rk_d2h[slot + RK_TRACE_SEEN + 1u] = rk_seen_at.y;
+        rk_d2h[slot + RK_TRACE_DONE] = rk_done_at.x;
+        rk_d2h[slot + RK_TRACE_DONE + 1u] = rk_done_at.y;
+        rk_d2h4[(slot + RK_TRACE_TRACE_ID) >> 2] = id;
+    }
+    rk_store_in_order(slot + RK_TRACE_VERSION, version + 2u);
+    if (rk_thread() == 0u) rk_d2h[rk_trace_header() + RK_TRACE_WRITTEN] = number + 1u;
+}
+#endif
+
 void rk_begin() {
     uint slots = rk_launch.capacity * rk_launch.slot_words;
     rk_requests = rk_block() * rk_launch.host_to_device_words;
@@ -425,6 +533,9 @@ void rk_begin() {
     rk_out_slot = rk_slot_out(rk_out_position);
     rk_fault_code = RK_FAULT_NONE;
     rk_left = 0u;
+#ifdef RK_TRACES
+    rk_begin_traces();
+#endif
 }
 
 uvec2 rk_load_counter(uint word) {
@@ -487,6 +598,9 @@ void rk_advance() {
     if (rk_wants_again) {
         rk_step_number++;
     } else {
+#ifdef RK_TRACES
+        rk_sample();
+#endif
         rk_step_number = 0u;
         rk_position++;
         rk_in_slot = rk_requests + rk_slot(rk_position);
@@ -499,6 +613,13 @@ void rk_advance() {
 void rk_show_progress() {
     rk_d2h[rk_device_line + RK_DEVICE_PRODUCED] = rk_out_position + rk_out_beyond;
     rk_d2h[rk_device_line + RK_DEVICE_STEP] = rk_step_number;
+#ifdef RK_TRACES
+    if (rk_launch.trace_every != 0u) {
+        uint at = rk_trace_header() + RK_TRACE_HEADER_SEEN;
+        rk_d2h[at] = rk_seen_at.x;
+        rk_d2h[at + 1u] = rk_seen_at.y;
+    }
+#endif
     if (rk_passes()) {
         rk_d2h[rk_device_line + RK_DEVICE_PASSED] = rk_out_position - rk_launch.next_offset;
         // Whoever knows that a request is done with knows what came of it.
@@ -597,6 +718,9 @@ void main() {
             flags = rk_news.x;
             uint unread = rk_out_position - rk_news.y;
             uint room = unread <= rk_out_capacity ? rk_out_capacity - unread : 0u;
+#ifdef RK_TRACES
+            rk_sampled = false;
+#endif
             if (left == RK_LEFT_EXTENDED && room >= needed) {
                 // Every reply carries its request's extension.
                 uint from = rk_requests + rk_slot(rk_position) + RK_HEADER_WORDS;
@@ -608,6 +732,11 @@ void main() {
                 }
                 spent += (words + rk_threads() - 1u) / rk_threads() + 1u;
                 prepared = rk_position;
+#ifdef RK_TRACES
+                uvec4 id = uvec4(0u);
+                if (rk_reads) id = rk_h2d4[(from >> 2) + 1u];
+                rk_has_trace_id = subgroupShuffle(id.x | id.y | id.z | id.w, 0u) != 0u;
+#endif
             }
             if (left == RK_LEFT_ERROR) {
                 // Its slot was reserved when the handler was run.
@@ -636,6 +765,10 @@ void main() {
                 rk_advance();
             }
             bool run = flags == RK_RUN;
+#ifdef RK_TRACES
+            // Its sample comes first.
+            run = run && !rk_sampled;
+#endif
             left = RK_LEFT_BUSY;
             // 3. Messages.
             uint message = 0u, until = min(spent + RK_ITERATIONS, budget);
@@ -662,6 +795,9 @@ void main() {
                     // The sequence was read before anything else of the slot is.
                     memoryBarrierBuffer();
                     rk_take();
+#ifdef RK_TRACES
+                    if (rk_step_number == 0u && prepared != rk_position) rk_seen_at = rk_clock();
+#endif
                     bool extended = (rk_length_flags & RK_EXTENDED_BIT) != 0u && prepared != rk_position;
                     if (rk_bytes > 4u * rk_launch.slot_words - 4u * (rk_request - rk_in_slot)) {
                         rk_fault_code = RK_FAULT_CORRUPT_RING;
@@ -698,6 +834,9 @@ void main() {
                             run = false;
                         } else if (rk_fault_code == RK_FAULT_NONE) {
                             rk_advance();
+#ifdef RK_TRACES
+                            run = !rk_sampled;
+#endif
                         }
                     }
                     if (rk_fault_code != RK_FAULT_NONE) {
@@ -715,7 +854,14 @@ void main() {
             bool quiet = left == RK_LEFT_IDLE || left == RK_LEFT_NO_ROOM;
             due = rk_position - given_back >= give_back || (quiet && stored != rk_position) ||
                   looks >= RK_LOOKS_PER_BEAT;
+#ifdef RK_TRACES
+            due = due || rk_sampled;
+#endif
         }
+#ifdef RK_TRACES
+        // Before the request's slot is given back.
+        if (rk_sampled) rk_trace();
+#endif
         looks = 0u;
         stored = rk_position;
         given_back = rk_position;

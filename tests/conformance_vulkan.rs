@@ -40,7 +40,7 @@ macro_rules! mode {
             crate::conformance! { on a device: crate::$module::Vulkan }
 
             mod traces {
-                crate::conformance! { no traces: crate::$module::Vulkan }
+                crate::conformance! { traces: crate::$module::Vulkan }
             }
 
             mod shared_rings {

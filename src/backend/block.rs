@@ -442,6 +442,26 @@ impl BlockMemory {
         })
     }
 
+    /// Takes over the samples that the device has written to the other memory since it had written as many as are `known`; how many it has by
+    /// now. Only while the device writes none.
+    #[cfg(feature = "vulkan")]
+    pub(crate) fn mirror_traces(&self, other: &Self, known: u32) -> u32 {
+        let Some(header) = other.trace_header() else {
+            return known;
+        };
+        let written = header.written();
+        let (to, from) = (self.traces(), other.traces());
+        // Untrusted: no more than there are.
+        let slots = self.grid.layout.trace_slots;
+        for back in (1..=written.wrapping_sub(known).min(slots)).rev() {
+            let index = (written.wrapping_sub(back) % slots) as usize;
+            if let (Some(to), Some(from)) = (to.get(index), from.get(index)) {
+                to.mirror(from);
+            }
+        }
+        written
+    }
+
     /// The block's traces; empty for a kernel that is not traced.
     pub(crate) fn traces(&self) -> &[TraceSlot] {
         let layout = &self.grid.layout;

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use super::block::NO_KIND;
 use crate::error::HandlerError;
 use crate::kernel::{
-    CONTROL_VALUES, DeviceLines, HostLine, TELEMETRY_BUFFER_BYTES, TRACE_OFFSETS, TRACE_SLOTS,
-    TelemetryBuffer, TraceHeader, TypeTable,
+    CLOCK_OFFSETS, CONTROL_VALUES, DeviceLines, HostLine, TELEMETRY_BUFFER_BYTES, TRACE_OFFSETS,
+    TRACE_SLOTS, TelemetryBuffer, TraceHeader, TypeTable,
 };
 use crate::message::{EXTENSION_BYTES, FLAG_MASKS, HEADER_BYTES};
 use crate::ring::{CURSOR_BYTES, LINE_BYTES, SlotHeader};
@@ -76,12 +76,19 @@ pub(super) fn check_ways(constants: &mut HashMap<&str, u64>) {
     check("RK_DEVICE_WAY_TAKEN", DeviceLines::WAY_TAKEN / 4);
 }
 
-/// The same for what only preludes with a clock have: traces.
-pub(super) fn check_traces(constants: &mut HashMap<&str, u64>) {
+/// The same for what only preludes with a clock have: traces. Kernels of some tell it when they are asked, others are told what it lacks.
+pub(super) fn check_traces(constants: &mut HashMap<&str, u64>, tells_clock: bool) {
     let mut check = |name: &str, expected: usize| {
         assert_eq!(constants.remove(name), Some(expected as u64), "{name}");
     };
-    check("RK_HOST_CLOCK_ASKED", HostLine::CLOCK_ASKED / 4);
+    if tells_clock {
+        check("RK_HOST_CLOCK_ASKED", HostLine::CLOCK_ASKED / 4);
+        for (name, offset) in CLOCK_OFFSETS {
+            check(&format!("RK_TRACE_{name}"), offset / 4);
+        }
+    } else {
+        check("RK_HOST_CLOCK_HALF", HostLine::CLOCK_HALF / 4);
+    }
     check("RK_TELEMETRY_WORDS", TELEMETRY_BUFFER_BYTES / 4);
     check("RK_TRACE_SLOTS", TRACE_SLOTS as usize);
     check("RK_TRACE_WORDS", size_of::<TraceHeader>() / 4);

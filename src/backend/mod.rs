@@ -216,12 +216,23 @@ pub(crate) trait Device: Send + Sync + fmt::Debug {
 }
 
 /// What the blocks of a kernel read the time from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) enum BlockClock {
     /// The host's clock.
     Host,
     /// A clock of the device, one for all of its blocks, which they tell when they are asked.
     Device,
+    /// The same, told by the driver.
+    Driver(Arc<dyn DriverClock>),
+}
+
+/// A device's clock as its driver tells it, which is known to be the one that its kernels read.
+pub(crate) trait DriverClock: Send + Sync + fmt::Debug {
+    /// What it shows now, if the driver says so. Neither waits for kernels nor disturbs them.
+    fn ticks(&self) -> Option<u64>;
+
+    /// In what steps kernels see it go on.
+    fn step(&self) -> u64;
 }
 
 /// Code that is resident on a device.

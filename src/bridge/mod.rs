@@ -15,4 +15,4 @@ pub(crate) use lane::{ClientEnds, Lane, LanePlan, LaneShared, Outbox};
 pub use load::BridgeLoad;
 pub(crate) use merger::{Merger, Port};
 pub use thread::RingBufferBridge;
-pub(crate) use thread::{Bridge, BridgeSettings, Service, Station};
+pub(crate) use thread::{Bridge, BridgeSettings, Place, Service, Station};

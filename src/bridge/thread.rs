@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -118,8 +118,19 @@ pub(crate) struct BridgeSettings {
 }
 
 enum Command {
-    Add(Arc<dyn Station>),
+    Add(Place, Arc<dyn Station>),
     Stop,
+}
+
+/// Room for one station. Given back when dropped.
+pub(crate) struct Place {
+    taken: Arc<AtomicUsize>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.taken.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 enum Thread {
@@ -135,6 +146,8 @@ pub(crate) struct Bridge {
     pub(crate) pool: HostPool,
     pub(crate) attention: Arc<Attention>,
     commands: Sender<Command>,
+    /// Places that are taken.
+    taken: Arc<AtomicUsize>,
     thread: Mutex<Thread>,
     load: Arc<LoadMeter>,
 }
@@ -155,6 +168,7 @@ impl Bridge {
             pool,
             attention: Arc::new(Attention::new()),
             commands,
+            taken: Arc::new(AtomicUsize::new(0)),
             thread: Mutex::new(Thread::NotStarted(receiver)),
             load: Arc::new(LoadMeter::default()),
         }
@@ -162,17 +176,51 @@ impl Bridge {
 
     /// Has the thread look after a station until that says that it is done. Starts the thread if nobody has.
     pub(crate) fn add(&self, station: Arc<dyn Station>) -> Result<(), Error> {
+        self.put(self.place()?, station)
+    }
+
+    /// Room for a station. Starts the thread if nobody has.
+    pub(crate) fn place(&self) -> Result<Place, Error> {
+        self.ensure_running(|commands| self.start(commands))?;
+        self.taken
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |taken| {
+                (taken < MAX_STATIONS).then_some(taken + 1)
+            })
+            .map_err(|_| Error::DeviceBusy {
+                device: self.settings.device.clone(),
+                reason: format!(
+                    "its bridge looks after {MAX_STATIONS} kernels and connections already"
+                ),
+            })?;
+        Ok(Place {
+            taken: Arc::clone(&self.taken),
+        })
+    }
+
+    /// Starts the thread if nobody has. If that fails, the next one may try again.
+    fn ensure_running(
+        &self,
+        start: impl FnOnce(Receiver<Command>) -> Result<JoinHandle<()>, Error>,
+    ) -> Result<(), Error> {
         let mut thread = self.thread.lock();
-        if let Thread::NotStarted(_) = *thread
-            && let Thread::NotStarted(commands) = std::mem::replace(&mut *thread, Thread::Stopped)
-        {
-            *thread = Thread::Running(self.start(commands)?);
+        match &*thread {
+            Thread::NotStarted(commands) => {
+                *thread = Thread::Running(start(commands.clone())?);
+                Ok(())
+            }
+            Thread::Running(_) => Ok(()),
+            Thread::Stopped => Err(self.stopped()),
         }
-        if let Thread::Stopped = *thread {
+    }
+
+    /// As `add`, with room that there is.
+    pub(crate) fn put(&self, place: Place, station: Arc<dyn Station>) -> Result<(), Error> {
+        let thread = self.thread.lock();
+        if !matches!(*thread, Thread::Running(_)) {
             return Err(self.stopped());
         }
         let deadline = Deadline::after(STOP_TIMEOUT);
-        let mut command = Command::Add(station);
+        let mut command = Command::Add(place, station);
         loop {
             match self.commands.try_send(command) {
                 Ok(()) => break,
@@ -289,7 +337,7 @@ struct Worker {
     attention: Arc<Attention>,
     commands: Receiver<Command>,
     load: Arc<LoadMeter>,
-    stations: Vec<Arc<dyn Station>>,
+    stations: Vec<(Place, Arc<dyn Station>)>,
     wait: WaitStrategy,
     /// Held while it spins by `Auto`, or because it was told to.
     permit: Option<SpinPermit>,
@@ -357,13 +405,8 @@ impl Worker {
     fn obey(&mut self) -> bool {
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::Add(station) => {
-                    if self.stations.len() < MAX_STATIONS {
-                        self.stations.push(station);
-                    } else {
-                        log::error!("the bridge of {} is full", self.settings.device);
-                    }
-                }
+                // No more than there are places.
+                Command::Add(place, station) => self.stations.push((place, station)),
                 Command::Stop => return false,
             }
         }
@@ -373,7 +416,7 @@ impl Worker {
     fn round(&mut self) -> Round {
         let mut round = Round::default();
         let mut index = 0;
-        while let Some(station) = self.stations.get(index) {
+        while let Some((_, station)) = self.stations.get(index) {
             let service = station.serve();
             if service.is_done {
                 self.stations.swap_remove(index);
@@ -394,7 +437,7 @@ impl Worker {
         }
         *due = Deadline::after(self.settings.sample_interval);
         let now = time::now_ns();
-        for station in &self.stations {
+        for (_, station) in &self.stations {
             station.sample(now);
         }
     }
@@ -439,13 +482,12 @@ impl Worker {
         match wait.idle(empty) {
             IdleStep::Poll => {}
             // Another thread does the work, and may end any time: looked at again after a nap.
-            IdleStep::Sleep | IdleStep::SleepFor(_) => {
-                self.sleep(round.is_waiting || round.is_contended);
-            }
+            IdleStep::Sleep | IdleStep::SleepFor(_) => self.sleep(round),
         }
     }
 
-    fn sleep(&self, is_waiting: bool) {
+    fn sleep(&self, round: &Round) {
+        let is_waiting = round.is_waiting || round.is_contended;
         let interval = self.settings.poll_interval;
         let longest = match (is_waiting, interval.is_zero()) {
             (true, true) => BLOCKED_NAP,
@@ -459,10 +501,94 @@ impl Worker {
         }
         let prepared = self.attention.bell.prepare();
         let is_ready = !self.commands.is_empty()
-            || (!is_waiting && self.stations.iter().any(|station| station.is_ready()));
+            || (!is_waiting && self.stations.iter().any(|(_, station)| station.is_ready()));
         if !is_ready {
             prepared.wait(longest);
             self.load.slept();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{Backend, cpu::CpuBackend};
+
+    /// Done when it is told so.
+    #[derive(Debug, Default)]
+    struct Guest {
+        is_done: AtomicBool,
+    }
+
+    impl Station for Guest {
+        fn serve(&self) -> Service {
+            match self.is_done.load(Ordering::Relaxed) {
+                true => Service::DONE,
+                false => Service::IDLE,
+            }
+        }
+
+        fn is_ready(&self) -> bool {
+            self.is_done.load(Ordering::Relaxed)
+        }
+
+        fn sample(&self, _now_ns: u64) {}
+    }
+
+    fn bridge() -> Bridge {
+        time::initialise();
+        let settings = BridgeSettings {
+            device: "test".into(),
+            wait: WaitStrategy::Park,
+            poll_interval: Duration::ZERO,
+            core: None,
+            cores: Vec::new(),
+            sample_interval: Duration::from_millis(10),
+        };
+        let device = CpuBackend::new(1, None, &[]).open(0).unwrap();
+        Bridge::new(settings, device.host_pool())
+    }
+
+    #[test]
+    fn a_full_bridge_refuses_and_takes_again_once_there_is_room() {
+        let bridge = bridge();
+        let guests: Vec<_> = (0..MAX_STATIONS)
+            .map(|_| Arc::new(Guest::default()))
+            .collect();
+        for guest in &guests {
+            bridge.add(Arc::<Guest>::clone(guest)).unwrap();
+        }
+        let one_more = || bridge.add(Arc::new(Guest::default()));
+        assert!(matches!(one_more(), Err(Error::DeviceBusy { .. })));
+        guests[500].is_done.store(true, Ordering::Relaxed);
+        bridge.attention.bell.notify();
+        let deadline = Deadline::after(STOP_TIMEOUT);
+        while let Err(error) = one_more() {
+            assert!(!deadline.has_passed(), "{error}");
+            std::thread::sleep(BLOCKED_NAP);
+        }
+        assert!(matches!(one_more(), Err(Error::DeviceBusy { .. })));
+        // It lets go of everything.
+        bridge.stop();
+        assert!(guests.iter().all(|guest| Arc::strong_count(guest) == 1));
+        assert!(matches!(one_more(), Err(Error::InvalidLifecycle { .. })));
+    }
+
+    #[test]
+    fn a_bridge_that_could_not_be_started_is_started_later() {
+        let bridge = bridge();
+        let failed = bridge.ensure_running(|_| {
+            Err(Error::Os {
+                operation: "start a bridge",
+                source: std::io::ErrorKind::WouldBlock.into(),
+            })
+        });
+        assert!(matches!(failed, Err(Error::Os { .. })));
+        assert_eq!(bridge.load(), None);
+        let guest = Arc::new(Guest::default());
+        bridge.add(Arc::<Guest>::clone(&guest)).unwrap();
+        assert!(bridge.load().is_some());
+        bridge.stop();
+        assert_eq!(Arc::strong_count(&guest), 1);
     }
 }

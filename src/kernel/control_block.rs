@@ -16,15 +16,15 @@ const _: () = assert!(CONTROL_BLOCK_BYTES == 256);
 ///
 /// | line | written by | words |
 /// |---|---|---|
-/// | 0 | host | `active`, `terminate`, `slice_budget`, `epoch`, `idle_budget`, `clock_asked`, `way`, and where that leads: `next_*` |
+/// | 0 | host | `active`, `terminate`, `slice_budget`, `epoch`, `idle_budget`, `clock_asked`, `way`, and where that leads: `next_*`; `clock_half` |
 /// | 1 | device, per message | `processed`, `produced`, `step`, `passed` |
 /// | 2 | device, per poll or rarer | `state`, `heartbeat`, `dropped`, `last_error`, `slice_number`, `has_terminated`, `fault`, `way_taken` |
 /// | 3 | device | reserved |
 ///
 /// `slice_budget`, `epoch`, `idle_budget`, `step`, `slice_number` and `fault` are there for devices that run a kernel in
-/// slices; the CPU leaves them 0. `clock_asked` is for traces on devices with clocks of their own. Of the replies that a device has `produced`,
-/// it has `passed` so many on into the request ring of another kernel; `way` and what follows tell a device that is told nothing else
-/// between its launch and its end where that ring is, and `way_taken` that it goes by it.
+/// slices; the CPU leaves them 0. `clock_asked` and `clock_half` are for traces on devices with clocks of their own. Of the replies that a
+/// device has `produced`, it has `passed` so many on into the request ring of another kernel; `way` and what follows tell a device that is
+/// told nothing else between its launch and its end where that ring is, and `way_taken` that it goes by it.
 #[derive(Clone, Copy, Debug)]
 pub struct ControlBlock<'a> {
     pub(crate) host: &'a HostLine,
@@ -65,7 +65,9 @@ pub struct HostLine {
     next_slot_words: AtomicU32,
     /// From the count of replies that were passed on to the position in that ring.
     next_offset: AtomicU32,
-    _reserved: [u32; 2],
+    _reserved: u32,
+    /// In which half of its low word's range the device's clock last was, counted from the clock's beginning; 0 if it shows more than its low word.
+    clock_half: AtomicU32,
 }
 
 /// Where a device that knows addresses finds the request ring of another kernel.
@@ -119,6 +121,7 @@ const _: () = {
     assert!(offset_of!(HostLine, next_capacity) == 44);
     assert!(offset_of!(HostLine, next_slot_words) == 48);
     assert!(offset_of!(HostLine, next_offset) == 52);
+    assert!(offset_of!(HostLine, clock_half) == 60);
     assert!(size_of::<DeviceLines>() == 192);
     assert!(offset_of!(DeviceLines, processed) == 0);
     assert!(offset_of!(DeviceLines, produced) == 4);
@@ -157,6 +160,9 @@ impl HostLine {
         ("NEXT_SLOT_WORDS", offset_of!(HostLine, next_slot_words)),
         ("NEXT_OFFSET", offset_of!(HostLine, next_offset)),
     ];
+
+    /// Of what only shaders with a clock know.
+    pub(crate) const CLOCK_HALF: usize = offset_of!(HostLine, clock_half);
 }
 
 #[cfg(all(test, feature = "vulkan"))]
@@ -312,6 +318,13 @@ impl ControlBlock<'_> {
     pub(crate) fn way_taken(&self) -> u32 {
         // ORDERING: control. What was published by the way before is visible, and counted in `passed`.
         self.device.way_taken.load(Ordering::Acquire)
+    }
+
+    /// Says where the device's clock is, for one that shows its low word alone.
+    #[cfg(feature = "vulkan")]
+    pub(crate) fn set_clock_half(&self, half: u32) {
+        self.host.clock_half.store(half, Ordering::Release);
+        store_fence();
     }
 
     /// Where an empty kernel begins.

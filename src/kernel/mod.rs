@@ -45,6 +45,6 @@ pub(crate) use telemetry::TelemetryWriter;
 pub use telemetry::{TELEMETRY_BUFFER_BYTES, Telemetry, TelemetryBuffer};
 pub use trace::MessageTrace;
 #[cfg(all(test, feature = "vulkan"))]
-pub(crate) use trace::TRACE_OFFSETS;
+pub(crate) use trace::{CLOCK_OFFSETS, TRACE_OFFSETS};
 pub(crate) use trace::{Sample, TRACE_SLOTS, TraceHeader, TraceSlot, Tracer, read as read_samples};
 pub(crate) use types::TypeTable;

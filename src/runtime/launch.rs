@@ -56,7 +56,10 @@ pub(super) fn launch(
     let calls = check_calls(options)?;
     let handler = handler(device.info().backend, registration)?;
     let clock = options.trace_every.and_then(|_| device.clock(&handler));
-    let trace_every = clock.and(options.trace_every).map_or(0, NonZeroU32::get);
+    let trace_every = clock
+        .as_ref()
+        .and(options.trace_every)
+        .map_or(0, NonZeroU32::get);
     let layout = layout(config, registration, options, clock.is_some())?;
     let host_wait = options.host_wait.unwrap_or(config.host_wait);
     let placement = Placing::choose(device, config, options, blocks)?;

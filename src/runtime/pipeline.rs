@@ -4,6 +4,7 @@
 //! takes it, and brings it back, while it is idle, by way of its [`OutletSlot`](crate::kernel::outlet::OutletSlot); the
 //! reading end of its own reply ring waits here until then. For blocks on a device, whoever keeps them running does so.
 
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -15,10 +16,11 @@ use super::instance::{ControlPlane, KernelInstance};
 use super::lifecycle::MessageTally;
 use super::link::progress;
 use super::receive::ReceiveSide;
-use super::relay::{Edge, Inlet, Relay};
+use super::relay::{Edge, Inlet, NotAdded, Relay};
 use super::send::SendSide;
 use crate::backend::cpu::Berth;
 use crate::backend::{BlockMemory, HostProducer};
+use crate::bridge::Place;
 use crate::error::Error;
 use crate::kernel::KernelState;
 use crate::kernel::outlet::{Counter, Guest, Outlet, Valve};
@@ -160,18 +162,47 @@ impl Joint {
                 from.receiver_split.store(false, Ordering::Release);
             }
         }
-        let Some(outlet) = from.signals.outlet.take_back() else {
+        let Some(side) = self.take_requests(&from) else {
             return;
         };
-        let end = self.passage.accepted[0].get();
-        self.passage.end.store(end, Ordering::Release);
         from.pipes.outlet.lock().take();
         if let Some(to) = self.to.upgrade() {
-            to.signals.berth.lock().take();
-            let producer = HostProducer::from_parts(outlet.producer, outlet.memory);
-            *to.send.lock() = Some(SendSide::new(vec![producer]));
+            *to.send.lock() = Some(side);
             to.pipes.inlet.lock().take();
         }
+    }
+
+    /// The sending side of the second kernel, once the first one has brought it back.
+    fn take_requests(&self, from: &KernelInstance) -> Option<SendSide> {
+        let outlet = from.signals.outlet.take_back()?;
+        let end = self.passage.accepted[0].get();
+        self.passage.end.store(end, Ordering::Release);
+        if let Some(to) = self.to.upgrade() {
+            to.signals.berth.lock().take();
+        }
+        let producer = HostProducer::from_parts(outlet.producer, outlet.memory);
+        Some(SendSide::new(vec![producer]))
+    }
+
+    /// Gives way to the bridge. Both kernels' control planes are locked, and both are idle. The sides pass from hand to hand: no caller gets
+    /// hold of them meanwhile.
+    fn give_way(
+        &self,
+        from: &Arc<KernelInstance>,
+        to: &Arc<KernelInstance>,
+        place: Place,
+    ) -> Result<(), Error> {
+        recall(from)?;
+        let replies = self.replies.lock().take();
+        let (Some(replies), Some(requests)) = (replies, self.take_requests(from)) else {
+            return Err(busy(from, "the connection that it has has just ended"));
+        };
+        let exit = Exit::new(from, replies, place);
+        let entry = Entry::new(to, requests);
+        from.pipes.outlet.lock().take();
+        to.pipes.inlet.lock().take();
+        *self.moved.lock() = Some(exit.lead_to(from, to, &entry)?);
+        Ok(())
     }
 }
 
@@ -217,17 +248,7 @@ impl Pipes {
 
     /// Whether what `first` replies comes to this kernel, `own`.
     pub(super) fn comes_from(&self, first: &Arc<KernelInstance>, own: &KernelInstance) -> bool {
-        if std::ptr::eq(&**first, own) {
-            return true;
-        }
-        let mut kernels = self.before();
-        while let Some(kernel) = kernels.pop() {
-            if Arc::ptr_eq(&kernel, first) {
-                return true;
-            }
-            kernels.extend(kernel.pipes.before());
-        }
-        false
+        std::ptr::eq(&**first, own) || way_to(first, self.before(), Self::before).is_some()
     }
 
     /// Replies that kernels have taken.
@@ -376,52 +397,39 @@ fn can_share(from: &KernelInstance, to: &KernelInstance) -> bool {
 /// Connects two kernels by way of the first one's bridge, with whatever is connected with them already.
 fn bridge(from: &Arc<KernelInstance>, to: &Arc<KernelInstance>) -> Result<Way, Error> {
     // Rings that only two kernels share give way to the bridge.
+    let mut rings = Vec::new();
     for joint in [live(&from.pipes.outlet), live(&to.pipes.inlet)] {
-        let Some(joint) = joint else {
-            continue;
-        };
-        let (Some(before), Some(behind)) = (joint.from.upgrade(), joint.to.upgrade()) else {
-            continue;
-        };
+        if let Some(joint) = joint
+            && let Some((before, behind)) = joint.live()
         {
-            let _controls = lock_both(&before, &behind);
-            check_states(&before, &behind, "Connected")?;
-            recall(&before)?;
-            joint.undo();
+            rings.push((joint, before, behind));
         }
-        let edge = carry(&before, &behind)?;
-        *joint.moved.lock() = Some(edge);
     }
-    let edge = carry(from, to)?;
-    Ok(Way::Bridge(edge))
-}
-
-/// Makes a connection that the bridge carries.
-fn carry(from: &Arc<KernelInstance>, to: &Arc<KernelInstance>) -> Result<Arc<Edge>, Error> {
-    let _controls = lock_both(from, to);
+    let kernels = rings
+        .iter()
+        .flat_map(|(_, before, behind)| [before, behind]);
+    let _controls = lock_all(kernels.chain([from, to]));
     check_states(from, to, "Connected")?;
-    // What is left of earlier connections, whose other kernels have ended.
-    if !from.signals.outlet.is_back() {
-        recall(from)?;
+    for (_, before, behind) in &rings {
+        check_states(before, behind, "Connected")?;
     }
-    from.pipes.settle();
-    to.pipes.settle();
-    let found = to.pipes.entry.lock().clone();
-    let inlet = match found {
-        Some(inlet) => inlet,
-        None => {
-            let side = to.send.lock().take();
-            let side = side.ok_or_else(|| busy(to, "they are split off"))?;
-            let inlet = Arc::new(Inlet::new(to, side));
-            *to.pipes.entry.lock() = Some(Arc::clone(&inlet));
-            inlet
-        }
-    };
-    let connected = carry_by(from, to, &inlet);
-    if connected.is_err() {
-        inlet.give_back_if_unused();
+    // Unless it has been undone since.
+    let rings: Vec<_> = rings.iter().filter(|(joint, ..)| joint.is_live()).collect();
+    // What can be refused is refused before any ring gives way.
+    let places: Vec<_> = rings
+        .iter()
+        .map(|(_, before, _)| before.bridge.place())
+        .collect::<Result<_, _>>()?;
+    let leads_on = rings.iter().any(|ring| Arc::ptr_eq(&ring.1, from));
+    let is_led_to = rings.iter().any(|ring| Arc::ptr_eq(&ring.2, to));
+    let exit = (!leads_on).then(|| Exit::of(from)).transpose()?;
+    let entry = (!is_led_to).then(|| Entry::of(to)).transpose()?;
+    for ((joint, before, behind), place) in rings.into_iter().zip(places) {
+        joint.give_way(before, behind, place)?;
     }
-    let edge = connected?;
+    let exit = exit.map_or_else(|| Exit::of(from), Ok)?;
+    let entry = entry.map_or_else(|| Entry::of(to), Ok)?;
+    let edge = exit.lead_to(from, to, &entry)?;
     // Whoever waits for a reply or for room finds the side gone.
     from.signals.wake_all();
     to.signals.wake_all();
@@ -430,34 +438,113 @@ fn carry(from: &Arc<KernelInstance>, to: &Arc<KernelInstance>) -> Result<Arc<Edg
         from.signals.name,
         to.signals.name
     );
-    Ok(edge)
+    Ok(Way::Bridge(edge))
 }
 
-/// The same by way of an inlet.
-fn carry_by(
-    from: &Arc<KernelInstance>,
-    to: &Arc<KernelInstance>,
-    inlet: &Arc<Inlet>,
-) -> Result<Arc<Edge>, Error> {
-    let too_many = || busy(from, "32 kernels take its replies already");
-    let found = from.pipes.exit.lock().clone();
-    if let Some(relay) = found {
-        return relay.add(from, to, inlet).ok_or_else(too_many);
+/// What is left of earlier connections of an idle kernel that has none now, whose other kernels have ended.
+fn clear(kernel: &KernelInstance) -> Result<(), Error> {
+    if !kernel.signals.outlet.is_back() {
+        recall(kernel)?;
     }
-    let relay = Arc::new(Relay::new(from, take_replies(from)?));
-    *from.pipes.exit.lock() = Some(Arc::clone(&relay));
-    // From now on the kernel rings for the bridge.
-    from.signals.lanes.watch.begin_carrying();
-    from.signals.lanes.in_use.store(true, Ordering::SeqCst);
-    // Before the bridge sees it: one that carries to nobody is over.
-    let edge = relay.add(from, to, inlet);
-    let added = from.bridge.add(Arc::<Relay>::clone(&relay));
-    match (edge, added) {
-        (Some(edge), Ok(())) => Ok(edge),
-        (_, added) => {
-            relay.end();
-            added.and(Err(too_many()))
+    kernel.pipes.settle();
+    Ok(())
+}
+
+/// A relay, and what it takes to have the bridge look after it if it is new. One that is not used gives its side back.
+struct Exit {
+    relay: Arc<Relay>,
+    place: Option<Place>,
+}
+
+impl Drop for Exit {
+    fn drop(&mut self) {
+        if self.place.is_some() {
+            self.relay.end();
         }
+    }
+}
+
+impl Exit {
+    /// That of a kernel whose replies do not go into a ring; a new one if it has none.
+    fn of(from: &Arc<KernelInstance>) -> Result<Self, Error> {
+        clear(from)?;
+        let found = from.pipes.exit.lock().clone();
+        if let Some(relay) = found {
+            return Ok(Self { relay, place: None });
+        }
+        let place = from.bridge.place()?;
+        Ok(Self::new(from, take_replies(from)?, place))
+    }
+
+    fn new(from: &Arc<KernelInstance>, replies: ReceiveSide, place: Place) -> Self {
+        let relay = Arc::new(Relay::new(from, replies));
+        *from.pipes.exit.lock() = Some(Arc::clone(&relay));
+        // From now on the kernel rings for the bridge.
+        from.signals.lanes.watch.begin_carrying();
+        from.signals.lanes.in_use.store(true, Ordering::SeqCst);
+        Self {
+            relay,
+            place: Some(place),
+        }
+    }
+
+    /// Has its replies carried to a kernel.
+    fn lead_to(
+        mut self,
+        from: &Arc<KernelInstance>,
+        to: &Arc<KernelInstance>,
+        entry: &Entry,
+    ) -> Result<Arc<Edge>, Error> {
+        let edge = match self.relay.add(from, to, &entry.inlet) {
+            Ok(edge) => edge,
+            // All kernels behind it have just ended.
+            Err(NotAdded::Over) => return Self::of(from)?.lead_to(from, to, entry),
+            Err(NotAdded::TooMany) => {
+                return Err(busy(from, "32 kernels take its replies already"));
+            }
+            Err(NotAdded::Busy) => return Err(busy(from, "they are being carried")),
+        };
+        // Only now: a relay that carries to nobody is over.
+        if let Some(place) = self.place.take()
+            && let Err(error) = from.bridge.put(place, Arc::<Relay>::clone(&self.relay))
+        {
+            self.relay.end();
+            return Err(error);
+        }
+        Ok(edge)
+    }
+}
+
+/// An inlet that has been joined.
+struct Entry {
+    inlet: Arc<Inlet>,
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.inlet.joined();
+    }
+}
+
+impl Entry {
+    /// That of a kernel whose requests do not come by a ring; a new one if it has none.
+    fn of(to: &Arc<KernelInstance>) -> Result<Self, Error> {
+        to.pipes.settle();
+        let found = to.pipes.entry.lock().clone();
+        if let Some(inlet) = found
+            && inlet.join()
+        {
+            return Ok(Self { inlet });
+        }
+        let side = to.send.lock().take();
+        let side = side.ok_or_else(|| busy(to, "they are split off"))?;
+        Ok(Self::new(to, side))
+    }
+
+    fn new(to: &Arc<KernelInstance>, side: SendSide) -> Self {
+        let inlet = Arc::new(Inlet::new(to, side));
+        *to.pipes.entry.lock() = Some(Arc::clone(&inlet));
+        Self { inlet }
     }
 }
 
@@ -506,25 +593,45 @@ pub(super) fn check_states(
 
 /// Fails if what `to` replies comes to `from`.
 fn check_cycle(from: &Arc<KernelInstance>, to: &Arc<KernelInstance>) -> Result<(), Error> {
-    // Every way from `to` on.
-    let mut ways = vec![vec![Arc::clone(to)]];
-    while let Some(way) = ways.pop() {
-        let Some(last) = way.last() else {
-            continue;
-        };
-        if Arc::ptr_eq(last, from) {
+    match way_to(from, vec![Arc::clone(to)], Pipes::behind) {
+        None => Ok(()),
+        Some(way) => {
             let names = [from].into_iter().chain(&way);
-            return Err(Error::Cycle {
+            Err(Error::Cycle {
                 kernels: names.map(|kernel| kernel.signals.name.clone()).collect(),
-            });
-        }
-        for next in last.pipes.behind() {
-            let mut longer = way.clone();
-            longer.push(next);
-            ways.push(longer);
+            })
         }
     }
-    Ok(())
+}
+
+/// A shortest way from one of the `first` kernels to `sought`, both ends included, if `next` leads there. Looks at each kernel once.
+fn way_to(
+    sought: &Arc<KernelInstance>,
+    first: Vec<Arc<KernelInstance>>,
+    next: fn(&Pipes) -> Vec<Arc<KernelInstance>>,
+) -> Option<Vec<Arc<KernelInstance>>> {
+    let mut seen: HashSet<_> = first.iter().map(Arc::as_ptr).collect();
+    // Each with the place of the one that led to it.
+    let mut found: Vec<_> = first.into_iter().map(|kernel| (kernel, None)).collect();
+    let mut place = 0;
+    while let Some((kernel, _)) = found.get(place) {
+        if Arc::ptr_eq(kernel, sought) {
+            let steps = std::iter::successors(found.get(place), |(_, led_by)| {
+                led_by.and_then(|place: usize| found.get(place))
+            });
+            let mut way: Vec<_> = steps.map(|(kernel, _)| Arc::clone(kernel)).collect();
+            way.reverse();
+            return Some(way);
+        }
+        let fresh = next(&kernel.pipes)
+            .into_iter()
+            .filter(|kernel| seen.insert(Arc::as_ptr(kernel)))
+            .map(|kernel| (kernel, Some(place)))
+            .collect::<Vec<_>>();
+        found.extend(fresh);
+        place += 1;
+    }
+    None
 }
 
 /// Both control planes, locked in an order that all threads agree on.
@@ -539,6 +646,16 @@ pub(super) fn lock_both<'a>(
         let first = to.control.lock();
         [first, from.control.lock()]
     }
+}
+
+/// The control planes of all of these, in the same order.
+fn lock_all<'a>(
+    kernels: impl Iterator<Item = &'a Arc<KernelInstance>>,
+) -> Vec<MutexGuard<'a, ControlPlane>> {
+    let mut kernels: Vec<_> = kernels.collect();
+    kernels.sort_by_key(|kernel| Arc::as_ptr(kernel));
+    kernels.dedup_by(|one, other| Arc::ptr_eq(one, other));
+    kernels.iter().map(|kernel| kernel.control.lock()).collect()
 }
 
 /// Takes the sides that a connection needs: both, or none.
@@ -661,17 +778,25 @@ fn follow(
 
 /// The kernels, each behind all those that feed it; otherwise in the order that they have.
 pub(super) fn upstream_first(kernels: &[Arc<KernelInstance>]) -> Vec<Arc<KernelInstance>> {
-    // The longest way that leads to it. There are no cycles.
-    fn depth(kernel: &Arc<KernelInstance>) -> usize {
-        let before = kernel.pipes.before();
-        before
+    // The longest way that leads to each, which is known once it is for all before it. There are no cycles.
+    let mut depths = HashMap::new();
+    let mut left = kernels.to_vec();
+    while let Some(kernel) = left.pop() {
+        let mut before = kernel.pipes.before();
+        let known = before
             .iter()
-            .map(|kernel| 1 + depth(kernel))
-            .max()
-            .unwrap_or(0)
+            .filter_map(|kernel| depths.get(&Arc::as_ptr(kernel)));
+        let deepest = known.max().map_or(0, |depth| depth + 1);
+        before.retain(|kernel| !depths.contains_key(&Arc::as_ptr(kernel)));
+        if before.is_empty() {
+            depths.insert(Arc::as_ptr(&kernel), deepest);
+        } else {
+            left.push(kernel);
+            left.append(&mut before);
+        }
     }
     let mut kernels = kernels.to_vec();
-    kernels.sort_by_cached_key(depth);
+    kernels.sort_by_key(|kernel| depths.get(&Arc::as_ptr(kernel)).copied());
     kernels
 }
 
@@ -703,7 +828,7 @@ impl KernelInstance {
     /// Whether a bridge has replies of this kernel to carry.
     pub(super) fn owes_replies(&self) -> bool {
         let exit = self.pipes.exit.lock().clone();
-        exit.is_some_and(|relay| relay.is_live()) && self.reply_tally().returned > 0
+        exit.is_some_and(|relay| relay.is_live() && relay.has_reply())
     }
 
     /// The replies' accounts of a kernel that has ended, and those of them that are not final.

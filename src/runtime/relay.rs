@@ -35,23 +35,51 @@ pub(super) struct Inlet {
     to: Weak<KernelInstance>,
     /// `None` once it has gone back.
     side: Baton<Option<SendSide>>,
-    /// Relays that use it.
-    feeders: Mutex<Vec<Weak<Relay>>>,
+    feeders: Mutex<Feeders>,
+}
+
+/// Who uses an inlet.
+#[derive(Debug, Default)]
+struct Feeders {
+    relays: Vec<Weak<Relay>>,
+    /// Connections that are just being made.
+    joining: u32,
+    /// Whether the side has gone back: nobody joins in any more.
+    is_over: bool,
 }
 
 impl Inlet {
+    /// An inlet that its maker has joined.
     pub(super) fn new(to: &Arc<KernelInstance>, side: SendSide) -> Self {
         Self {
             to: Arc::downgrade(to),
             side: Baton::new(Some(side)),
-            feeders: Mutex::new(Vec::new()),
+            feeders: Mutex::new(Feeders {
+                joining: 1,
+                ..Feeders::default()
+            }),
         }
+    }
+
+    /// Keeps it until [`joined`](Self::joined), so that a relay can be added. False if it has given its side back: then the kernel's
+    /// handles have it.
+    pub(super) fn join(&self) -> bool {
+        let mut feeders = self.feeders.lock();
+        feeders.joining += u32::from(!feeders.is_over);
+        !feeders.is_over
+    }
+
+    /// The relay has been added, or is not going to be.
+    pub(super) fn joined(&self) {
+        let mut feeders = self.feeders.lock();
+        feeders.joining -= 1;
+        self.give_back_if_unused(&mut feeders);
     }
 
     /// The kernels before it.
     pub(super) fn feeders(&self) -> Vec<Arc<KernelInstance>> {
         let feeders = self.feeders.lock();
-        let relays = feeders.iter().filter_map(Weak::upgrade);
+        let relays = feeders.relays.iter().filter_map(Weak::upgrade);
         relays.filter_map(|relay| relay.from.upgrade()).collect()
     }
 
@@ -63,17 +91,18 @@ impl Inlet {
     /// One relay uses it no more. With the last one the side goes back to the kernel's handles.
     fn leave(&self, relay: &Relay) {
         let mut feeders = self.feeders.lock();
-        feeders.retain(|other| !std::ptr::eq(other.as_ptr(), relay));
-        drop(feeders);
-        self.give_back_if_unused();
+        feeders
+            .relays
+            .retain(|other| !std::ptr::eq(other.as_ptr(), relay));
+        self.give_back_if_unused(&mut feeders);
     }
 
-    /// Gives the side back unless a relay uses it.
-    pub(super) fn give_back_if_unused(&self) {
-        let feeders = self.feeders.lock();
-        if !feeders.is_empty() {
+    /// Gives the side back unless a relay uses it, or is about to. Whoever wants to join in meanwhile waits for that.
+    fn give_back_if_unused(&self, feeders: &mut Feeders) {
+        if feeders.joining > 0 || !feeders.relays.is_empty() {
             return;
         }
+        feeders.is_over = true;
         let Some(to) = self.to.upgrade() else {
             return;
         };
@@ -115,10 +144,29 @@ struct Flow {
     /// `None` once it has gone back.
     replies: Option<ReceiveSide>,
     targets: [Option<Target>; MAX_TARGETS],
-    /// The targets that have been given the reply at hand, a bit each.
+    /// The block whose reply is at hand: it is looked at until every target has been given it.
+    at_hand: Option<usize>,
+    /// The targets that have been given it, a bit each.
     given: u32,
-    /// Whether any of them took it.
+    /// Whether any of them took it, or one that is no target any more.
     taken: bool,
+}
+
+impl Flow {
+    /// Whether it has no targets.
+    fn is_unused(&self) -> bool {
+        self.targets.iter().all(Option::is_none)
+    }
+}
+
+/// Why a relay takes no further kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum NotAdded {
+    /// It has given its side back.
+    Over,
+    TooMany,
+    /// Another thread does not let go of it.
+    Busy,
 }
 
 /// The way of a kernel's replies to others.
@@ -225,36 +273,40 @@ impl Relay {
             flow: Baton::new(Flow {
                 replies: Some(replies),
                 targets: [const { None }; MAX_TARGETS],
+                at_hand: None,
                 given: 0,
                 taken: false,
             }),
         }
     }
 
-    /// Adds a kernel; `None` if there are too many, or the relay is over.
+    /// Adds a kernel by an inlet that has been joined; says what forbids it.
     pub(super) fn add(
         self: &Arc<Self>,
         from: &KernelInstance,
         to: &Arc<KernelInstance>,
         inlet: &Arc<Inlet>,
-    ) -> Option<Arc<Edge>> {
+    ) -> Result<Arc<Edge>, NotAdded> {
         let deadline = Deadline::after(from.termination_timeout);
-        let mut flow = take_before(&self.flow, deadline)?;
-        flow.replies.as_ref()?;
-        let place = flow.targets.iter_mut().find(|target| target.is_none())?;
+        let mut flow = take_before(&self.flow, deadline).ok_or(NotAdded::Busy)?;
+        if flow.replies.is_none() {
+            return Err(NotAdded::Over);
+        }
+        let place = flow.targets.iter_mut().find(|target| target.is_none());
+        let place = place.ok_or(NotAdded::TooMany)?;
         let edge = Arc::new(Edge {
             relay: Arc::downgrade(self),
             to: Arc::downgrade(to),
             carried: AtomicU64::new(0),
         });
-        inlet.feeders.lock().push(Arc::downgrade(self));
+        inlet.feeders.lock().relays.push(Arc::downgrade(self));
         *place = Some(Target {
             edge: Arc::clone(&edge),
             inlet: Arc::clone(inlet),
             types: [Arc::clone(&from.types), Arc::clone(&to.types)],
             kinds: [NOT_YET; TypeTable::MAX_TYPES + 1],
         });
-        Some(edge)
+        Ok(edge)
     }
 
     pub(super) fn from(&self) -> Option<Arc<KernelInstance>> {
@@ -284,13 +336,22 @@ impl Relay {
             .is_some_and(|from| from.signals.gate.is_open())
     }
 
+    /// Whether replies wait to be carried.
+    pub(super) fn has_reply(&self) -> bool {
+        // Whoever has it is carrying some.
+        self.flow.try_take().is_none_or(|mut flow| {
+            let replies = flow.replies.as_mut();
+            replies.is_some_and(ReceiveSide::has_reply)
+        })
+    }
+
     /// Takes a connection out; the last one takes the relay with it. False if the relay could not be had in time.
     pub(super) fn remove(&self, edge: &Edge, deadline: Deadline) -> bool {
         let Some(mut flow) = take_before(&self.flow, deadline) else {
             return false;
         };
-        self.drop_targets(&mut flow, |target| std::ptr::eq(&*target.edge, edge));
-        if flow.targets.iter().all(Option::is_none) {
+        self.drop_targets(&mut flow, |_, target| std::ptr::eq(&*target.edge, edge));
+        if flow.is_unused() {
             self.give_back(&mut flow);
         }
         true
@@ -304,18 +365,18 @@ impl Relay {
         if let Some(from) = self.from.upgrade() {
             // No more than there can be.
             for _ in 0..=from.capacity * from.blocks.len() as u64 / u64::from(PASS) {
-                if self.carry(&from, &mut flow).moved == 0 {
+                if flow.is_unused() || self.carry(&from, &mut flow).moved == 0 {
                     break;
                 }
             }
         }
-        self.drop_targets(&mut flow, |_| true);
+        self.drop_targets(&mut flow, |_, _| true);
         self.give_back(&mut flow);
     }
 
-    fn drop_targets(&self, flow: &mut Flow, is_out: impl Fn(&Target) -> bool) {
+    fn drop_targets(&self, flow: &mut Flow, is_out: impl Fn(usize, &Target) -> bool) {
         for (index, slot) in flow.targets.iter_mut().enumerate() {
-            if slot.as_ref().is_some_and(&is_out)
+            if slot.as_ref().is_some_and(|target| is_out(index, target))
                 && let Some(target) = slot.take()
             {
                 flow.given &= !(1 << index);
@@ -330,14 +391,14 @@ impl Relay {
             return;
         };
         if let Some(mut replies) = flow.replies.take() {
-            // A reply that some of its kernels have been given is not given to a caller too.
-            if flow.given != 0
-                && flow.taken
-                && let Some(block) = replies.next_reply_spinning(&from, 1)
+            // A reply that a kernel has taken is not given to a caller too.
+            if std::mem::take(&mut flow.taken)
+                && let Some(block) = flow.at_hand
             {
                 replies.release_reply(block);
                 from.count_delivered();
             }
+            flow.at_hand = None;
             flow.given = 0;
             from.signals.lanes.in_use.store(false, Ordering::SeqCst);
             from.signals.lanes.watch.end_carrying();
@@ -351,20 +412,24 @@ impl Relay {
 
     /// Carries up to `PASS` replies.
     fn carry(&self, from: &KernelInstance, flow: &mut Flow) -> Service {
-        let (mut moved, mut is_full, mut is_any_gone) = (0, false, false);
-        while moved < PASS && !is_full && !is_any_gone {
+        let (mut moved, mut is_full, mut gone) = (0, false, 0_u32);
+        while moved < PASS {
             let Flow {
                 replies,
                 targets,
+                at_hand,
                 given,
                 taken,
             } = &mut *flow;
             let Some(replies) = replies else {
                 break;
             };
-            let Some(block) = replies.next_reply_spinning(from, 1) else {
+            // The same as last time, whatever other blocks have replied since.
+            let next = at_hand.or_else(|| replies.next_reply_spinning(from, 1));
+            let Some(block) = next else {
                 break;
             };
+            *at_hand = next;
             for (index, slot) in targets.iter_mut().enumerate() {
                 let Some(target) = slot.as_mut().filter(|_| *given & (1 << index) == 0) else {
                     continue;
@@ -377,10 +442,10 @@ impl Relay {
                     }
                     Given::Refused => *given |= 1 << index,
                     Given::Full => is_full = true,
-                    Given::Gone => is_any_gone = true,
+                    Given::Gone => gone |= 1 << index,
                 }
             }
-            if is_full || is_any_gone {
+            if is_full || gone != 0 {
                 break;
             }
             if std::mem::take(taken) {
@@ -391,20 +456,21 @@ impl Relay {
                 letters.reply(DeadLetterReason::Mismatch, &lost);
             }
             *given = 0;
+            *at_hand = None;
             replies.release_reply(block);
             moved += 1;
         }
-        if is_any_gone {
-            self.drop_targets(flow, |target| {
-                let to = target.edge.to.upgrade();
-                to.is_none_or(|to| !to.signals.gate.is_open())
-            });
+        if gone != 0 {
+            self.drop_targets(flow, |index, _| gone & (1 << index) != 0);
         }
-        // A device says nothing of its replies: as long as it owes some, somebody must look.
-        let owes = from.longest_sleep != Duration::MAX && from.queue_depth() > 0;
+        // A device says nothing of its replies: as long as it owes some, somebody must look. Its kernel has no clients now.
+        let owes = from.longest_sleep != Duration::MAX && {
+            let (accepted, processed) = from.request_counts();
+            accepted > processed
+        };
         Service {
             moved,
-            is_waiting: is_full || is_any_gone || owes,
+            is_waiting: is_full || gone != 0 || owes,
             is_crowded: from.state() == KernelState::Active,
             ..Service::IDLE
         }
@@ -420,7 +486,7 @@ impl Station for Relay {
             return Service::CONTENDED;
         };
         let service = self.carry(&from, &mut flow);
-        if flow.targets.iter().all(Option::is_none) {
+        if flow.is_unused() {
             self.give_back(&mut flow);
         }
         match flow.replies {
@@ -431,13 +497,37 @@ impl Station for Relay {
 
     fn is_ready(&self) -> bool {
         // Whoever has it may have looked before the last reply came.
-        let Some(mut flow) = self.flow.try_take() else {
-            return true;
-        };
-        flow.replies.as_mut().is_some_and(ReceiveSide::has_reply)
+        self.has_reply()
     }
 
     fn sample(&self, _now_ns: u64) {
         // Kernels show their signs of life themselves; this is only the way between them.
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::runtime::relay::Inlet;
+    use crate::{BackendType, LaunchOptions, RingKernelRuntime};
+
+    #[test]
+    fn an_inlet_stays_while_somebody_joins_in_and_is_over_afterwards() {
+        let runtime = RingKernelRuntime::builder()
+            .backend(BackendType::Cpu)
+            .build()
+            .unwrap();
+        let kernel = runtime
+            .launch("echo", 1, 1, LaunchOptions::default())
+            .unwrap();
+        let side = kernel.instance.send.lock().take().unwrap();
+        let inlet = Inlet::new(&kernel.instance, side);
+        // One more while the first is at it.
+        assert!(inlet.join());
+        inlet.joined();
+        assert!(kernel.instance.send.lock().is_none());
+        inlet.joined();
+        assert!(kernel.instance.send.lock().is_some());
+        // From now on it would lead nowhere.
+        assert!(!inlet.join());
     }
 }

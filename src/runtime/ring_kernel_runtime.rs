@@ -347,8 +347,10 @@ impl RingKernelRuntime {
     /// [`Error::InvalidTransition`] unless both kernels are launched or deactivated; [`Error::Cycle`];
     /// [`Error::ConnectedAlready`] if they are;
     /// [`Error::EndpointsBusy`] if a side is split off, or `from` has pending calls or replies that nobody has received;
-    /// [`Error::CannotConnect`] unless both are kernels of this runtime;
-    /// [`Error::Timeout`]; [`Error::InvalidLifecycle`] once the runtime drains. Nothing has changed then.
+    /// [`Error::CannotConnect`] unless both are kernels of this runtime; [`Error::DeviceBusy`] if the bridge looks after 1024 kernels with
+    /// clients and kernels with connections already, [`Error::Os`] if its thread cannot be started;
+    /// [`Error::Timeout`]; [`Error::InvalidLifecycle`] once the runtime drains. Nothing has changed then; but if a kernel or the bridge's thread
+    /// did not follow in time ([`Error::Timeout`], [`Error::InvalidLifecycle`]) or a kernel ended meanwhile, rings may have given way already.
     ///
     /// ```
     /// use std::time::Duration;

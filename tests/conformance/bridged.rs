@@ -1,10 +1,14 @@
 //! Connections that a bridge carries.
 
 use std::thread;
+use std::time::Instant;
 
-use ringkernel::error::{MessageError, RecvTimeoutError, TrySendError, Unavailable};
+use ringkernel::error::{
+    CallError, MessageError, RecvTimeoutError, TryRecvError, TrySendError, Unavailable,
+};
 use ringkernel::{
-    Connection, ConnectionKind, Error, KernelHandle, LaunchOptions, RingKernelRuntime, SendOptions,
+    ClientOptions, Connection, ConnectionKind, Error, KernelHandle, LaunchOptions,
+    RingKernelRuntime, SendOptions, WaitStrategy,
 };
 
 use super::kernels::{Add, OVERFLOW, Sum};
@@ -12,6 +16,13 @@ use super::{LONG, Subject, eventually, runtime, runtime_from, small};
 
 fn launch<const N: usize>(runtime: &RingKernelRuntime, ids: [&str; N]) -> [KernelHandle; N] {
     ids.map(|id| runtime.launch(id, 1, 1, small()).unwrap())
+}
+
+fn launch_with<const N: usize>(
+    runtime: &RingKernelRuntime,
+    options: LaunchOptions,
+) -> [KernelHandle; N] {
+    [(); N].map(|()| runtime.launch("echo", 1, 1, options.clone()).unwrap())
 }
 
 fn connect(
@@ -424,4 +435,230 @@ pub fn bridged_kernels_may_be_dropped_in_any_order<S: Subject>() {
             parts[index] = None;
         }
     }
+}
+
+/// A reply that one kernel has and another has no room for waits for that one, whatever the first kernel's other blocks reply meanwhile.
+pub fn a_reply_of_a_grid_that_is_held_up_is_given_once<S: Subject>() {
+    let runtime = runtime::<S>();
+    let a = runtime.launch("echo", 2, 1, small()).unwrap();
+    let [b, c] = &launch(&runtime, ["echo"; 2]);
+    connect(&runtime, &[(&a, b), (&a, c)]);
+    a.activate().unwrap();
+    b.activate().unwrap();
+    // Key 1 belongs to the second block, 0 to the first.
+    let send = |key, message: u32| {
+        let options = SendOptions {
+            key: Some(key),
+            ..SendOptions::default()
+        };
+        a.send_bytes_with(&message.to_ne_bytes(), &options, LONG)
+            .unwrap();
+    };
+    // The last of them finds no room in `c`.
+    for message in 0..17 {
+        send(1, message);
+        assert_eq!(recv(b), Ok(message));
+    }
+    send(0, 17);
+    eventually("all replies", || a.metrics().produced == 18);
+    c.activate().unwrap();
+    assert_eq!(recv(b), Ok(17));
+    for message in 0..18 {
+        assert_eq!(recv(c), Ok(message));
+    }
+    assert!(runtime.drain(LONG).unwrap().complete);
+    let report = runtime.complete_shutdown().unwrap();
+    assert_eq!(report.requests.delivered, 3 * 18, "{report}");
+    assert_eq!(report.replies.delivered, 3 * 18, "{report}");
+}
+
+/// A reply that one of several kernels has been given is not received a second time when the connections end, however they do.
+pub fn a_reply_that_went_one_way_is_no_callers<S: Subject>() {
+    for is_terminated in [false, true] {
+        let runtime = runtime::<S>();
+        let kernels = launch(&runtime, ["echo"; 3]);
+        let [a, b, c] = &kernels;
+        let connections = connect(&runtime, &[(a, b), (a, c)]);
+        a.activate().unwrap();
+        b.activate().unwrap();
+        // The last of them finds no room in `c`.
+        for message in 0..17_u32 {
+            a.send_bytes(&message.to_ne_bytes()).unwrap();
+            assert_eq!(recv(b), Ok(message));
+        }
+        if is_terminated {
+            a.terminate().unwrap();
+            assert_eq!(
+                a.try_recv_bytes(&mut [0; 48]),
+                Err(TryRecvError::Unavailable(Unavailable::Terminated))
+            );
+        } else {
+            a.deactivate().unwrap();
+            b.deactivate().unwrap();
+            for connection in connections {
+                connection.disconnect().unwrap();
+            }
+            a.activate().unwrap();
+            a.send_bytes(&17_u32.to_ne_bytes()).unwrap();
+            assert_eq!(recv(a), Ok(17));
+        }
+        let report = runtime.complete_shutdown().unwrap();
+        let at_a = if is_terminated { 17 } else { 18 };
+        assert_eq!(report.replies.delivered, at_a + 17, "{report}");
+        assert_eq!(report.replies.accepted, at_a + 17, "{report}");
+    }
+}
+
+/// A drain waits for replies that the bridge carries, and for no others that nobody will ever receive.
+pub fn a_drain_does_not_wait_for_what_a_client_left<S: Subject>() {
+    let runtime = runtime::<S>();
+    let kernels = launch(&runtime, ["echo"; 3]);
+    let [a, b, c] = &kernels;
+    a.activate().unwrap();
+    let mut client = a
+        .client_bytes_with(ClientOptions {
+            direct: false,
+            ..ClientOptions::default()
+        })
+        .unwrap();
+    client.try_send_bytes(&[0; 4]).unwrap();
+    assert_eq!(
+        client.recv_bytes_timeout(&mut [0; 2], LONG),
+        Err(RecvTimeoutError::Message(MessageError::BufferTooSmall {
+            length: 4
+        }))
+    );
+    drop(client);
+    a.deactivate().unwrap();
+    // The bridge gives the kernel back.
+    eventually("the connection", || runtime.connect(a, b).is_ok());
+    runtime.connect(a, c).unwrap();
+    activate(&kernels);
+    for message in 0..8_u32 {
+        a.send_bytes(&message.to_ne_bytes()).unwrap();
+    }
+    let drained = runtime.drain(LONG).unwrap();
+    assert!(drained.complete && drained.remaining == 0, "{drained:?}");
+    assert_eq!((b.metrics().processed, c.metrics().processed), (8, 8));
+    let report = runtime.complete_shutdown().unwrap();
+    assert!(
+        report.requests.adds_up() && report.replies.adds_up(),
+        "{report}"
+    );
+}
+
+/// A kernel joins in while the last one that fed the same kernel ends.
+pub fn a_kernel_may_join_in_while_the_last_one_ends<S: Subject>() {
+    let runtime = runtime::<S>();
+    let [first, to] = &launch(&runtime, ["echo"; 2]);
+    for round in 0..40_u32 {
+        let [last] = &launch(&runtime, ["echo"]);
+        let made = connect(&runtime, &[(last, to), (first, to)]);
+        made[1].disconnect().unwrap();
+        let connection = thread::scope(|scope| {
+            scope.spawn(|| last.terminate().unwrap());
+            runtime.connect(first, to).unwrap()
+        });
+        for kernel in [first, to] {
+            kernel.activate().unwrap();
+        }
+        first.send_bytes(&round.to_ne_bytes()).unwrap();
+        assert_eq!(recv(to), Ok(round));
+        for kernel in [first, to] {
+            kernel.deactivate().unwrap();
+        }
+        connection.disconnect().unwrap();
+        assert!(!connection.is_connected());
+    }
+}
+
+/// A connection that is refused leaves rings as they are.
+pub fn a_refused_connection_leaves_rings_alone<S: Subject>() {
+    let runtime = runtime::<S>();
+    let kernels = launch(&runtime, ["echo"; 6]);
+    let [a, b, c, d, e, f] = &kernels;
+    let rings = connect(&runtime, &[(a, b), (e, f)]);
+    let kinds = || [0, 1].map(|ring: usize| rings[ring].kind());
+    let before = kinds();
+    assert_ne!(before[0], ConnectionKind::Bridged);
+    // Replies that nobody has received, sides that are split off, and a kernel at the other end that works.
+    c.activate().unwrap();
+    c.send_bytes(&1_u32.to_ne_bytes()).unwrap();
+    eventually("the reply", || c.metrics().produced == 1);
+    c.deactivate().unwrap();
+    let endpoints = d.split_bytes().unwrap();
+    for (from, to) in [(c, b), (d, b), (a, d)] {
+        assert!(matches!(
+            runtime.connect(from, to),
+            Err(Error::EndpointsBusy { .. })
+        ));
+        assert_eq!(kinds(), before);
+    }
+    e.activate().unwrap();
+    for (from, to) in [(a, f), (d, f)] {
+        assert!(matches!(
+            runtime.connect(from, to),
+            Err(Error::InvalidTransition { .. })
+        ));
+        assert_eq!(kinds(), before);
+    }
+    e.deactivate().unwrap();
+    assert!(rings.iter().all(Connection::is_connected));
+    drop(endpoints);
+    // Both rings give way at once.
+    let between = runtime.connect(a, f).unwrap();
+    assert_eq!(between.kind(), ConnectionKind::Bridged);
+    assert_eq!(kinds(), [ConnectionKind::Bridged; 2]);
+    for kernel in [a, b, e, f] {
+        kernel.activate().unwrap();
+    }
+    a.send_bytes(&2_u32.to_ne_bytes()).unwrap();
+    assert_eq!((recv(b), recv(f)), (Ok(2), Ok(2)));
+    e.send_bytes(&3_u32.to_ne_bytes()).unwrap();
+    assert_eq!(recv(f), Ok(3));
+    assert_eq!(recv(c), Ok(1));
+    let report = runtime.complete_shutdown().unwrap();
+    assert!(
+        report.requests.adds_up() && report.replies.adds_up(),
+        "{report}"
+    );
+}
+
+/// Twenty-six diamonds in a row have 2^26 ways from end to end; each kernel is looked at once.
+pub fn many_ways_take_no_time<S: Subject>() {
+    const DIAMONDS: usize = 26;
+    let runtime = runtime::<S>();
+    let options = || LaunchOptions {
+        wait: Some(WaitStrategy::Park),
+        ..small()
+    };
+    let begin = Instant::now();
+    let [mut first] = launch_with(&runtime, options());
+    let last = first.clone();
+    for _ in 0..DIAMONDS {
+        let [top, left, right] = launch_with(&runtime, options());
+        let edges = [
+            (&left, &first),
+            (&right, &first),
+            (&top, &left),
+            (&top, &right),
+        ];
+        connect(&runtime, &edges);
+        first = top;
+    }
+    let [stranger] = launch_with(&runtime, options());
+    assert!(matches!(
+        runtime.connect(&last, &first),
+        Err(Error::Cycle { .. })
+    ));
+    stranger.activate().unwrap();
+    last.activate().unwrap();
+    let mut buffer = [0; 4];
+    assert!(matches!(
+        stranger.call_bytes_through(&last, &[0; 4], &mut buffer, LONG),
+        Err(CallError::Unavailable(Unavailable::NotConnected))
+    ));
+    assert!(runtime.drain(LONG).unwrap().complete);
+    runtime.complete_shutdown().unwrap();
+    assert!(begin.elapsed() < LONG, "{:?}", begin.elapsed());
 }

@@ -136,12 +136,18 @@ macro_rules! conformance {
                 life::{
                     terminate_wakes_blocked_senders_and_receivers,
                 }
-                bridged::{ the_bridge_carries_between_devices_and_grids }
+                bridged::{
+                    the_bridge_carries_between_devices_and_grids,
+                    a_refused_connection_leaves_rings_alone,
+                    many_ways_take_no_time,
+                }
                 clients::{
                     the_loop_gives_expired_messages_up,
                     lanes_get_their_turns_by_weight,
                     a_late_reply_to_a_client_becomes_a_dead_letter,
                     a_failure_reaches_every_client,
+                    the_newest_value_survives_a_pause,
+                    what_a_client_left_behind_is_accounted_for,
                 }
                 letters::{
                     a_late_reply_is_kept,
@@ -234,6 +240,7 @@ macro_rules! conformance {
                 a_trace_tells_when_a_message_was_sent_seen_and_done,
                 one_message_in_n_is_traced_and_every_one_with_a_trace_id,
                 the_latest_traces_are_kept_and_outlive_a_pause,
+                a_message_that_ends_in_an_error_is_traced,
                 handler_time_is_all_of_the_handlers_time,
             }
         }
@@ -306,6 +313,10 @@ macro_rules! conformance {
                 a_drain_waits_for_what_the_bridge_carries,
                 calls_go_over_the_bridge,
                 bridged_kernels_may_be_dropped_in_any_order,
+                a_reply_of_a_grid_that_is_held_up_is_given_once,
+                a_reply_that_went_one_way_is_no_callers,
+                a_drain_does_not_wait_for_what_a_client_left,
+                a_kernel_may_join_in_while_the_last_one_ends,
             }
             clients::{
                 many_clients_of_many_kernels_lose_double_and_mix_nothing,
@@ -314,6 +325,7 @@ macro_rules! conformance {
                 a_call_of_a_client_puts_other_replies_aside,
                 a_client_that_reads_nothing_holds_up_nobody,
                 credit_comes_back_whatever_the_kernel_replies,
+                the_newest_reply_is_found_behind_one_of_another_type,
                 urgent_messages_overtake_at_the_merge,
                 without_room_a_client_does_what_its_policy_says,
                 the_newest_value_wins,

@@ -636,6 +636,9 @@ impl Bridge {
 
     fn submit(&mut self, index: usize) -> Result<(), Error> {
         let batch = &mut self.batches[index];
+        for kernel in &batch.kernels {
+            kernel.tell_clock_half();
+        }
         let commands = [batch.commands];
         let info = [vk::SubmitInfo::default().command_buffers(&commands)];
         // SAFETY: the fence is unsignalled and the command buffer recorded, neither is in flight; this thread alone uses
@@ -685,7 +688,14 @@ impl Bridge {
                 Err(vk::Result::TIMEOUT) if self.context.lost().is_some() => {
                     self.context.check_lost()?;
                 }
-                Err(vk::Result::TIMEOUT) if begin.elapsed() < self.fence_limit => {}
+                Err(vk::Result::TIMEOUT) if begin.elapsed() < self.fence_limit => {
+                    if self.mode == ExecutionMode::Resident {
+                        let in_flight = self.in_flight.iter().map(|index| &self.batches[*index]);
+                        in_flight
+                            .flat_map(|batch| &batch.kernels)
+                            .for_each(|kernel| kernel.tell_clock_half());
+                    }
+                }
                 Err(vk::Result::TIMEOUT) => {
                     let reason = format!(
                         "slices did not end within {:?}: a handler that never ends, or a driver that hangs",

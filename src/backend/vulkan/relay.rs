@@ -55,6 +55,8 @@ struct BlockRelay {
     read: u32,
     /// That of the kernel that replies are passed on to.
     next_read: Option<u32>,
+    /// Samples that were carried out.
+    traced: u32,
 }
 
 impl Relay {
@@ -81,6 +83,7 @@ impl Relay {
                     published: produced,
                     read: produced,
                     next_read: None,
+                    traced: 0,
                 }
             })
             .collect();
@@ -202,6 +205,7 @@ impl Relay {
             control.mirror(device);
             control.beat();
             host.telemetry().mirror(relay.device.telemetry());
+            relay.traced = host.mirror_traces(&relay.device, relay.traced);
             host.request_cursor().store(processed, Ordering::Release);
             if device.state() == Some(BlockState::Faulted) {
                 control.store_state(BlockState::Faulted);

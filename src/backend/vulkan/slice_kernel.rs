@@ -60,6 +60,8 @@ pub(super) struct SliceKernel {
     constants: PushConstants,
     /// SIMD groups of a block, on a software driver.
     simd_groups: u32,
+    /// Whether its blocks read a clock that shows its low word alone, and must be told the rest.
+    needs_clock_half: bool,
 }
 
 impl Deref for SliceKernel {
@@ -80,12 +82,14 @@ impl fmt::Debug for SliceKernel {
 }
 
 impl SliceKernel {
-    /// Prepares everything that the slices of a kernel need. `device_grid` is what the shader will see.
+    /// Prepares everything that the slices of a kernel need. `device_grid` is what the shader will see, `short_clock` whether its clock shows
+    /// its low word alone.
     pub(super) fn new(
         context: &Arc<Context>,
         request: DispatchRequest,
         device_grid: Arc<GridMemory>,
         relay_blocks: Vec<Arc<BlockMemory>>,
+        short_clock: bool,
     ) -> Result<Self, Error> {
         let software = context.physical.software;
         let kernel = request.signals.name.clone();
@@ -125,8 +129,12 @@ impl SliceKernel {
             next_slot_words: 0,
             next_offset: 0,
             two: 2,
+            trace_every: request.trace_every,
         };
-        let pipeline = context.pipeline(&kernel, &code.source, specialization)?;
+        let is_traced = constants.trace_every > 0;
+        let source = code.traced_source().filter(|_| is_traced);
+        let source = source.unwrap_or(&code.source);
+        let pipeline = context.pipeline(&kernel, source, is_traced, specialization)?;
         let mut kernel = Self {
             context: Arc::clone(context),
             resident: Resident::new(request),
@@ -138,6 +146,7 @@ impl SliceKernel {
             next: Mutex::new(None),
             constants,
             simd_groups: block_size.div_ceil(context.physical.subgroup_size.max(1)),
+            needs_clock_half: is_traced && short_clock,
         };
         kernel.bind()?;
         Ok(kernel)
@@ -297,6 +306,24 @@ impl SliceKernel {
     /// Workgroups of a slice.
     pub(super) fn groups(&self) -> u32 {
         self.blocks.len() as u32
+    }
+
+    /// Tells blocks whose clock shows its low word alone in which half of that word's range it is. To be called before slices are submitted, and
+    /// while they run: what they know must be less than half a range old (2.1 s of a clock that counts nanoseconds).
+    pub(super) fn tell_clock_half(&self) {
+        if !self.needs_clock_half {
+            return;
+        }
+        let Some(ticks) = self.context.ticks() else {
+            return;
+        };
+        let blocks = match &self.relay_blocks[..] {
+            [] => &self.blocks[..],
+            blocks => blocks,
+        };
+        for block in blocks {
+            block.control().set_clock_half((ticks >> 31) as u32);
+        }
     }
 
     /// The push constants of a slice of this epoch.
