@@ -127,6 +127,9 @@ layout(std430, set = 0, binding = 0) coherent volatile buffer RkHostToDevice { u
 layout(std430, set = 0, binding = 1) coherent volatile buffer RkDeviceToHost { uint rk_d2h[]; };
 // The same memory four words at a time: one access for 16 bytes.
 layout(std430, set = 0, binding = 0) coherent volatile buffer RkHostToDevice4 { uvec4 rk_h2d4[]; };
+#ifdef RK_TRACES
+layout(std430, set = 0, binding = 1) coherent volatile buffer RkDeviceToHost4 { uvec4 rk_d2h4[]; };
+#endif
 layout(std430, set = 0, binding = 2) coherent buffer RkState { uint rk_state_words[]; };
 // Where replies go: the second, or the first of another kernel.
 layout(std430, set = 0, binding = 3) coherent volatile buffer RkReplies { uint rk_out_words_of[]; };

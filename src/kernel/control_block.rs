@@ -22,9 +22,9 @@ const _: () = assert!(CONTROL_BLOCK_BYTES == 256);
 /// | 3 | device | reserved |
 ///
 /// `slice_budget`, `epoch`, `idle_budget`, `step`, `slice_number` and `fault` are there for devices that run a kernel in
-/// slices; the CPU leaves them 0. `clock_asked` and `clock_half` are for traces on devices with clocks of their own. Of the replies that a device has
-/// `produced`, it has `passed` so many on into the request ring of another kernel; `way` and what follows tell a device that is told nothing else
-/// between its launch and its end where that ring is, and `way_taken` that it goes by it.
+/// slices; the CPU leaves them 0. `clock_asked` and `clock_half` are for traces on devices with clocks of their own. Of the replies that a
+/// device has `produced`, it has `passed` so many on into the request ring of another kernel; `way` and what follows tell a device that is
+/// told nothing else between its launch and its end where that ring is, and `way_taken` that it goes by it.
 #[derive(Clone, Copy, Debug)]
 pub struct ControlBlock<'a> {
     pub(crate) host: &'a HostLine,
@@ -151,8 +151,6 @@ impl HostLine {
     /// Of what only preludes with a clock know.
     pub(crate) const CLOCK_ASKED: usize = offset_of!(HostLine, clock_asked);
 
-    /// Of what only shaders with a clock know.
-    pub(crate) const CLOCK_HALF: usize = offset_of!(HostLine, clock_half);
     /// Of what only preludes with addresses know.
     pub(crate) const WAY_OFFSETS: [(&'static str, usize); 6] = [
         ("WAY", offset_of!(HostLine, way)),
@@ -162,6 +160,9 @@ impl HostLine {
         ("NEXT_SLOT_WORDS", offset_of!(HostLine, next_slot_words)),
         ("NEXT_OFFSET", offset_of!(HostLine, next_offset)),
     ];
+
+    /// Of what only shaders with a clock know.
+    pub(crate) const CLOCK_HALF: usize = offset_of!(HostLine, clock_half);
 }
 
 #[cfg(all(test, feature = "vulkan"))]
@@ -281,13 +282,6 @@ impl ControlBlock<'_> {
         number
     }
 
-    /// Says where the device's clock is, for one that shows its low word alone.
-    #[cfg(feature = "vulkan")]
-    pub(crate) fn set_clock_half(&self, half: u32) {
-        self.host.clock_half.store(half, Ordering::Release);
-        store_fence();
-    }
-
     /// Replies go to this ring from now on, or into the own one; the number that `way_taken` will have when they do. What was said before must
     /// have been followed.
     #[cfg(feature = "cuda")]
@@ -324,6 +318,13 @@ impl ControlBlock<'_> {
     pub(crate) fn way_taken(&self) -> u32 {
         // ORDERING: control. What was published by the way before is visible, and counted in `passed`.
         self.device.way_taken.load(Ordering::Acquire)
+    }
+
+    /// Says where the device's clock is, for one that shows its low word alone.
+    #[cfg(feature = "vulkan")]
+    pub(crate) fn set_clock_half(&self, half: u32) {
+        self.host.clock_half.store(half, Ordering::Release);
+        store_fence();
     }
 
     /// Where an empty kernel begins.

@@ -53,10 +53,10 @@ struct BlockRelay {
     published: u32,
     /// The host's reply cursor at the last look.
     read: u32,
-    /// Samples that were carried out.
-    traced: u32,
     /// That of the kernel that replies are passed on to.
     next_read: Option<u32>,
+    /// Samples that were carried out.
+    traced: u32,
 }
 
 impl Relay {
@@ -82,8 +82,8 @@ impl Relay {
                     step: 0,
                     published: produced,
                     read: produced,
-                    traced: 0,
                     next_read: None,
+                    traced: 0,
                 }
             })
             .collect();
