@@ -1,9 +1,10 @@
-//! Round trips through pipelines of kernels: one kernel, several that share rings, and the same several with the caller
-//! carrying each message from one to the next; beside the floor of the same machine, in one run.
+//! Round trips through pipelines of kernels: one kernel, several that share rings, the same several connected by the bridge, and with the
+//! caller carrying each message from one to the next; beside the floor of the same machine, in one run.
 //!
-//! `cargo bench --bench pipeline -- [--quick] [--json FILE]`
+//! `cargo bench --bench pipeline -- [--backend cpu|vulkan] [--quick] [--json FILE]`
 //!
-//! The caller has a core, and all stages together have another. The paths take turns in short rounds.
+//! The caller has a core, and all stages together have another. The paths take turns in short rounds. `--backend vulkan` takes the device
+//! that `RINGKERNEL_VULKAN_DEVICE` names, or the first one.
 
 #[path = "support/machine.rs"]
 mod machine;
@@ -18,8 +19,8 @@ use lexopt::prelude::*;
 use ringkernel::thread::affinity::{pin_current_thread, usable_cores};
 use ringkernel::time::now_ns_ordered;
 use ringkernel::{
-    BackendType, Bytes, KernelHandle, KernelRegistration, LaunchOptions, Receiver,
-    RingKernelRuntime, RuntimeConfig, Sender, WaitStrategy,
+    BackendType, Bytes, ConnectionKind, KernelHandle, KernelRegistration, LaunchOptions, Receiver,
+    RingKernelRuntime, RuntimeConfig, Sender, ShaderCode, WaitStrategy,
 };
 use serde_json::{Value, json};
 
@@ -30,6 +31,7 @@ const CAPACITY: usize = 1024;
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 struct Config {
+    backend: BackendType,
     quick: bool,
     json: Option<String>,
     rounds: usize,
@@ -49,13 +51,14 @@ fn main() -> ExitCode {
 }
 
 fn parse() -> Result<Config, Failure> {
-    let (mut quick, mut json) = (false, None);
+    let (mut quick, mut json, mut backend) = (false, None, BackendType::Cpu);
     let mut arguments = lexopt::Parser::from_env();
     while let Some(argument) = arguments.next()? {
         match argument {
             // Cargo passes this to every benchmark.
             Long("bench") => {}
             Long("quick") => quick = true,
+            Long("backend") => backend = arguments.value()?.string()?.parse()?,
             Long("json") => json = Some(arguments.value()?.string()?),
             other => return Err(other.unexpected().into()),
         }
@@ -64,7 +67,11 @@ fn parse() -> Result<Config, Failure> {
     let [caller_core, kernel_core, ..] = cores[..] else {
         return Err("two cores are needed, one for each end".into());
     };
+    if !matches!(backend, BackendType::Cpu | BackendType::Vulkan) {
+        return Err(format!("no stages for {backend}").into());
+    }
     Ok(Config {
+        backend,
         quick,
         json,
         rounds: if quick { 10 } else { 60 },
@@ -168,59 +175,87 @@ impl Path for Floor {
     }
 }
 
+/// How a message gets from one stage to the next.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Hop {
+    Shared,
+    Bridged,
+    ByHand,
+}
+
 /// Echoes, one behind the other.
 struct Stages {
     _runtime: RingKernelRuntime,
     kernels: Vec<KernelHandle>,
+    /// Kernels that never work, and only make others need the bridge.
+    _idle: Vec<KernelHandle>,
     /// One pair through all of them, or one a kernel.
     endpoints: Vec<(Sender<Bytes>, Receiver<Bytes>)>,
 }
 
 impl Stages {
-    fn new(
-        config: &Config,
-        stages: usize,
-        shared: bool,
-        wait: WaitStrategy,
-    ) -> Result<Self, Failure> {
-        let runtime = RingKernelRuntime::builder()
-            .backend(BackendType::Cpu)
+    fn new(config: &Config, stages: usize, hop: Hop, wait: WaitStrategy) -> Result<Self, Failure> {
+        let echo = include_bytes!("../shaders/echo.spv");
+        let mut builder = RingKernelRuntime::builder()
+            .backend(config.backend)
             .config(RuntimeConfig {
                 host_wait: WaitStrategy::Spin,
                 enable_telemetry: false,
+                reserved_cores: vec![config.caller_core],
                 ..RuntimeConfig::default()
             })
             .register(
                 KernelRegistration::new("stage")
+                    .shader(ShaderCode::spirv(echo.as_slice()))
                     .cpu_handler(|request, context| context.echo(request)),
-            )
-            .build()?;
+            );
+        let on_threads = config.backend == BackendType::Cpu;
+        if !on_threads && std::env::var_os("RINGKERNEL_VULKAN_DEVICE").is_none() {
+            builder = builder.device(0);
+        }
+        let runtime = builder.build()?;
+        let launch = || {
+            let options = LaunchOptions {
+                queue_capacity: Some(CAPACITY),
+                message_size: Some(PAYLOAD),
+                wait: Some(wait),
+                cores: if on_threads {
+                    vec![config.kernel_core]
+                } else {
+                    Vec::new()
+                },
+                ..LaunchOptions::default()
+            };
+            runtime.launch("stage", 1, 1, options)
+        };
         let kernels = (0..stages)
-            .map(|_| {
-                let options = LaunchOptions {
-                    queue_capacity: Some(CAPACITY),
-                    message_size: Some(PAYLOAD),
-                    wait: Some(wait),
-                    cores: vec![config.kernel_core],
-                    ..LaunchOptions::default()
-                };
-                runtime.launch("stage", 1, 1, options)
-            })
+            .map(|_| launch())
             .collect::<Result<Vec<_>, _>>()?;
-        let endpoints = if shared {
-            for pair in kernels.windows(2) {
-                runtime.connect(&pair[0], &pair[1])?;
-            }
-            vec![kernels[0].split_bytes_through(&kernels[stages - 1])?]
-        } else {
+        let mut idle = Vec::new();
+        let endpoints = if hop == Hop::ByHand {
             kernels
                 .iter()
                 .map(KernelHandle::split_bytes)
                 .collect::<Result<Vec<_>, _>>()?
+        } else {
+            for pair in kernels.windows(2) {
+                if hop == Hop::Bridged {
+                    // Whatever is fed by two kernels is fed by the bridge.
+                    let other = launch()?;
+                    runtime.connect(&other, &pair[1])?;
+                    idle.push(other);
+                }
+                let kind = runtime.connect(&pair[0], &pair[1])?.kind();
+                if (kind == ConnectionKind::Bridged) != (hop == Hop::Bridged) {
+                    return Err(format!("a connection is {kind:?}").into());
+                }
+            }
+            vec![kernels[0].split_bytes_through(&kernels[stages - 1])?]
         };
         Ok(Self {
             _runtime: runtime,
             kernels,
+            _idle: idle,
             endpoints,
         })
     }
@@ -290,9 +325,9 @@ fn run() -> Result<(), Failure> {
     let machine = machine::describe();
     println!("machine: {}", machine::one_line(&machine));
     println!(
-        "configuration: {} rounds of {} messages of {PAYLOAD} bytes, caller on core {}, every stage on core {}, caller spins, \
+        "configuration: {}, {} rounds of {} messages of {PAYLOAD} bytes, caller on core {}, every stage on core {}, caller spins, \
          kernel telemetry off, rings of {CAPACITY} slots",
-        config.rounds, config.messages, config.caller_core, config.kernel_core,
+        config.backend, config.rounds, config.messages, config.caller_core, config.kernel_core,
     );
     pin_current_thread(config.caller_core)?;
     let mut paths = vec![Measured {
@@ -310,9 +345,21 @@ fn run() -> Result<(), Failure> {
         });
         Ok(())
     };
-    let stages = |stages, shared, wait| Stages::new(&config, stages, shared, wait);
-    add("1 kernel".into(), 100, stages(1, true, WaitStrategy::Spin)?)?;
+    let stages = |stages, hop, wait| Stages::new(&config, stages, hop, wait);
+    let single = stages(1, Hop::Shared, WaitStrategy::Spin)?;
+    add("1 kernel".into(), 100, single)?;
     for count in [2, 4] {
+        if config.backend != BackendType::Cpu {
+            let spin = WaitStrategy::Spin;
+            for (hop, how) in [
+                (Hop::Shared, "shared"),
+                (Hop::Bridged, "bridged"),
+                (Hop::ByHand, "by hand"),
+            ] {
+                add(format!("{count} {how}"), 5, stages(count, hop, spin)?)?;
+            }
+            continue;
+        }
         for (wait, how) in [
             (WaitStrategy::Spin, "spin"),
             (WaitStrategy::SpinYield, "yield"),
@@ -322,14 +369,14 @@ fn run() -> Result<(), Failure> {
             add(
                 format!("{count} shared, {how}"),
                 percent,
-                stages(count, true, wait)?,
+                stages(count, Hop::Shared, wait)?,
             )?;
             // Kernels that spin on one core and know nothing of each other wait milliseconds for the scheduler.
             if wait != WaitStrategy::Spin {
                 add(
                     format!("{count} by hand, {how}"),
                     5,
-                    stages(count, false, wait)?,
+                    stages(count, Hop::ByHand, wait)?,
                 )?;
             }
         }
@@ -373,6 +420,7 @@ fn run() -> Result<(), Failure> {
         let report: Value = json!({
             "machine": machine,
             "config": {
+                "backend": config.backend.name(),
                 "rounds": config.rounds,
                 "messages": config.messages,
                 "payload": PAYLOAD,

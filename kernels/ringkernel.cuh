@@ -15,6 +15,7 @@ typedef unsigned long long rk_u64;
 #define RK_HAS_U64
 #define RK_HAS_F64
 #define RK_HAS_CLOCK
+#define RK_HAS_ADDRESSES
 
 #ifdef RK_ON_CPU
 #include "on_cpu.h"
@@ -88,10 +89,14 @@ RK_FN float rk_mul_f32(float a, float b) { return __fmul_rn(a, b); }
 RK_FN float rk_add_f32(float a, float b) { return __fadd_rn(a, b); }
 #endif
 
+RK_FN uint* rk_at(uint low, uint high) {
+    return reinterpret_cast<uint*>(rk_u64(low) | rk_u64(high) << 32);
+}
+
 #include "ringkernel.h"
 
 // Says by its name for which layout this was built; the host looks for it before it launches anything.
-extern "C" __global__ void rk_layout_1() {}
+extern "C" __global__ void rk_layout_2() {}
 
 extern "C" __global__ void __launch_bounds__(RK_MAX_THREADS) rk_main(RkLaunch launch, uint* host_to_device, uint* device_to_host, uint* state) {
     __shared__ RkGroup group;

@@ -13,6 +13,7 @@
 // rk_nap                         gives way for some nanoseconds
 // rk_as_f32, rk_from_f32, rk_mul_f32, rk_add_f32
 //
+// and RK_HAS_ADDRESSES where a kernel can use memory that it is told the address of while it runs: rk_at(low, high) is that memory;
 // and where the device has them RK_HAS_U64 with rk_u64, RK_HAS_F64 with rk_as_f64 and rk_from_f64, RK_HAS_CLOCK with rk_clock_ns.
 
 // Layouts. Sizes and offsets are in words of 4 bytes; a test compares each with the Rust structures of the same name.
@@ -34,10 +35,23 @@
 #define RK_HOST_EPOCH 3u
 #define RK_HOST_IDLE_BUDGET 4u
 #define RK_HOST_CLOCK_ASKED 5u
+#define RK_HOST_WAY 6u
+#define RK_HOST_NEXT_SLOTS 7u
+#define RK_HOST_NEXT_CURSOR 9u
+#define RK_HOST_NEXT_CAPACITY 11u
+#define RK_HOST_NEXT_SLOT_WORDS 12u
+#define RK_HOST_NEXT_OFFSET 13u
+#define RK_HOST_WORDS 16u
+// Behind it the link, which other devices need, and the kinds of the kernel that replies are passed on to, by kinds of this one,
+// two in a word.
+#define RK_LINK_WORDS 16u
+#define RK_NO_KIND 0xffffu
+#define RK_MAX_KINDS 64u
 // The device's lines, behind the reply slots and the request ring's cursor.
 #define RK_DEVICE_PROCESSED 0u
 #define RK_DEVICE_PRODUCED 1u
 #define RK_DEVICE_STEP 2u
+#define RK_DEVICE_PASSED 3u
 #define RK_DEVICE_STATE 16u
 #define RK_DEVICE_HEARTBEAT 17u
 #define RK_DEVICE_DROPPED 18u
@@ -45,6 +59,7 @@
 #define RK_DEVICE_SLICE_NUMBER 20u
 #define RK_DEVICE_HAS_TERMINATED 21u
 #define RK_DEVICE_FAULT 22u
+#define RK_DEVICE_WAY_TAKEN 23u
 #define RK_DEVICE_WORDS 48u
 // Telemetry, behind the device's lines. 64-bit counters, low word first.
 #define RK_TELEMETRY_VERSION 0u
@@ -106,8 +121,22 @@ struct RkLaunch {
 // Words that a block's threads share, for handlers.
 #define RK_SHARED_WORDS 1024u
 
+// Where a block's replies go. Apart from each thread's view: it changes hardly ever, and registers are few.
+struct RkWay {
+    uint number;                 // That of the host's line. Even: into the own ring; odd: into that of another kernel.
+    uint capacity, slot_words;   // Of that ring.
+    uint beyond;                 // How many replies are produced beyond the position in it.
+    uint passed;                 // Replies that were passed on by ways before.
+    uint offset;                 // From the count of replies passed on to the position in another kernel's ring.
+    uint known_kind, known_next; // A kind of this kernel's, and the other one's for it.
+    uint cursor[2];              // The address of the other ring's cursor.
+};
+
 struct RkGroup {
     uint seen[2][8];
+    RkWay way;
+    // Counters that the first thread alone keeps.
+    uint errors[2], replied[2];
     uint scratch[RK_MAX_THREADS];
     uint words[RK_SHARED_WORDS];
 };
@@ -128,6 +157,8 @@ struct Rk {
     RK_GLOBAL uint* telemetry;
     // Positions of the rings, and how many replies the present run may still write.
     uint position, out_position, left;
+    // The ring that replies go into: the own one, or that of another kernel.
+    RK_GLOBAL uint* out_ring;
     // The request in hand, and how often the handler was run for it.
     RK_GLOBAL uint* request;
     uint correlation, length_flags, kind_lane, bytes, step;
@@ -137,8 +168,8 @@ struct Rk {
     // What the handler asked for.
     bool again, has_error;
     uint error_code, fault;
-    // Counters; all threads count alike, the first one stores.
-    uint received[2], replied[2], errors[2], bytes_in[2], bytes_out[2];
+    // Further counters; all threads count alike, the first one stores.
+    uint received[2], bytes_in[2], bytes_out[2];
     // Which half of `seen` is next.
     uint turn;
 #ifdef RK_HAS_CLOCK
@@ -287,16 +318,54 @@ RK_FN void rk_count(RK_THREAD uint* counter, uint value) {
     if (counter[0] < before) counter[1]++;
 }
 
+RK_FN RK_GLOBAL uint* rk_slot_out(RK_THREAD const Rk& rk, uint position) {
+    return rk.out_ring + (position & (rk.group->way.capacity - 1u)) * rk.group->way.slot_words;
+}
+
+// Words before the payload of the request in hand, and of its replies.
+RK_FN uint rk_skip(RK_THREAD const Rk& rk) {
+    return (rk.length_flags & RK_EXTENDED_BIT) != 0u ? RK_HEADER_WORDS + RK_EXTENSION_WORDS : RK_HEADER_WORDS;
+}
+
+RK_FN void rk_count_one(RK_GROUP uint* counter) {
+    if (++counter[0] == 0u) counter[1]++;
+}
+
 RK_FN void rk_aim_reply(RK_THREAD Rk& rk) {
-    uint skip = (rk.length_flags & RK_EXTENDED_BIT) != 0u ? RK_HEADER_WORDS + RK_EXTENSION_WORDS : RK_HEADER_WORDS;
-    rk.reply = rk_slot(rk, rk.d2h, rk.out_position) + skip;
-    rk.reply_limit = 4u * (rk.launch.slot_words - skip);
+    uint skip = rk_skip(rk);
+    rk.reply = rk_slot_out(rk, rk.out_position) + skip;
+    rk.reply_limit = 4u * (rk.group->way.slot_words - skip);
+}
+
+// Whether replies go into another kernel's ring.
+RK_FN bool rk_passes(RK_THREAD const Rk& rk) { return (rk.group->way.number & 1u) != 0u; }
+
+// What the next kernel knows a kind by. [all]
+RK_FN uint rk_kind_of_next(RK_THREAD const Rk& rk, uint kind) {
+    if (kind != rk.group->way.known_kind) {
+        rk_group_sync(rk.threads);
+        if (rk.index == 0u) {
+            uint index = kind - 1u, next = kind == 0u ? 0u : RK_NO_KIND;
+            if (index < RK_MAX_KINDS) {
+                uint pair = rk_load(rk.host_line + RK_HOST_WORDS + RK_LINK_WORDS + (index >> 1));
+                next = (index & 1u) == 0u ? pair & 0xffffu : pair >> 16;
+            }
+            rk.group->way.known_kind = kind;
+            rk.group->way.known_next = next;
+        }
+        rk_group_sync(rk.threads);
+    }
+    return rk.group->way.known_next;
 }
 
 // Publishes what `rk_out` wrote.
 RK_FN void rk_publish(RK_THREAD Rk& rk, uint kind, uint flags, uint bytes) {
+    bool passes = rk_passes(rk);
+    if (passes) kind = rk_kind_of_next(rk, kind);
     if (rk.fault != RK_FAULT_NONE) {
         rk.left = 0u;
+    } else if (passes && kind == RK_NO_KIND) {
+        rk_error(RK_BAD_REQUEST);
     } else if (bytes > rk.reply_limit) {
         rk_error(RK_REPLY_TOO_LARGE);
     } else if (rk.left == 0u) {
@@ -305,16 +374,16 @@ RK_FN void rk_publish(RK_THREAD Rk& rk, uint kind, uint flags, uint bytes) {
         // All of the payload is written before its sequence is.
         rk_group_sync(rk.threads);
         if (rk.index == 0u) {
-            RK_GLOBAL uint* slot = rk_slot(rk, rk.d2h, rk.out_position);
+            RK_GLOBAL uint* slot = rk_slot_out(rk, rk.out_position);
             rk_store(slot + RK_HEADER_CORRELATION, rk.correlation);
             rk_store(slot + RK_HEADER_LENGTH_FLAGS,
                      bytes | flags | (rk.length_flags & (RK_PRIORITY_MASK | RK_EXTENDED_BIT)));
             rk_store(slot + RK_HEADER_KIND_LANE, (rk.kind_lane & 0xffff0000u) | kind);
             rk_store_release(slot + RK_HEADER_SEQUENCE, rk.out_position + 1u);
+            rk_count_one(rk.group->replied);
         }
         rk.out_position++;
         rk.left--;
-        rk_count(rk.replied, 1u);
         rk_count(rk.bytes_out, bytes);
         rk_aim_reply(rk);
     }
@@ -380,20 +449,29 @@ RK_FN void rk_advance(RK_THREAD Rk& rk) {
     }
 }
 
-// Answers the request in hand with an error. A reply's place was kept for it.
-RK_FN void rk_fail_request(RK_THREAD Rk& rk, bool counted) {
+// Answers the request in hand with an error: its own that came from a handler before this one, or the handler's (`counted`) or the loop's
+// code. A reply's place was kept for it.
+RK_FN void rk_fail_request(RK_THREAD Rk& rk, bool passes_on, bool counted) {
     // Whatever the handler's threads wrote to the reply comes before the code.
     rk_group_sync(rk.threads);
     rk.left = 1u;
-    if (rk.index == 0u) {
+    uint bytes = 4u;
+    if (passes_on) {
+        // As much of it as fits: its code comes first.
+        bytes = rk.bytes < rk.reply_limit ? rk.bytes : rk.reply_limit;
+        for (uint i = rk.index; i < (bytes + 3u) >> 2; i += rk.threads) rk_out(i, rk_in(i));
+    } else if (rk.index == 0u) {
         rk_store(rk.reply, rk.error_code);
         rk_store(rk.device_line + RK_DEVICE_LAST_ERROR, rk.error_code);
         RK_GLOBAL uint* dropped = rk.device_line + RK_DEVICE_DROPPED;
-        if (!counted) rk_store(dropped, rk_load(dropped) + 1u);
+        if (!counted) {
+            rk_store(dropped, rk_load(dropped) + 1u);
+        } else {
+            rk_count_one(rk.group->errors);
+        }
     }
-    if (counted) rk_count(rk.errors, 1u);
     rk.again = false;
-    rk_publish(rk, 0u, RK_ERROR_BIT, 4u);
+    rk_publish(rk, 0u, RK_ERROR_BIT, bytes);
     rk_advance(rk);
 }
 
@@ -408,9 +486,55 @@ RK_FN uint rk_commands(RK_THREAD const Rk& rk, RK_GROUP const uint* host_line) {
     return host_line[RK_HOST_ACTIVE] != 0u ? RK_RUN : 0u;
 }
 
+// Leads replies to where the host's line says, at the start or because it has changed. [all]
+RK_FN void rk_turn_to(RK_THREAD Rk& rk, uint number) {
+    RK_GROUP RkWay& way = rk.group->way;
+    uint produced = rk.out_position + way.beyond;
+    uint passed = rk_passes(rk) ? rk.out_position - way.offset : way.passed;
+    // Each thread has read what the first one changes.
+    rk_group_sync(rk.threads);
+    if (rk.index == 0u) {
+        way.number = number;
+        way.passed = passed;
+        way.capacity = rk.launch.capacity;
+        way.slot_words = rk.launch.slot_words;
+        way.beyond = passed;
+#ifdef RK_HAS_ADDRESSES
+        if ((number & 1u) != 0u) {
+            way.capacity = rk_load(rk.host_line + RK_HOST_NEXT_CAPACITY);
+            way.slot_words = rk_load(rk.host_line + RK_HOST_NEXT_SLOT_WORDS);
+            way.offset = rk_load(rk.host_line + RK_HOST_NEXT_OFFSET);
+            way.beyond = produced - (passed + way.offset);
+            way.known_kind = 0u;
+            way.known_next = 0u;
+            for (uint i = 0u; i < 2u; i++) way.cursor[i] = rk_load(rk.host_line + RK_HOST_NEXT_CURSOR + i);
+        }
+#endif
+    }
+    rk_group_sync(rk.threads);
+    rk.out_position = produced - way.beyond;
+    rk.out_ring = rk.d2h;
+#ifdef RK_HAS_ADDRESSES
+    if ((number & 1u) != 0u) {
+        RK_GLOBAL uint* slots = rk.host_line + RK_HOST_NEXT_SLOTS;
+        rk.out_ring = rk_at(rk_load(slots), rk_load(slots + 1));
+    }
+#endif
+    rk_aim_reply(rk);
+}
+
+// How far whoever takes the replies has read. For thread 0.
+RK_FN uint rk_read_up_to(RK_THREAD const Rk& rk) {
+#ifdef RK_HAS_ADDRESSES
+    if (rk_passes(rk)) return rk_load_acquire(rk_at(rk.group->way.cursor[0], rk.group->way.cursor[1]));
+#endif
+    return rk_load_acquire(rk.reply_cursor);
+}
+
 // Makes known how far the block has got. For thread 0.
 RK_FN void rk_show_progress(RK_THREAD const Rk& rk) {
-    rk_store(rk.device_line + RK_DEVICE_PRODUCED, rk.out_position);
+    rk_store(rk.device_line + RK_DEVICE_PRODUCED, rk.out_position + rk.group->way.beyond);
+    if (rk_passes(rk)) rk_store(rk.device_line + RK_DEVICE_PASSED, rk.out_position - rk.group->way.offset);
     rk_store(rk.device_line + RK_DEVICE_STEP, rk.step);
 #ifdef RK_HAS_CLOCK
     // A request that takes several slices was taken up once.
@@ -436,8 +560,10 @@ RK_FN void rk_store_telemetry(RK_THREAD const Rk& rk) {
     rk_store(rk.telemetry + RK_TELEMETRY_VERSION, version + 1u);
     rk_fence();
     rk_store_counter(rk, rk.received, RK_TELEMETRY_RECEIVED);
-    rk_store_counter(rk, rk.replied, RK_TELEMETRY_REPLIED);
-    rk_store_counter(rk, rk.errors, RK_TELEMETRY_ERRORS);
+    for (uint i = 0u; i < 2u; i++) {
+        rk_store(rk.telemetry + RK_TELEMETRY_ERRORS + i, rk.group->errors[i]);
+        rk_store(rk.telemetry + RK_TELEMETRY_REPLIED + i, rk.group->replied[i]);
+    }
     rk_store_counter(rk, rk.bytes_in, RK_TELEMETRY_BYTES_IN);
     rk_store_counter(rk, rk.bytes_out, RK_TELEMETRY_BYTES_OUT);
     rk_store_release(rk.telemetry + RK_TELEMETRY_VERSION, version + 2u);
@@ -466,6 +592,16 @@ RK_FN void rk_begin(RK_THREAD Rk& rk) {
     rk.telemetry = rk.device_line + RK_DEVICE_WORDS;
     rk.position = rk_load(rk.device_line + RK_DEVICE_PROCESSED);
     rk.out_position = rk_load(rk.device_line + RK_DEVICE_PRODUCED);
+    if (rk.index == 0u) {
+        rk.group->way.number = 0u;
+        rk.group->way.beyond = 0u;
+        rk.group->way.passed = rk_load(rk.device_line + RK_DEVICE_PASSED);
+        for (uint i = 0u; i < 2u; i++) {
+            rk.group->errors[i] = rk_load(rk.telemetry + RK_TELEMETRY_ERRORS + i);
+            rk.group->replied[i] = rk_load(rk.telemetry + RK_TELEMETRY_REPLIED + i);
+        }
+    }
+    rk_group_sync(rk.threads);
     rk.step = rk_load(rk.device_line + RK_DEVICE_STEP);
     rk.left = 0u;
     rk.fault = RK_FAULT_NONE;
@@ -479,8 +615,6 @@ RK_FN void rk_begin(RK_THREAD Rk& rk) {
     rk.turn = 0u;
     rk.request = rk.h2d;
     rk_load_counter(rk, rk.received, RK_TELEMETRY_RECEIVED);
-    rk_load_counter(rk, rk.replied, RK_TELEMETRY_REPLIED);
-    rk_load_counter(rk, rk.errors, RK_TELEMETRY_ERRORS);
     rk_load_counter(rk, rk.bytes_in, RK_TELEMETRY_BYTES_IN);
     rk_load_counter(rk, rk.bytes_out, RK_TELEMETRY_BYTES_OUT);
 #ifdef RK_HAS_CLOCK
@@ -493,7 +627,7 @@ RK_FN void rk_begin(RK_THREAD Rk& rk) {
         rk.clock_answered = rk_load(header + RK_TRACE_CLOCK_ANSWERED);
     }
 #endif
-    rk_aim_reply(rk);
+    rk_turn_to(rk, 0u);
 }
 
 // Cursor, counters, signs of life.
@@ -524,7 +658,7 @@ RK_FN void rk_extend_replies(RK_THREAD const Rk& rk, uint replies) {
     RK_GLOBAL uint* from = rk_slot(rk, rk.h2d, rk.position) + RK_HEADER_WORDS;
     for (uint i = rk.index; i < RK_EXTENSION_WORDS * replies; i += rk.threads) {
         uint word = i & (RK_EXTENSION_WORDS - 1u);
-        RK_GLOBAL uint* slot = rk_slot(rk, rk.d2h, rk.out_position + i / RK_EXTENSION_WORDS);
+        RK_GLOBAL uint* slot = rk_slot_out(rk, rk.out_position + i / RK_EXTENSION_WORDS);
         rk_store(slot + RK_HEADER_WORDS + word, rk_load(from + word));
     }
 }
@@ -538,23 +672,26 @@ RK_FN uint rk_handle(RK_THREAD Rk& rk, uint needed) {
     rk.again = false;
     rk.has_error = false;
     rk.left = rk.launch.replies;
-    if ((rk.kind_lane & 0xffffu) > rk.launch.kinds) {
-        rk.error_code = RK_BAD_REQUEST;
-        rk_fail_request(rk, false);
-        return 1u;
-    }
-    rk_handler(rk);
-    if (rk.fault == RK_FAULT_NONE) {
-        if (!rk.has_error) {
-            rk_advance(rk);
-        } else if (rk.left == 0u && rk.launch.replies != 0u) {
-            // An error after all replies that were declared is one too many.
+    // An error of a handler before this one is seen by no other.
+    bool passes_on = (rk.length_flags & RK_ERROR_BIT) != 0u;
+    bool handled = !passes_on && (rk.kind_lane & 0xffffu) <= rk.launch.kinds;
+    if (handled) {
+        rk_handler(rk);
+        // An error after all replies that were declared is one too many.
+        if (rk.fault == RK_FAULT_NONE && rk.has_error && rk.left == 0u && rk.launch.replies != 0u) {
             rk.fault = RK_FAULT_TOO_MANY_REPLIES;
+        }
+    } else {
+        rk.error_code = RK_BAD_REQUEST;
+    }
+    if (rk.fault == RK_FAULT_NONE) {
+        if (handled && !rk.has_error) {
+            rk_advance(rk);
         } else {
-            rk_fail_request(rk, true);
+            rk_fail_request(rk, passes_on, handled);
         }
     }
-    return rk.launch.message_cost;
+    return handled ? rk.launch.message_cost : 1u;
 }
 
 // One block of a slice, or of a launch that stays.
@@ -594,7 +731,8 @@ RK_FN void rk_run(RK_THREAD Rk& rk) {
             rk_show_progress(rk);
             rk_load4_acquire(rk.host_line, news);
             news[RK_HOST_IDLE_BUDGET] = rk_load(rk.host_line + RK_HOST_IDLE_BUDGET);
-            news[7] = rk_load_acquire(rk.reply_cursor);
+            news[5] = rk_load_acquire(rk.host_line + RK_HOST_WAY);
+            news[7] = rk_read_up_to(rk);
 #ifdef RK_HAS_CLOCK
             news[6] = rk_clock_ns() - begin > rk.launch.slice_ns ? 1u : 0u;
             rk_answer_clock(rk);
@@ -609,9 +747,16 @@ RK_FN void rk_run(RK_THREAD Rk& rk) {
         late = news[6] != 0u;
 #endif
         uint budget = news[RK_HOST_SLICE_BUDGET], idle_budget = news[RK_HOST_IDLE_BUDGET];
-        uint room = unread <= capacity ? capacity - unread : 0u;
+        uint room = unread <= rk.group->way.capacity ? rk.group->way.capacity - unread : 0u;
+        uint way = news[5];
         rk.turn++;
         looks++;
+        if (way != rk.group->way.number) {
+            // There is room to be looked for elsewhere.
+            room = 0u;
+            rk_turn_to(rk, way);
+            if (leader) rk_store_release(rk.device_line + RK_DEVICE_WAY_TAKEN, way);
+        }
 
         bool quiet = false;
         if (commands == RK_RUN) {
@@ -648,7 +793,7 @@ RK_FN void rk_run(RK_THREAD Rk& rk) {
                     break;
                 }
                 rk_take(rk, seen);
-                if (rk.bytes > rk.reply_limit) {
+                if (rk.bytes > 4u * (rk.launch.slot_words - rk_skip(rk))) {
                     rk.fault = RK_FAULT_CORRUPT_RING;
                 } else if (room < needed) {
                     idle += RK_POLLS;

@@ -11,8 +11,14 @@
 // A dispatch of it is one *slice*: it polls until its budget is spent and leaves everything that the next slice needs
 // in memory. One workgroup is one block of the grid. All invocations of a block run the handler together, so that every
 // function marked [all] must be called by all of them alike.
+//
+// Built with -DRK_TRACES as well, it is the module for kernels whose messages are traced. That one reads the device's clock, and only
+// devices whose shaders have one take it; without, there is nothing of it in the module.
 
 #extension GL_KHR_shader_subgroup_shuffle : require
+#ifdef RK_TRACES
+#extension GL_EXT_shader_realtime_clock : require
+#endif
 // Handlers that need 64-bit values define these before this file is included; only devices that have them take such a module.
 #ifdef RK_USE_U64
 #extension GL_ARB_gpu_shader_int64 : require
@@ -44,10 +50,16 @@ const uint RK_HOST_TERMINATE = 1u;
 const uint RK_HOST_SLICE_BUDGET = 2u;
 const uint RK_HOST_EPOCH = 3u;
 const uint RK_HOST_IDLE_BUDGET = 4u;
+const uint RK_HOST_WORDS = 16u;
+// Behind it the link, by which a kernel that writes into this one's request slots learns how far this one has read, and the
+// kinds of the kernel that replies are passed on to, by kinds of this one, two in a word.
+const uint RK_LINK_WORDS = 16u;
+const uint RK_NO_KIND = 0xffffu;
 // The device's lines, behind the reply slots and the request ring's cursor.
 const uint RK_DEVICE_PROCESSED = 0u;
 const uint RK_DEVICE_PRODUCED = 1u;
 const uint RK_DEVICE_STEP = 2u;
+const uint RK_DEVICE_PASSED = 3u;
 const uint RK_DEVICE_STATE = 16u;
 const uint RK_DEVICE_HEARTBEAT = 17u;
 const uint RK_DEVICE_DROPPED = 18u;
@@ -63,6 +75,23 @@ const uint RK_TELEMETRY_REPLIED = 4u;
 const uint RK_TELEMETRY_ERRORS = 6u;
 const uint RK_TELEMETRY_BYTES_IN = 8u;
 const uint RK_TELEMETRY_BYTES_OUT = 10u;
+#ifdef RK_TRACES
+// In which half of its low word's range the clock last was.
+const uint RK_HOST_CLOCK_HALF = 15u;
+// Traces, behind the telemetry: a line of the block's own, then samples.
+const uint RK_TELEMETRY_WORDS = 32u;
+const uint RK_TRACE_SLOTS = 256u;
+const uint RK_TRACE_WORDS = 16u;
+const uint RK_TRACE_WRITTEN = 0u;
+const uint RK_TRACE_HEADER_SEEN = 4u;
+const uint RK_TRACE_VERSION = 0u;
+const uint RK_TRACE_NUMBER = 1u;
+const uint RK_TRACE_CORRELATION = 2u;
+const uint RK_TRACE_SENT = 4u;
+const uint RK_TRACE_SEEN = 6u;
+const uint RK_TRACE_DONE = 8u;
+const uint RK_TRACE_TRACE_ID = 12u;
+#endif
 // Values of the `state` word.
 const uint RK_STATE_IDLE = 1u;
 const uint RK_STATE_POLLING = 2u;
@@ -76,12 +105,14 @@ const uint RK_FAULT_TOO_MANY_REPLIES = 3u;
 // Codes of error replies, as in `HandlerError`.
 const uint RK_BAD_REQUEST = 0xffffffffu;
 const uint RK_REPLY_TOO_LARGE = 0xfffffffeu;
+// Most kinds beside raw bytes.
+const uint RK_MAX_KINDS = 64u;
 // Most threads of a block, and words that they share.
 const uint RK_MAX_THREADS = 1024u;
 const uint RK_SHARED_WORDS = 1024u;
 
 // Declares to the host which layout this module was built for: the default of specialization constant 31.
-layout(constant_id = 31) const uint RK_LAYOUT_VERSION = 1u;
+layout(constant_id = 31) const uint RK_LAYOUT_VERSION = 2u;
 
 layout(local_size_x_id = 0) in;
 
@@ -91,13 +122,18 @@ layout(local_size_x_id = 0) in;
 // stores alone.
 layout(constant_id = 1) const bool RK_LOCKSTEP = false;
 
-// The first is only read, but for atomic reads.
+// Of the first only the link is written, and the requests read atomically.
 layout(std430, set = 0, binding = 0) coherent volatile buffer RkHostToDevice { uint rk_h2d[]; };
 layout(std430, set = 0, binding = 1) coherent volatile buffer RkDeviceToHost { uint rk_d2h[]; };
 // The same memory four words at a time: one access for 16 bytes.
 layout(std430, set = 0, binding = 0) coherent volatile buffer RkHostToDevice4 { uvec4 rk_h2d4[]; };
+#ifdef RK_TRACES
 layout(std430, set = 0, binding = 1) coherent volatile buffer RkDeviceToHost4 { uvec4 rk_d2h4[]; };
+#endif
 layout(std430, set = 0, binding = 2) coherent buffer RkState { uint rk_state_words[]; };
+// Where replies go: the second, or the first of another kernel.
+layout(std430, set = 0, binding = 3) coherent volatile buffer RkReplies { uint rk_out_words_of[]; };
+layout(std430, set = 0, binding = 3) coherent volatile buffer RkReplies4 { uvec4 rk_out_words4_of[]; };
 
 layout(push_constant) uniform RkLaunch {
     uint host_to_device_words;  // From one block to the next, in words.
@@ -110,7 +146,13 @@ layout(push_constant) uniform RkLaunch {
     uint replies;               // Replies that one run of the handler may write.
     uint kinds;                 // Kinds that the kernel takes, beside raw bytes.
     uint telemetry;             // Whether counters are kept.
+    uint next_capacity;         // Slots of the ring of the kernel that replies are passed on to; 0 if they go into the own one.
+    uint next_slot_words;
+    uint next_offset;           // From the count of replies passed on to the position in that ring.
     uint two;                   // 2; a compiler must not know that.
+#ifdef RK_TRACES
+    uint trace_every;           // One request in so many is traced; 0 if none is.
+#endif
 } rk_launch;
 
 // Whether loops were cut in any SIMD group, which may be another than that of the invocation that publishes.
@@ -143,8 +185,12 @@ uint rk_read_d2h(uint at) {
 }
 
 // Where this block's pieces start, in words.
-uint rk_requests, rk_reply_cursor, rk_host_line, rk_replies, rk_request_cursor, rk_device_line, rk_telemetry_line,
+uint rk_requests, rk_reply_cursor, rk_host_line, rk_link, rk_replies, rk_request_cursor, rk_device_line, rk_telemetry_line,
     rk_state_base;
+// The ring that replies go into, and how many replies are produced beyond the position in it.
+uint rk_out_capacity, rk_out_slot_words, rk_out_beyond;
+// A kind of this kernel's, and the next one's for it.
+uint rk_known_kind, rk_known_next;
 // Positions of the rings, and how many replies the present run may still write.
 uint rk_position, rk_out_position, rk_left;
 // The slots that these fall on.
@@ -159,6 +205,13 @@ uint rk_error_code, rk_fault_code;
 bool rk_has_error;
 // Counters; all invocations count alike, the first one stores.
 uvec2 rk_received, rk_replied, rk_errors, rk_bytes_in, rk_bytes_out;
+#ifdef RK_TRACES
+// What the clock showed when the request in hand was taken up, and when it was done with; low words first.
+uvec2 rk_seen_at, rk_done_at;
+uint rk_clock_half;
+// Whether the request in hand carries a trace id, and whether the last one that is done with is to be sampled.
+bool rk_has_trace_id, rk_sampled;
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What a handler is written against.
@@ -189,7 +242,7 @@ float rk_in_f32(uint i) { return uintBitsToFloat(rk_h2d[rk_request + i]); }
 uint rk_out_words() { return rk_reply_limit >> 2; }
 // Writes a word of the reply; beyond the slot's end, nothing.
 void rk_out(uint i, uint value) {
-    if (i < (rk_reply_limit >> 2) && rk_left != 0u) rk_d2h[rk_reply_payload + i] = value;
+    if (i < (rk_reply_limit >> 2) && rk_left != 0u) rk_out_words_of[rk_reply_payload + i] = value;
 }
 void rk_out_i32(uint i, int value) { rk_out(i, uint(value)); }
 void rk_out_f32(uint i, float value) { rk_out(i, floatBitsToUint(value)); }
@@ -216,7 +269,7 @@ void rk_out_copy(uint n) {
     uint i = rk_thread(), end = (min(n, rk_reply_limit >> 2) + 3u) >> 2;
     if (i < end && rk_left != 0u) {
         do {
-            rk_d2h4[(rk_reply_payload >> 2) + i] = rk_h2d4[(rk_request >> 2) + i];
+            rk_out_words4_of[(rk_reply_payload >> 2) + i] = rk_h2d4[(rk_request >> 2) + i];
             i += rk_threads();
         } while (i < end);
     }
@@ -286,12 +339,29 @@ void rk_add(inout uvec2 counter, uint value) {
 }
 
 uint rk_slot(uint position) { return (position & (rk_launch.capacity - 1u)) * rk_launch.slot_words; }
+uint rk_slot_out(uint position) { return rk_replies + (position & (rk_out_capacity - 1u)) * rk_out_slot_words; }
+
+// Whether replies are passed on to another kernel.
+bool rk_passes() { return rk_launch.next_capacity != 0u; }
 
 void rk_aim_reply() {
     bool extended = (rk_length_flags & RK_EXTENDED_BIT) != 0u;
     uint skip = extended ? RK_HEADER_WORDS + RK_EXTENSION_WORDS : RK_HEADER_WORDS;
     rk_reply_payload = rk_out_slot + skip;
-    rk_reply_limit = 4u * (rk_launch.slot_words - skip);
+    rk_reply_limit = 4u * (rk_out_slot_words - skip);
+}
+
+// Learns what the next kernel knows a kind by.
+void rk_look_kind_up(uint kind) {
+    rk_known_kind = kind;
+    rk_known_next = RK_NO_KIND;
+    uint index = kind - 1u;
+    if (kind == 0u) {
+        rk_known_next = 0u;
+    } else if (index < RK_MAX_KINDS) {
+        uint pair = rk_read_h2d(rk_link + RK_LINK_WORDS + (index >> 1));
+        rk_known_next = (index & 1u) == 0u ? pair & 0xffffu : pair >> 16;
+    }
 }
 
 // A driver that cuts loops short does so without a word; this loop is then cut as well.
@@ -311,7 +381,13 @@ void rk_check_cut() {
 // Publishes what `rk_out` wrote.
 void rk_publish(uint kind, uint flags, uint bytes) {
     rk_check_cut();
-    if (bytes > rk_reply_limit) {
+    if (rk_passes()) {
+        if (kind != rk_known_kind) rk_look_kind_up(kind);
+        kind = rk_known_next;
+    }
+    if (rk_passes() && kind == RK_NO_KIND) {
+        rk_error(RK_BAD_REQUEST);
+    } else if (bytes > rk_reply_limit) {
         rk_error(RK_REPLY_TOO_LARGE);
     } else if (rk_left == 0u) {
         if (rk_fault_code == RK_FAULT_NONE) rk_fault_code = RK_FAULT_TOO_MANY_REPLIES;
@@ -320,7 +396,7 @@ void rk_publish(uint kind, uint flags, uint bytes) {
         uint word = bytes | flags | (rk_length_flags & (RK_PRIORITY_MASK | RK_EXTENDED_BIT));
         if (rk_thread() == RK_HEADER_CORRELATION) word = rk_correlation;
         if (rk_thread() == RK_HEADER_KIND_LANE) word = (rk_kind_lane & 0xffff0000u) | kind;
-        if (rk_thread() - 1u < RK_HEADER_WORDS - 1u) rk_d2h[rk_out_slot + rk_thread()] = word;
+        if (rk_thread() - 1u < RK_HEADER_WORDS - 1u) rk_out_words_of[rk_out_slot + rk_thread()] = word;
         // All of the reply is in memory before its sequence is.
         rk_agree()
         // What was written is not what the handler means if its loops were cut.
@@ -329,12 +405,12 @@ void rk_publish(uint kind, uint flags, uint bytes) {
         rk_left = whole ? rk_left - 1u : 0u;
         if (rk_thread() == 0u && whole) {
             if (RK_LOCKSTEP) {
-                atomicExchange(rk_d2h[rk_out_slot], rk_out_position);
+                atomicExchange(rk_out_words_of[rk_out_slot], rk_out_position);
             } else {
-                rk_d2h[rk_out_slot] = rk_out_position;
+                rk_out_words_of[rk_out_slot] = rk_out_position;
             }
         }
-        rk_out_slot = rk_replies + rk_slot(rk_out_position);
+        rk_out_slot = rk_slot_out(rk_out_position);
         rk_add(rk_replied, whole ? 1u : 0u);
         rk_add(rk_bytes_out, whole ? bytes : 0u);
         rk_aim_reply();
@@ -351,11 +427,84 @@ void rk_reply_raw(uint bytes) { rk_publish(0u, 0u, bytes); }
 // ---------------------------------------------------------------------------------------------------------------------
 // The loop.
 
+#ifdef RK_TRACES
+// The device's clock. One that shows its low word alone is completed by what the host says: in which half of the range it was, half a
+// range ago at most.
+uvec2 rk_clock() {
+    uvec2 now = clockRealtime2x32EXT();
+    if (rk_clock_half != 0u) now.y = (rk_clock_half + ((rk_clock_half ^ (now.x >> 31)) & 1u)) >> 1;
+    return now;
+}
+
+uint rk_trace_header() { return rk_telemetry_line + RK_TELEMETRY_WORDS; }
+
+void rk_begin_traces() {
+    rk_seen_at = uvec2(0u);
+    rk_clock_half = 0u;
+    rk_has_trace_id = false;
+    rk_sampled = false;
+    if (rk_launch.trace_every != 0u) {
+        rk_clock_half = rk_read_h2d(rk_host_line + RK_HOST_CLOCK_HALF);
+        // A request that takes several slices was taken up once.
+        uint at = rk_trace_header() + RK_TRACE_HEADER_SEEN;
+        rk_seen_at.x = rk_read_d2h(at);
+        rk_seen_at.y = rk_read_d2h(at + 1u);
+    }
+}
+
+// Decides whether the request in hand, which is done with, is to be sampled.
+void rk_sample() {
+    bool has_id = rk_has_trace_id && (rk_length_flags & RK_EXTENDED_BIT) != 0u;
+    rk_sampled = rk_launch.trace_every != 0u && (has_id || rk_position % rk_launch.trace_every == 0u);
+    rk_done_at = rk_clock();
+}
+
+// A store by the first invocation that keeps its place among all others. [all]
+void rk_store_in_order(uint at, uint value) {
+    if (RK_LOCKSTEP) {
+        if (rk_thread() == 0u) atomicExchange(rk_d2h[at], value);
+    } else {
+        RK_SYNC
+        if (rk_thread() == 0u) rk_d2h[at] = value;
+        RK_SYNC
+    }
+}
+
+// Writes the sample of the request before the present position over the oldest one. [all]
+void rk_trace() {
+    uint number = rk_read_d2h(rk_trace_header() + RK_TRACE_WRITTEN);
+    uint slot = rk_trace_header() + RK_TRACE_WORDS * (1u + (number & (RK_TRACE_SLOTS - 1u)));
+    uint version = rk_read_d2h(slot + RK_TRACE_VERSION);
+    // A seqlock, as for the counters.
+    rk_store_in_order(slot + RK_TRACE_VERSION, version + 1u);
+    if (rk_thread() == 0u) {
+        uvec4 stamps = uvec4(0u), id = uvec4(0u);
+        if ((rk_length_flags & RK_EXTENDED_BIT) != 0u) {
+            uint extension = (rk_requests + rk_slot(rk_position - 1u) + RK_HEADER_WORDS) >> 2;
+            stamps = rk_h2d4[extension];
+            id = rk_h2d4[extension + 1u];
+        }
+        rk_d2h[slot + RK_TRACE_NUMBER] = number;
+        rk_d2h[slot + RK_TRACE_CORRELATION] = rk_correlation;
+        rk_d2h[slot + RK_TRACE_SENT] = stamps.x;
+        rk_d2h[slot + RK_TRACE_SENT + 1u] = stamps.y;
+        rk_d2h[slot + RK_TRACE_SEEN] = rk_seen_at.x;
+        rk_d2h[slot + RK_TRACE_SEEN + 1u] = rk_seen_at.y;
+        rk_d2h[slot + RK_TRACE_DONE] = rk_done_at.x;
+        rk_d2h[slot + RK_TRACE_DONE + 1u] = rk_done_at.y;
+        for (uint word = 0u; word < 4u; word++) rk_d2h[slot + RK_TRACE_TRACE_ID + word] = id[word];
+    }
+    rk_store_in_order(slot + RK_TRACE_VERSION, version + 2u);
+    if (rk_thread() == 0u) rk_d2h[rk_trace_header() + RK_TRACE_WRITTEN] = number + 1u;
+}
+#endif
+
 void rk_begin() {
     uint slots = rk_launch.capacity * rk_launch.slot_words;
     rk_requests = rk_block() * rk_launch.host_to_device_words;
     rk_reply_cursor = rk_requests + slots;
     rk_host_line = rk_reply_cursor + RK_CURSOR_WORDS;
+    rk_link = rk_host_line + RK_HOST_WORDS;
     rk_replies = rk_block() * rk_launch.device_to_host_words;
     rk_request_cursor = rk_replies + slots;
     rk_device_line = rk_request_cursor + RK_CURSOR_WORDS;
@@ -363,12 +512,30 @@ void rk_begin() {
     rk_state_base = rk_block() * rk_launch.state_words;
     rk_reads = gl_SubgroupInvocationID == 0u;
     rk_position = rk_read_d2h(rk_device_line + RK_DEVICE_PROCESSED);
-    rk_out_position = rk_read_d2h(rk_device_line + RK_DEVICE_PRODUCED);
+    uint produced = rk_read_d2h(rk_device_line + RK_DEVICE_PRODUCED);
+    uint passed = rk_read_d2h(rk_device_line + RK_DEVICE_PASSED);
     rk_step_number = rk_read_d2h(rk_device_line + RK_DEVICE_STEP);
+    rk_out_capacity = rk_launch.capacity;
+    rk_out_slot_words = rk_launch.slot_words;
+    rk_out_position = produced - passed;
+    if (rk_passes()) {
+        // Only kernels of one block are connected so.
+        rk_replies = 0u;
+        rk_out_capacity = rk_launch.next_capacity;
+        rk_out_slot_words = rk_launch.next_slot_words;
+        rk_out_position = passed + rk_launch.next_offset;
+        rk_reply_cursor = rk_out_capacity * rk_out_slot_words + RK_CURSOR_WORDS + RK_HOST_WORDS;
+    }
+    rk_out_beyond = produced - rk_out_position;
+    rk_known_kind = 0u;
+    rk_known_next = 0u;
     rk_in_slot = rk_requests + rk_slot(rk_position);
-    rk_out_slot = rk_replies + rk_slot(rk_out_position);
+    rk_out_slot = rk_slot_out(rk_out_position);
     rk_fault_code = RK_FAULT_NONE;
     rk_left = 0u;
+#ifdef RK_TRACES
+    rk_begin_traces();
+#endif
 }
 
 uvec2 rk_load_counter(uint word) {
@@ -431,6 +598,9 @@ void rk_advance() {
     if (rk_wants_again) {
         rk_step_number++;
     } else {
+#ifdef RK_TRACES
+        rk_sample();
+#endif
         rk_step_number = 0u;
         rk_position++;
         rk_in_slot = rk_requests + rk_slot(rk_position);
@@ -441,9 +611,21 @@ void rk_advance() {
 
 // Makes known how far the block has got. For invocation 0.
 void rk_show_progress() {
-    rk_d2h[rk_device_line + RK_DEVICE_PROCESSED] = rk_position;
-    rk_d2h[rk_device_line + RK_DEVICE_PRODUCED] = rk_out_position;
+    rk_d2h[rk_device_line + RK_DEVICE_PRODUCED] = rk_out_position + rk_out_beyond;
     rk_d2h[rk_device_line + RK_DEVICE_STEP] = rk_step_number;
+#ifdef RK_TRACES
+    if (rk_launch.trace_every != 0u) {
+        uint at = rk_trace_header() + RK_TRACE_HEADER_SEEN;
+        rk_d2h[at] = rk_seen_at.x;
+        rk_d2h[at + 1u] = rk_seen_at.y;
+    }
+#endif
+    if (rk_passes()) {
+        rk_d2h[rk_device_line + RK_DEVICE_PASSED] = rk_out_position - rk_launch.next_offset;
+        // Whoever knows that a request is done with knows what came of it.
+        memoryBarrierBuffer();
+    }
+    rk_d2h[rk_device_line + RK_DEVICE_PROCESSED] = rk_position;
 }
 
 // Why the loop over messages was left.
@@ -453,6 +635,7 @@ const uint RK_LEFT_NO_ROOM = 2u;   // No room for the replies.
 const uint RK_LEFT_EXTENDED = 3u;  // The request's extension is not in the replies' slots yet.
 const uint RK_LEFT_ERROR = 4u;     // An error reply must be written.
 const uint RK_LEFT_FAULT = 5u;     // The block cannot go on.
+const uint RK_LEFT_PASS_ON = 6u;   // The request is an error of a handler before this one, which no other handler sees.
 
 // Polls between two looks at the host's commands, and messages in between: fewer than one in a hundred waits for a look.
 // Handlers that loop for long make looks more frequent.
@@ -464,7 +647,7 @@ const uint RK_LOOKS_PER_BEAT = 8u;
 
 // Loop iterations to charge for one turn of the two outer loops, beside those that are counted: a software driver also
 // goes through each inner loop, and those of the handler, once when it leaves the loop around it.
-const uint RK_LOOK_COST = 24u;
+const uint RK_LOOK_COST = 26u;
 const uint RK_HOUSEKEEPING_COST = 16u;
 
 // Loops are nested by how often their bodies are needed: a software driver runs the memory accesses of every branch, taken
@@ -523,23 +706,37 @@ void main() {
             looks++;
             if (leader) {
                 rk_show_progress();
-                rk_news = uvec4(rk_commands(), rk_h2d[rk_reply_cursor], 0u, 0u);
+                uint read;
+                if (rk_passes()) {
+                    read = rk_out_words_of[rk_reply_cursor];
+                } else {
+                    read = rk_h2d[rk_reply_cursor];
+                }
+                rk_news = uvec4(rk_commands(), read, 0u, 0u);
             }
             RK_SYNC
             flags = rk_news.x;
             uint unread = rk_out_position - rk_news.y;
-            uint room = unread <= capacity ? capacity - unread : 0u;
+            uint room = unread <= rk_out_capacity ? rk_out_capacity - unread : 0u;
+#ifdef RK_TRACES
+            rk_sampled = false;
+#endif
             if (left == RK_LEFT_EXTENDED && room >= needed) {
                 // Every reply carries its request's extension.
                 uint from = rk_requests + rk_slot(rk_position) + RK_HEADER_WORDS;
                 uint words = RK_EXTENSION_WORDS * needed;
                 for (uint i = rk_thread(); i < words; i += rk_threads()) {
                     uint word = i & (RK_EXTENSION_WORDS - 1u);
-                    uint slot = rk_replies + rk_slot(rk_out_position + i / RK_EXTENSION_WORDS);
-                    rk_d2h[slot + RK_HEADER_WORDS + word] = rk_h2d[from + word];
+                    uint slot = rk_slot_out(rk_out_position + i / RK_EXTENSION_WORDS);
+                    rk_out_words_of[slot + RK_HEADER_WORDS + word] = rk_h2d[from + word];
                 }
                 spent += (words + rk_threads() - 1u) / rk_threads() + 1u;
                 prepared = rk_position;
+#ifdef RK_TRACES
+                uvec4 id = uvec4(0u);
+                if (rk_reads) id = rk_h2d4[(from >> 2) + 1u];
+                rk_has_trace_id = subgroupShuffle(id.x | id.y | id.z | id.w, 0u) != 0u;
+#endif
             }
             if (left == RK_LEFT_ERROR) {
                 // Its slot was reserved when the handler was run.
@@ -556,7 +753,22 @@ void main() {
                 room--;
                 rk_advance();
             }
+            if (left == RK_LEFT_PASS_ON) {
+                // As much of it as fits: its code comes first.
+                rk_left = 1u;
+                rk_wants_again = false;
+                uint bytes = min(rk_bytes, rk_reply_limit);
+                for (uint i = rk_thread(); i < (bytes + 3u) >> 2; i += rk_threads()) rk_out(i, rk_in(i));
+                spent += bytes / (4u * rk_threads()) + 2u;
+                rk_publish(0u, RK_ERROR_BIT, bytes);
+                room--;
+                rk_advance();
+            }
             bool run = flags == RK_RUN;
+#ifdef RK_TRACES
+            // Its sample comes first.
+            run = run && !rk_sampled;
+#endif
             left = RK_LEFT_BUSY;
             // 3. Messages.
             uint message = 0u, until = min(spent + RK_ITERATIONS, budget);
@@ -583,8 +795,11 @@ void main() {
                     // The sequence was read before anything else of the slot is.
                     memoryBarrierBuffer();
                     rk_take();
+#ifdef RK_TRACES
+                    if (rk_step_number == 0u && prepared != rk_position) rk_seen_at = rk_clock();
+#endif
                     bool extended = (rk_length_flags & RK_EXTENDED_BIT) != 0u && prepared != rk_position;
-                    if (rk_bytes > rk_reply_limit) {
+                    if (rk_bytes > 4u * rk_launch.slot_words - 4u * (rk_request - rk_in_slot)) {
                         rk_fault_code = RK_FAULT_CORRUPT_RING;
                     } else if (room < needed) {
                         left = RK_LEFT_NO_ROOM;
@@ -592,6 +807,9 @@ void main() {
                         run = false;
                     } else if (extended) {
                         left = RK_LEFT_EXTENDED;
+                        run = false;
+                    } else if ((rk_length_flags & RK_ERROR_BIT) != 0u) {
+                        left = RK_LEFT_PASS_ON;
                         run = false;
                     } else if ((rk_kind_lane & 0xffffu) > rk_launch.kinds) {
                         left = RK_LEFT_ERROR;
@@ -616,6 +834,9 @@ void main() {
                             run = false;
                         } else if (rk_fault_code == RK_FAULT_NONE) {
                             rk_advance();
+#ifdef RK_TRACES
+                            run = !rk_sampled;
+#endif
                         }
                     }
                     if (rk_fault_code != RK_FAULT_NONE) {
@@ -633,7 +854,14 @@ void main() {
             bool quiet = left == RK_LEFT_IDLE || left == RK_LEFT_NO_ROOM;
             due = rk_position - given_back >= give_back || (quiet && stored != rk_position) ||
                   looks >= RK_LOOKS_PER_BEAT;
+#ifdef RK_TRACES
+            due = due || rk_sampled;
+#endif
         }
+#ifdef RK_TRACES
+        // Before the request's slot is given back.
+        if (rk_sampled) rk_trace();
+#endif
         looks = 0u;
         stored = rk_position;
         given_back = rk_position;
@@ -642,6 +870,7 @@ void main() {
         if (leader) {
             rk_show_progress();
             rk_d2h[rk_request_cursor] = rk_position;
+            rk_h2d[rk_link] = rk_position;
             rk_d2h[rk_device_line + RK_DEVICE_HEARTBEAT] = ++beats;
             rk_store_telemetry();
         }

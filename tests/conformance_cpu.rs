@@ -9,6 +9,8 @@ use ringkernel::{BackendType, RingKernelRuntime, RuntimeBuilder, RuntimeConfig};
 struct Cpu;
 
 impl conformance::Subject for Cpu {
+    const THREADS: bool = true;
+
     fn builder_with(config: RuntimeConfig) -> RuntimeBuilder {
         RingKernelRuntime::builder()
             .backend(BackendType::Cpu)

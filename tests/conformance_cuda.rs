@@ -73,6 +73,10 @@ mod traces {
     crate::conformance! { traces: crate::Cuda }
 }
 
+mod shared_rings {
+    crate::conformance! { shared rings on a device: crate::Cuda }
+}
+
 #[test]
 fn on_the_fake_driver() {
     run_on_the_fake(&[], &[]);
@@ -696,6 +700,16 @@ fn z_a_handler_that_never_ends_is_reported_in_time() {
         }
         other => panic!("{other:?}"),
     }
+}
+
+/// Where a watchdog wants slices, each finds the way of its replies anew.
+#[test]
+fn slices_share_rings() {
+    let Some(fake) = fake() else { return };
+    fake.arm(WATCHDOG);
+    conformance::shared::no_host_hop_lies_between_kernels_that_share_a_ring::<Cuda>();
+    conformance::pipeline_ends::connections_come_and_go_without_a_loss::<Cuda>();
+    conformance::pipeline_ends::stages_end_under_load_in_any_order::<Cuda>();
 }
 
 /// Where a watchdog wants slices, requests that take several are traced as one, and an idle kernel tells its clock.

@@ -14,7 +14,7 @@ mod vulkan;
 
 /// The suite for one mode.
 macro_rules! mode {
-    ($module:ident, $mode:ident, $echo_bytes:expr, $ping_pongs:expr) => {
+    ($module:ident, $mode:ident, $echo_bytes:expr, $ping_pongs:expr, $($sharing:tt)*) => {
         mod $module {
             use ringkernel::{RuntimeBuilder, RuntimeConfig, VulkanMode};
 
@@ -40,7 +40,11 @@ macro_rules! mode {
             crate::conformance! { on a device: crate::$module::Vulkan }
 
             mod traces {
-                crate::conformance! { no traces: crate::$module::Vulkan }
+                crate::conformance! { traces: crate::$module::Vulkan }
+            }
+
+            mod shared_rings {
+                crate::conformance! { $($sharing)*: crate::$module::Vulkan }
             }
 
             // Software drivers and bridges take cores.
@@ -51,7 +55,7 @@ macro_rules! mode {
     };
 }
 
-mode!(resident, Resident, 1 << 20, 1_000_000);
+mode!(resident, Resident, 1 << 20, 1_000_000, shared rings on a device);
 // A submission a message.
-mode!(exchange, Exchange, 2 << 20, 50_000);
-mode!(staged, Staged, 2 << 20, 50_000);
+mode!(exchange, Exchange, 2 << 20, 50_000, shared rings on a device);
+mode!(staged, Staged, 2 << 20, 50_000, no shared rings);

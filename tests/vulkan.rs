@@ -8,6 +8,7 @@ mod conformance;
 #[path = "support/vulkan.rs"]
 mod vulkan;
 
+use std::num::NonZeroU32;
 use std::sync::MutexGuard;
 use std::time::{Duration, Instant};
 
@@ -17,9 +18,11 @@ use ringkernel::error::{
     CallError, RecvTimeoutError, SendTimeoutError, TryRecvError, TrySendError, Unavailable,
 };
 use ringkernel::kernel::FailureReason;
+use ringkernel::time::now_ns_ordered;
 use ringkernel::{
-    BackendType, Error, KernelRegistration, KernelState, LaunchOptions, RingKernelRuntime,
-    RuntimeConfig, ShaderCode, VulkanConfig, VulkanMode, WaitStrategy,
+    BackendType, ConnectionKind, Error, KernelHandle, KernelRegistration, KernelState,
+    LaunchOptions, MessageTrace, RingKernelRuntime, RuntimeConfig, SendOptions, ShaderCode,
+    VulkanConfig, VulkanMode, WaitStrategy,
 };
 
 /// Holds the tests apart, and looks for validation messages at the end of each.
@@ -389,6 +392,42 @@ fn nonsense_from_a_device_is_refused_and_loses_nothing_else() {
             kernel.terminate().unwrap();
             let report = runtime.complete_shutdown().unwrap();
             println!("{mode:?}, {wish}: {report}");
+        }
+    }
+}
+
+/// A device that lies of what it has written into the ring of another kernel.
+#[test]
+fn nonsense_that_is_passed_on_ends_the_kernel_behind_at_most() {
+    let Some(_turn) = turn() else { return };
+    for mode in [VulkanMode::Resident, VulkanMode::Exchange] {
+        for wish in [7, 8_u8] {
+            let runtime = runtime(mode);
+            let kernels = ["test.hostile", "echo", "echo"]
+                .map(|id| runtime.launch(id, 1, 1, small()).unwrap());
+            let [first, behind, other] = &kernels;
+            let connection = runtime.connect(first, behind).unwrap();
+            assert_eq!(connection.kind(), ConnectionKind::SharedRing);
+            for kernel in &kernels {
+                kernel.activate().unwrap();
+            }
+            let mut reply = [0; 64];
+            for message in [[0, 1, 2], [wish, 1, 2]] {
+                let length = first.call_bytes_through(behind, &message, &mut reply, LONG);
+                assert_eq!((length, &reply[..3]), (Ok(3), &message[..]));
+            }
+            first.deactivate().unwrap();
+            behind.deactivate().unwrap();
+            connection.disconnect().unwrap();
+            // Positions that cannot be are seen by whoever goes on there; a gap of a few, only by what is missing at the end.
+            let failure = behind.status().failure.map(|failure| failure.reason);
+            assert_eq!(failure, (wish == 8).then_some(FailureReason::CorruptRing));
+            assert_eq!(other.call_bytes(b"well", &mut reply, LONG), Ok(4));
+            let report = runtime.complete_shutdown().unwrap();
+            assert!(
+                report.requests.adds_up() && report.replies.adds_up(),
+                "{report}"
+            );
         }
     }
 }
@@ -991,6 +1030,204 @@ fn handlers_in_glsl_are_compiled_at_launch() {
             assert!(log.contains(":3:") && log.contains("'m'"), "{log}");
         }
         other => panic!("{other:?}"),
+    }
+}
+
+/// Options of a kernel that traces one message in `every`.
+fn traced(every: u32) -> LaunchOptions {
+    LaunchOptions {
+        trace_every: NonZeroU32::new(every),
+        ..small()
+    }
+}
+
+/// Calls the kernel, and notes between which times of the host that was.
+fn timed_call(kernel: &KernelHandle, bounds: &mut Vec<(u64, u64)>) {
+    let before = now_ns_ordered();
+    kernel.call_bytes(b"x", &mut [0; 48], LONG).unwrap();
+    bounds.push((before, now_ns_ordered()));
+}
+
+/// The samples of all calls, which are where they were made on the host's clock.
+fn expect_traces(kernel: &KernelHandle, bounds: &[(u64, u64)]) {
+    let mut traces = Vec::new();
+    eventually("the samples", || {
+        traces = kernel.traces().unwrap();
+        traces.len() == bounds.len()
+    });
+    for (trace, (before, after)) in traces.iter().zip(bounds) {
+        assert!(trace.clock_error < Duration::from_millis(1), "{trace:?}");
+        let error = trace.clock_error.as_nanos() as u64;
+        assert!(
+            trace.seen_ns + error >= *before,
+            "{trace:?} began at {before}"
+        );
+        assert!(trace.seen_ns <= after + error, "{trace:?} ended at {after}");
+        assert!(trace.seen_ns <= trace.done_ns, "{trace:?}");
+    }
+    let in_order = |pair: &[MessageTrace]| pair[0].done_ns <= pair[1].seen_ns;
+    assert!(traces.windows(2).all(in_order), "{traces:?}");
+}
+
+#[test]
+fn a_kernel_without_a_module_for_traces_is_not_traced() {
+    let Some(_turn) = turn() else { return };
+    for mode in MODES {
+        let runtime = runtime(mode);
+        let plain = active(&runtime, "test.count", small());
+        let asked = active(&runtime, "test.count", traced(1));
+        asked.call_bytes(b"x", &mut [0; 12], LONG).unwrap();
+        assert_eq!(asked.traces(), None);
+        let bytes = |kernel: &KernelHandle| kernel.metrics().memory_bytes;
+        assert_eq!(bytes(&asked), bytes(&plain));
+    }
+}
+
+#[test]
+fn a_module_for_traces_reads_a_clock() {
+    let Some(_turn) = turn() else { return };
+    let plain = include_bytes!("../shaders/echo.spv").as_slice();
+    let with_traces = include_bytes!("../shaders/echo.traced.spv").as_slice();
+    let runtime = vulkan::builder(VulkanMode::Auto, RuntimeConfig::default())
+        .register(KernelRegistration::new("twice").shader(ShaderCode::spirv(plain).traced(plain)))
+        .register(KernelRegistration::new("always").shader(ShaderCode::spirv(with_traces)))
+        .build()
+        .unwrap();
+    match runtime.launch("twice", 1, 1, traced(1)) {
+        Err(Error::InvalidCode { kernel, reason }) => {
+            assert_eq!(kernel, "twice");
+            assert!(reason.contains("-DRK_TRACES"), "{reason}");
+        }
+        other => panic!("{other:?}"),
+    }
+    // What is not asked for is not looked at; and a module with traces can go without.
+    for id in ["twice", "always"] {
+        let kernel = active(&runtime, id, small());
+        for _ in 0..1000 {
+            kernel.call_bytes(b"x", &mut [0; 8], LONG).unwrap();
+        }
+        assert_eq!(kernel.traces(), None);
+    }
+}
+
+#[test]
+fn every_block_is_traced_whatever_its_size() {
+    let Some(_turn) = turn() else { return };
+    for (mode, threads) in MODES.into_iter().zip([64, 16, 200]) {
+        let runtime = runtime(mode);
+        let options = LaunchOptions {
+            extended: true,
+            ..traced(3)
+        };
+        let kernel = runtime.launch("echo", 3, threads, options).unwrap();
+        kernel.activate().unwrap();
+        let (mut sender, mut receiver) = kernel.split_bytes().unwrap();
+        let mut bounds = Vec::new();
+        for index in 0..90 {
+            // Every third message of a block, and one more.
+            let options = SendOptions {
+                correlation: index,
+                timestamp: true,
+                trace_id: (index == 76).then_some([9; 16]),
+                ..SendOptions::default()
+            };
+            let before = now_ns_ordered();
+            sender.try_send_bytes_with(b"payload", &options).unwrap();
+            receiver.recv_ref_timeout(LONG).unwrap();
+            bounds.push((before, now_ns_ordered()));
+        }
+        let mut traces = Vec::new();
+        eventually("the samples", || {
+            traces = kernel.traces().unwrap();
+            traces.len() == 31
+        });
+        for block in traces.chunk_by(|a, b| a.block == b.block) {
+            assert!(block.len() == 10 || block.len() == 11, "{}", block.len());
+            assert!(block.iter().zip(0..).all(|(trace, at)| trace.sample == at));
+        }
+        for trace in traces {
+            assert_eq!(trace.trace_id.is_some(), trace.correlation == 76);
+            let (before, after) = bounds[trace.correlation as usize];
+            let (sent, error) = (trace.sent_ns.unwrap(), trace.clock_error.as_nanos() as u64);
+            assert!(before <= sent && sent <= trace.seen_ns + error, "{trace:?}");
+            assert!(trace.seen_ns <= trace.done_ns, "{trace:?}");
+            assert!(trace.seen_ns <= after + error, "{trace:?} ended at {after}");
+        }
+    }
+}
+
+/// The clock that lavapipe's shaders read shows 32 bits of nanoseconds: it wraps around every 4.3 seconds, whatever the kernel does meanwhile.
+#[test]
+fn times_are_right_where_a_clock_wraps_around() {
+    const WRAP: Duration = Duration::from_nanos((1 << 32) + 50_000_000);
+    let Some(_turn) = turn() else { return };
+    let runtimes = MODES.map(runtime);
+    let mut kernels: Vec<(KernelHandle, Vec<(u64, u64)>)> = Vec::new();
+    for runtime in &runtimes {
+        for wait in [WaitStrategy::Spin, WaitStrategy::Park] {
+            let options = LaunchOptions {
+                wait: Some(wait),
+                ..traced(1)
+            };
+            kernels.push((active(runtime, "echo", options), Vec::new()));
+        }
+    }
+    let call_all = |kernels: &mut Vec<(KernelHandle, Vec<(u64, u64)>)>, times: u32| {
+        for _ in 0..times {
+            for (kernel, bounds) in kernels.iter_mut() {
+                timed_call(kernel, bounds);
+            }
+        }
+    };
+    // Beside messages now and then, and by two kernels that have none.
+    let begin = Instant::now();
+    call_all(&mut kernels, 5);
+    let mut idle = kernels.split_off(4);
+    while begin.elapsed() < WRAP {
+        std::thread::sleep(WRAP / 40);
+        call_all(&mut kernels, 1);
+    }
+    kernels.append(&mut idle);
+    call_all(&mut kernels, 5);
+    for (kernel, bounds) in &kernels {
+        expect_traces(kernel, bounds);
+    }
+    // While they are told to do nothing.
+    for (kernel, _) in &kernels {
+        kernel.deactivate().unwrap();
+    }
+    std::thread::sleep(WRAP);
+    for (kernel, _) in &kernels {
+        kernel.activate().unwrap();
+    }
+    call_all(&mut kernels, 5);
+    for (kernel, bounds) in &kernels {
+        expect_traces(kernel, bounds);
+        kernel.terminate().unwrap();
+        expect_traces(kernel, bounds);
+    }
+}
+
+#[cfg(feature = "glsl")]
+#[test]
+fn handlers_in_glsl_are_traced() {
+    let Some(_turn) = turn() else { return };
+    let echo = "RK_HANDLER {\n    rk_out_copy(rk_in_words());\n    rk_reply(rk_in_bytes());\n}\n";
+    for mode in MODES {
+        let runtime = vulkan::builder(mode, RuntimeConfig::default())
+            .register(KernelRegistration::new("mine").shader(ShaderCode::glsl(echo)))
+            .build()
+            .unwrap();
+        // The same source is two kernels.
+        let plain = active(&runtime, "mine", small());
+        plain.call_bytes(b"x", &mut [0; 8], LONG).unwrap();
+        assert_eq!(plain.traces(), None);
+        let kernel = active(&runtime, "mine", traced(1));
+        let mut bounds = Vec::new();
+        for _ in 0..100 {
+            timed_call(&kernel, &mut bounds);
+        }
+        expect_traces(&kernel, &bounds);
     }
 }
 

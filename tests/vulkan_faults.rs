@@ -8,6 +8,7 @@ mod vulkan;
 
 use std::env::consts::{DLL_PREFIX, DLL_SUFFIX};
 use std::ffi::{CStr, CString, c_void};
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -15,9 +16,10 @@ use std::time::{Duration, Instant};
 use ringkernel::backend::{DeviceKind, ExecutionMode, VulkanDeviceInfo};
 use ringkernel::error::{CallError, RecvTimeoutError, SendTimeoutError, Unavailable};
 use ringkernel::kernel::FailureReason;
+use ringkernel::time::now_ns;
 use ringkernel::{
-    BackendType, Error, KernelHandle, KernelState, LaunchOptions, RingKernelRuntime, RuntimeConfig,
-    VulkanConfig, VulkanMode, WaitStrategy,
+    BackendType, Error, KernelHandle, KernelRegistration, KernelState, LaunchOptions,
+    RingKernelRuntime, RuntimeConfig, ShaderCode, VulkanConfig, VulkanMode, WaitStrategy,
 };
 
 const LONG: Duration = Duration::from_secs(30);
@@ -125,6 +127,8 @@ fn claim(claims: u32) {
 const DISCRETE: u32 = 1;
 const UNCACHED: u32 = 2;
 const BATCHED: u32 = 4;
+const NO_CLOCK: u32 = 8;
+const OTHER_CLOCK: u32 = 16;
 
 fn build(mode: VulkanMode) -> Result<RingKernelRuntime, Error> {
     RingKernelRuntime::builder()
@@ -383,10 +387,13 @@ fn a_device_whose_dispatches_see_nothing_new_runs_in_exchange_mode() {
     );
     println!("{}", info.mode_reason);
     exchange(&active(&runtime, "echo"), 2000);
+    // What a shader's clock lacks is told between dispatches as well.
+    assert!(is_traced(&runtime));
     drop(runtime);
     // So it does when its rings are elsewhere.
     let staged = build(VulkanMode::Staged).unwrap();
     exchange(&active(&staged, "echo"), 2000);
+    assert!(is_traced(&staged));
 }
 
 #[test]
@@ -433,4 +440,83 @@ fn the_best_hardware_is_chosen_if_it_passes_the_probe() {
     let asked = RingKernelRuntime::builder().backend(BackendType::Vulkan);
     let asked = asked.build().unwrap();
     assert_eq!(vulkan_info(&asked).mode, ExecutionMode::Exchange);
+}
+
+/// Launches an echo that shall be traced, and one that shall not; whether the first one is, after a message each.
+fn is_traced(runtime: &RingKernelRuntime) -> bool {
+    let launch = |trace_every| {
+        let options = LaunchOptions {
+            queue_capacity: Some(16),
+            trace_every: NonZeroU32::new(trace_every),
+            ..LaunchOptions::default()
+        };
+        let kernel = runtime.launch("echo", 1, 1, options).unwrap();
+        kernel.activate().unwrap();
+        exchange(&kernel, 100);
+        kernel
+    };
+    let (plain, traced) = (launch(0), launch(1));
+    assert_eq!(plain.traces(), None);
+    let bytes = |kernel: &KernelHandle| kernel.metrics().memory_bytes;
+    match traced.traces() {
+        None => assert_eq!(bytes(&plain), bytes(&traced)),
+        Some(traces) => {
+            assert!(!traces.is_empty());
+            let now = now_ns();
+            let second = 1_000_000_000;
+            let is_recent = |seen: u64| seen <= now && seen + 20 * second > now;
+            assert!(traces.iter().all(|trace| is_recent(trace.seen_ns)));
+        }
+    }
+    traced.traces().is_some()
+}
+
+#[test]
+fn a_device_whose_shaders_have_no_clock_traces_nothing() {
+    if !in_child("a_device_whose_shaders_have_no_clock_traces_nothing") {
+        return;
+    }
+    assert!(is_traced(&build(VulkanMode::Resident).unwrap()));
+    claim(NO_CLOCK);
+    for mode in [
+        VulkanMode::Resident,
+        VulkanMode::Exchange,
+        VulkanMode::Staged,
+    ] {
+        assert!(!is_traced(&build(mode).unwrap()), "{mode:?}");
+    }
+    // Nor does it take a module that reads one.
+    let traced = include_bytes!("../shaders/echo.traced.spv").as_slice();
+    let runtime = RingKernelRuntime::builder()
+        .backend(BackendType::Vulkan)
+        .device(0)
+        .register(KernelRegistration::new("clock").shader(ShaderCode::spirv(traced)))
+        .build()
+        .unwrap();
+    match runtime.launch("clock", 1, 1, LaunchOptions::default()) {
+        Err(Error::InvalidCode { reason, .. }) => {
+            assert!(
+                reason.contains("has no clock that shaders can read"),
+                "{reason}"
+            );
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn stamps_of_another_clock_are_not_believed() {
+    if !in_child("stamps_of_another_clock_are_not_believed") {
+        return;
+    }
+    for mode in [
+        VulkanMode::Resident,
+        VulkanMode::Exchange,
+        VulkanMode::Staged,
+    ] {
+        claim(OTHER_CLOCK);
+        assert!(!is_traced(&build(mode).unwrap()), "{mode:?}");
+        claim(0);
+        assert!(is_traced(&build(mode).unwrap()), "{mode:?}");
+    }
 }

@@ -3,24 +3,31 @@
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use super::host_memory::{HostMemory, HostPool};
 use super::{Device, DeviceMemory, Placement};
 use crate::error::Error;
 use crate::kernel::{
     ControlBlock, DeviceLines, HostCommands, HostLine, TELEMETRY_BUFFER_BYTES, TelemetryBuffer,
-    TraceHeader, TraceSlot, UndeliveredMessage,
+    TraceHeader, TraceSlot, TypeTable, UndeliveredMessage, outlet::Meter,
 };
 use crate::ring::{
     CURSOR_BYTES, Consumer, LINE_BYTES, Producer, RingLayout, RingParts, WriteCombining,
+    store_fence,
 };
 use crate::time::{Bracket, Deadline, now_ns_ordered};
 
 /// Looks at a device's answer before others get a chance to run: on a machine with few cores it may be they who give it. Some
 /// ten microseconds, which an answer over a bus takes.
 const CLOCK_LOOKS: u32 = 1000;
+
+/// Bytes of the next kernel's kinds, one for each that there can be.
+const NEXT_KINDS_BYTES: usize = TypeTable::MAX_TYPES * size_of::<AtomicU16>();
+
+/// Stands for a kind that the next kernel does not take.
+pub(crate) const NO_KIND: u16 = u16::MAX;
 
 /// Sizes of one block's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,9 +41,10 @@ pub(crate) struct BlockLayout {
 
 /// Offsets in a block's host-to-device and device-to-host memory.
 impl BlockLayout {
-    /// Request slots, the cursor of the reply ring, the host's line of the control block: all that the host writes.
+    /// Request slots, the cursor of the reply ring, the host's line of the control block, the link, the next kernel's kinds: all that the
+    /// host writes, and in the link and the slots a kernel that passes its replies on.
     pub(crate) fn host_to_device(&self) -> usize {
-        (self.host_line() + size_of::<HostLine>()).next_multiple_of(CURSOR_BYTES)
+        (self.next_kinds() + NEXT_KINDS_BYTES).next_multiple_of(CURSOR_BYTES)
     }
 
     /// Reply slots, the cursor of the request ring, the device's lines of the control block, telemetry, traces.
@@ -51,6 +59,17 @@ impl BlockLayout {
 
     pub(crate) fn host_line(&self) -> usize {
         self.cursor() + CURSOR_BYTES
+    }
+
+    /// The line by which a kernel that passes its replies on to this one learns how far this one has read: a device that knows only one
+    /// piece of another kernel's memory finds it there.
+    pub(crate) fn link(&self) -> usize {
+        self.host_line() + size_of::<HostLine>()
+    }
+
+    /// For each kind of this kernel that of the kernel that its replies are passed on to, two in a word.
+    pub(crate) fn next_kinds(&self) -> usize {
+        self.link() + LINE_BYTES
     }
 
     pub(crate) fn device_lines(&self) -> usize {
@@ -89,6 +108,8 @@ pub(crate) struct GridMemory {
     pub(crate) device_to_host: Arc<dyn DeviceMemory>,
     /// Absent for a kernel without state.
     pub(crate) state: Option<Arc<dyn DeviceMemory>>,
+    /// What the device uses instead of it, of the same layout, where a thread carries messages between the two.
+    pub(crate) behind: OnceLock<Arc<Self>>,
 }
 
 impl fmt::Debug for GridMemory {
@@ -216,6 +237,7 @@ impl GridMemory {
                 0 => None,
                 bytes => Some(take(bytes, Placement::DeviceState)?),
             },
+            behind: OnceLock::new(),
         }))
     }
 
@@ -280,6 +302,7 @@ impl BlockMemory {
             replies.initialise(ring, start);
         }
         memory.control().set_start(start);
+        memory.link().store(start, Ordering::Release);
         // SAFETY: both rings have just been initialised with this layout and start. Exactly one producer and one
         // consumer is made of each, here, and each is stored beside an `Arc` of the memory, which outlives it.
         unsafe {
@@ -330,6 +353,25 @@ impl BlockMemory {
         debug_assert!(offset + size_of::<T>() <= self.grid.layout.device_to_host());
         // SAFETY: the layout's offsets lie within the block's share.
         unsafe { self.device_to_host.add(offset) }.cast()
+    }
+
+    /// How far the block has read, for the kernel that passes its replies on to it.
+    fn link(&self) -> &AtomicU32 {
+        // SAFETY: within the share, zero at first, only accessed as an atomic.
+        unsafe { self.host_to_device_at(self.grid.layout.link()).as_ref() }
+    }
+
+    /// Says what a kind of this kernel is to the kernel that its replies are passed on to. Kind 0 is 0 to all of them.
+    pub(crate) fn set_next_kind(&self, kind: u16, next: Option<u16>) {
+        let index = usize::from(kind).wrapping_sub(1);
+        if index >= TypeTable::MAX_TYPES {
+            return;
+        }
+        let offset = self.grid.layout.next_kinds() + index * size_of::<AtomicU16>();
+        // SAFETY: within the share, zero at first, only written by the host, and read whole by the device.
+        let word: &AtomicU16 = unsafe { self.host_to_device_at(offset).as_ref() };
+        word.store(next.unwrap_or(NO_KIND), Ordering::Release);
+        store_fence();
     }
 
     /// Overwrites a word of a reply slot's header, as a faulty device might.
@@ -398,6 +440,26 @@ impl BlockMemory {
             ticks: header.clock(),
             after_ns: now_ns_ordered(),
         })
+    }
+
+    /// Takes over the samples that the device has written to the other memory since it had written as many as are `known`; how many it has by
+    /// now. Only while the device writes none.
+    #[cfg(feature = "vulkan")]
+    pub(crate) fn mirror_traces(&self, other: &Self, known: u32) -> u32 {
+        let Some(header) = other.trace_header() else {
+            return known;
+        };
+        let written = header.written();
+        let (to, from) = (self.traces(), other.traces());
+        // Untrusted: no more than there are.
+        let slots = self.grid.layout.trace_slots;
+        for back in (1..=written.wrapping_sub(known).min(slots)).rev() {
+            let index = (written.wrapping_sub(back) % slots) as usize;
+            if let (Some(to), Some(from)) = (to.get(index), from.get(index)) {
+                to.mirror(from);
+            }
+        }
+        written
     }
 
     /// The block's traces; empty for a kernel that is not traced.
@@ -501,6 +563,12 @@ impl BlockMemory {
             });
         }
         messages
+    }
+}
+
+impl Meter for BlockMemory {
+    fn passed(&self) -> u32 {
+        self.control().passed()
     }
 }
 

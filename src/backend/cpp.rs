@@ -141,7 +141,8 @@ mod tests {
             lines.filter_map(|line| line.strip_prefix("#define ")?.split_once(' ')),
         );
         layouts::check(&mut constants);
-        layouts::check_traces(&mut constants);
+        layouts::check_traces(&mut constants, true);
+        layouts::check_ways(&mut constants);
         // What is the loop's own, and what it says to itself.
         for name in [
             "RK_RUN",

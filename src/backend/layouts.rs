@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 
+use super::block::NO_KIND;
 use crate::error::HandlerError;
 use crate::kernel::{
-    CONTROL_VALUES, DeviceLines, HostLine, TELEMETRY_BUFFER_BYTES, TRACE_OFFSETS, TRACE_SLOTS,
-    TelemetryBuffer, TraceHeader,
+    CLOCK_OFFSETS, CONTROL_VALUES, DeviceLines, HostLine, TELEMETRY_BUFFER_BYTES, TRACE_OFFSETS,
+    TRACE_SLOTS, TelemetryBuffer, TraceHeader, TypeTable,
 };
 use crate::message::{EXTENSION_BYTES, FLAG_MASKS, HEADER_BYTES};
-use crate::ring::{CURSOR_BYTES, SlotHeader};
+use crate::ring::{CURSOR_BYTES, LINE_BYTES, SlotHeader};
 
 /// A prelude's unsigned constants, by name.
 pub(super) fn constants<'a>(
@@ -50,6 +51,10 @@ pub(super) fn check(constants: &mut HashMap<&str, u64>) {
         check(&format!("RK_DEVICE_{name}"), words(offset));
     }
     check("RK_DEVICE_WORDS", words(size_of::<DeviceLines>()));
+    check("RK_HOST_WORDS", words(size_of::<HostLine>()));
+    check("RK_LINK_WORDS", words(LINE_BYTES));
+    check("RK_NO_KIND", NO_KIND.into());
+    check("RK_MAX_KINDS", TypeTable::MAX_TYPES as u64);
     for (name, offset) in TelemetryBuffer::OFFSETS {
         check(&format!("RK_TELEMETRY_{name}"), words(offset));
     }
@@ -60,12 +65,30 @@ pub(super) fn check(constants: &mut HashMap<&str, u64>) {
     check("RK_REPLY_TOO_LARGE", HandlerError::REPLY_TOO_LARGE.into());
 }
 
-/// The same for what only preludes with a clock have: traces.
-pub(super) fn check_traces(constants: &mut HashMap<&str, u64>) {
+/// The same for what only preludes with addresses have: ways to other kernels' rings.
+pub(super) fn check_ways(constants: &mut HashMap<&str, u64>) {
     let mut check = |name: &str, expected: usize| {
         assert_eq!(constants.remove(name), Some(expected as u64), "{name}");
     };
-    check("RK_HOST_CLOCK_ASKED", HostLine::CLOCK_ASKED / 4);
+    for (name, offset) in HostLine::WAY_OFFSETS {
+        check(&format!("RK_HOST_{name}"), offset / 4);
+    }
+    check("RK_DEVICE_WAY_TAKEN", DeviceLines::WAY_TAKEN / 4);
+}
+
+/// The same for what only preludes with a clock have: traces. Kernels of some tell it when they are asked, others are told what it lacks.
+pub(super) fn check_traces(constants: &mut HashMap<&str, u64>, tells_clock: bool) {
+    let mut check = |name: &str, expected: usize| {
+        assert_eq!(constants.remove(name), Some(expected as u64), "{name}");
+    };
+    if tells_clock {
+        check("RK_HOST_CLOCK_ASKED", HostLine::CLOCK_ASKED / 4);
+        for (name, offset) in CLOCK_OFFSETS {
+            check(&format!("RK_TRACE_{name}"), offset / 4);
+        }
+    } else {
+        check("RK_HOST_CLOCK_HALF", HostLine::CLOCK_HALF / 4);
+    }
     check("RK_TELEMETRY_WORDS", TELEMETRY_BUFFER_BYTES / 4);
     check("RK_TRACE_SLOTS", TRACE_SLOTS as usize);
     check("RK_TRACE_WORDS", size_of::<TraceHeader>() / 4);

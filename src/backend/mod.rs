@@ -48,6 +48,10 @@ pub use info::{
 };
 
 pub use options::{CudaConfig, CudaRingMemory, MetalConfig, MetalMode, VulkanConfig, VulkanMode};
+#[cfg(any(feature = "vulkan", feature = "cuda"))]
+pub(crate) use resident::Next;
+#[cfg(feature = "vulkan")]
+pub(crate) use resident::corrupt_device;
 #[cfg(any(feature = "vulkan", feature = "cuda", feature = "metal"))]
 pub(crate) use resident::{Keeper, Resident, ResidentDispatch};
 
@@ -117,7 +121,7 @@ impl FromStr for BackendType {
 /// Where a piece of memory has to be good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Placement {
-    /// The host writes, the device reads.
+    /// The host writes, the device reads; in request slots, kernels of the same device write too.
     HostToDevice,
     /// The device writes, the host reads; cached on the host.
     DeviceToHost,
@@ -189,6 +193,11 @@ pub(crate) trait Device: Send + Sync + fmt::Debug {
         true
     }
 
+    /// Whether a block can write its replies into the request ring of another of its blocks.
+    fn shares_rings(&self) -> bool {
+        false
+    }
+
     /// What this kernel's blocks would read the time from; nothing if it cannot be traced.
     fn clock(&self, _handler: &Handler) -> Option<BlockClock> {
         None
@@ -207,12 +216,23 @@ pub(crate) trait Device: Send + Sync + fmt::Debug {
 }
 
 /// What the blocks of a kernel read the time from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) enum BlockClock {
     /// The host's clock.
     Host,
     /// A clock of the device, one for all of its blocks, which they tell when they are asked.
     Device,
+    /// The same, told by the driver.
+    Driver(Arc<dyn DriverClock>),
+}
+
+/// A device's clock as its driver tells it, which is known to be the one that its kernels read.
+pub(crate) trait DriverClock: Send + Sync + fmt::Debug {
+    /// What it shows now, if the driver says so. Neither waits for kernels nor disturbs them.
+    fn ticks(&self) -> Option<u64>;
+
+    /// In what steps kernels see it go on.
+    fn step(&self) -> u64;
 }
 
 /// Code that is resident on a device.
@@ -277,6 +297,18 @@ pub(crate) enum Handler {
     Shader(Arc<ShaderCode>),
     Cuda(Arc<CudaCode>),
     Metal(Arc<MetalCode>),
+}
+
+impl Handler {
+    /// Replies that one run may write; 1 where nobody says.
+    pub(crate) fn replies(&self) -> u32 {
+        match self {
+            Self::Cpu(_) => 1,
+            Self::Shader(code) => code.replies,
+            Self::Cuda(code) => code.replies,
+            Self::Metal(code) => code.replies,
+        }
+    }
 }
 
 impl fmt::Debug for Handler {

@@ -5,11 +5,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{
-    BlockLayout, Device, DispatchRequest, GridMemory, Handler, HostConsumer, HostProducer,
+    BlockLayout, BlockMemory, Device, DispatchRequest, GridMemory, Handler, HostConsumer,
+    HostProducer,
 };
 use crate::error::Error;
+#[cfg(feature = "vulkan")]
+use crate::kernel::read_samples;
 use crate::kernel::signals::KernelSignals;
-use crate::kernel::{BlockState, Dim3, TypeTable};
+use crate::kernel::{BlockState, Dim3, TRACE_SLOTS, TypeTable};
 use crate::message::Envelope;
 use crate::ring::RingLayout;
 use crate::thread::KernelWait;
@@ -63,7 +66,7 @@ pub(crate) fn run_block(
     echo: &Handler,
     block_size: u32,
 ) -> Result<Result<u32, String>, Error> {
-    with_echo(device, echo, block_size, exchange)
+    with_echo(device, echo, block_size, false, exchange)
 }
 
 /// The median round trip of a short message, one at a time.
@@ -72,8 +75,30 @@ pub(crate) fn round_trip(
     device: &dyn Device,
     echo: &Handler,
 ) -> Result<Result<Duration, String>, Error> {
-    with_echo(device, echo, 1, |producer, consumer, _| {
+    with_echo(device, echo, 1, false, |producer, consumer, _| {
         time(producer, consumer)
+    })
+}
+
+/// A reading of a kernel's clock, between two of a clock that the host can read.
+#[cfg(feature = "vulkan")]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ClockReading {
+    pub(crate) before: u64,
+    pub(crate) seen: u64,
+    pub(crate) done: u64,
+    pub(crate) after: u64,
+}
+
+/// What the clock of a kernel shows that echoes, and is traced, by its samples; `ticks` reads the host's.
+#[cfg(feature = "vulkan")]
+pub(crate) fn read_clock(
+    device: &dyn Device,
+    echo: &Handler,
+    ticks: impl Fn() -> Option<u64>,
+) -> Result<Result<Vec<ClockReading>, String>, Error> {
+    with_echo(device, echo, 1, true, |producer, consumer, memory| {
+        compare(producer, consumer, memory, ticks)
     })
 }
 
@@ -82,7 +107,8 @@ fn with_echo<T>(
     device: &dyn Device,
     echo: &Handler,
     block_size: u32,
-    talk: impl FnOnce(HostProducer, HostConsumer, &dyn Fn() -> u32) -> Result<T, String>,
+    traced: bool,
+    talk: impl FnOnce(HostProducer, HostConsumer, &BlockMemory) -> Result<T, String>,
 ) -> Result<Result<T, String>, Error> {
     let ring = RingLayout::new(CAPACITY, PAYLOAD, false).map_err(|error| Error::InvalidOption {
         option: "probe",
@@ -91,7 +117,7 @@ fn with_echo<T>(
     let layout = BlockLayout {
         ring,
         state_bytes: 0,
-        trace_slots: 0,
+        trace_slots: if traced { TRACE_SLOTS } else { 0 },
     };
     let mut ends = GridMemory::new(device, 1, layout, |bytes, placement| {
         device.allocate(bytes, placement)
@@ -118,13 +144,13 @@ fn with_echo<T>(
         cores: Vec::new(),
         shared_cores: Vec::new(),
         telemetry: false,
-        trace_every: 0,
+        trace_every: traced.into(),
         heartbeat_interval: Duration::from_secs(1),
     })?;
     memory.control().set_active(true);
     dispatch.command();
     let outcome = if wait_for_start(|| memory.control().state() == Some(BlockState::Polling)) {
-        talk(producer, consumer, &|| memory.control().slice_number())
+        talk(producer, consumer, &memory)
     } else {
         Err("no slice began within two seconds".into())
     };
@@ -149,8 +175,9 @@ fn wait_for_start(mut has_begun: impl FnMut() -> bool) -> bool {
 fn exchange(
     mut producer: HostProducer,
     mut consumer: HostConsumer,
-    slice_number: &dyn Fn() -> u32,
+    memory: &BlockMemory,
 ) -> Result<u32, String> {
+    let slice_number = || memory.control().slice_number();
     let mut mid_slice = 0;
     let (mut sent, mut received) = (0_u32, 0_u32);
     let begin = Instant::now();
@@ -241,6 +268,52 @@ fn time(mut producer: HostProducer, mut consumer: HostConsumer) -> Result<Durati
     }
     let middle = times.len() / 2;
     Ok(*times.select_nth_unstable(middle).1)
+}
+
+/// Messages by which a clock is read.
+#[cfg(feature = "vulkan")]
+const CLOCK_READINGS: usize = 16;
+
+#[cfg(feature = "vulkan")]
+fn compare(
+    mut producer: HostProducer,
+    mut consumer: HostConsumer,
+    memory: &BlockMemory,
+    ticks: impl Fn() -> Option<u64>,
+) -> Result<Vec<ClockReading>, String> {
+    let ticks = || ticks().ok_or_else(|| "the driver does not tell its clock".to_owned());
+    let begin = Instant::now();
+    let mut readings = Vec::with_capacity(CLOCK_READINGS);
+    for count in 1..=CLOCK_READINGS {
+        let before = ticks()?;
+        if producer.try_push(&Envelope::default(), &[]).is_err() {
+            return Err("there is no room for one message".into());
+        }
+        // Samples are written after the replies.
+        let sample = loop {
+            let _ = consumer
+                .try_next()
+                .map_err(|corruption| format!("the reply ring is corrupt: {corruption}"))?;
+            let samples = read_samples(memory.traces());
+            if let (true, Some(sample)) = (samples.len() == count, samples.last()) {
+                break *sample;
+            }
+            if begin.elapsed() > TIMEOUT {
+                return Err(format!(
+                    "{} of {CLOCK_READINGS} messages were traced within {TIMEOUT:?}",
+                    count - 1
+                ));
+            }
+            std::hint::spin_loop();
+        };
+        readings.push(ClockReading {
+            before,
+            seen: sample.seen,
+            done: sample.done,
+            after: ticks()?,
+        });
+    }
+    Ok(readings)
 }
 
 fn late(received: u32, mid_slice: u32) -> String {

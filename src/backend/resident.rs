@@ -6,7 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use parking_lot::Mutex;
+
 use super::{BlockMemory, Dispatch, DispatchRequest, DispatchStatus};
+use crate::kernel::outlet::{Outlet, Warden};
 use crate::kernel::signals::KernelSignals;
 use crate::kernel::{BlockFault, BlockState, FailureReason, KernelFailure, UndeliveredMessage};
 use crate::thread::KernelWait;
@@ -21,7 +24,27 @@ pub(crate) struct Resident {
     pub(crate) blocks: Vec<Arc<BlockMemory>>,
     pub(crate) wait: KernelWait,
     pub(crate) heartbeat_interval: Duration,
+    /// The way of its replies into another kernel's ring, if there is one.
+    passing: Mutex<Option<Passing>>,
     end: Arc<KernelEnd>,
+}
+
+/// A way into the ring of another kernel on the same device.
+#[derive(Debug)]
+struct Passing {
+    outlet: Box<Outlet>,
+    offset: u32,
+    /// What the next kernel had accepted at the last look.
+    accepted: u64,
+}
+
+/// Where such a way leads.
+#[derive(Debug)]
+pub(crate) struct Next {
+    /// The block whose request ring it is.
+    pub(crate) block: Arc<BlockMemory>,
+    /// From the count of replies that were passed on to the position in that ring.
+    pub(crate) offset: u32,
 }
 
 /// Whether a kernel will never run again. Apart from the kernel, so that its lane can let go of it before it says so.
@@ -54,12 +77,102 @@ impl Resident {
             blocks: request.blocks.into_iter().map(|ends| ends.memory).collect(),
             wait: request.wait,
             heartbeat_interval: request.heartbeat_interval,
+            passing: Mutex::new(None),
             end,
         };
         for block in &kernel.blocks {
             block.control().store_state(BlockState::Idle);
         }
         kernel
+    }
+
+    /// Whether its replies are to go elsewhere than they do.
+    pub(crate) fn wants_exchange(&self) -> bool {
+        let passing = self.passing.lock();
+        let outlet = passing.as_ref().map(|passing| &*passing.outlet);
+        self.signals.outlet.is_due(outlet)
+    }
+
+    /// Takes the outlet that waits for the kernel: from now on it may write to where that leads, until `give_back`. The kernel finds the next
+    /// one's kinds in the memory of `own`. To be called while no message of it is under way.
+    pub(crate) fn take_outlet(
+        &self,
+        own: Arc<BlockMemory>,
+        warden: Arc<dyn Warden>,
+    ) -> Option<Next> {
+        let mut passing = self.passing.lock();
+        let [block] = &self.blocks[..] else {
+            return None;
+        };
+        let outlet = match *passing {
+            None => self.signals.outlet.take()?,
+            Some(_) => return None,
+        };
+        let next = Arc::clone(&outlet.block).downcast::<BlockMemory>();
+        let may_begin = outlet.begin(
+            Arc::<BlockMemory>::clone(block),
+            warden,
+            move |kind, next| own.set_next_kind(kind, next),
+        );
+        match next {
+            Ok(next) if may_begin => {
+                let offset = outlet
+                    .producer
+                    .position()
+                    .wrapping_sub(block.control().passed());
+                let accepted = outlet.accepted[0].get();
+                *passing = Some(Passing {
+                    outlet,
+                    offset,
+                    accepted,
+                });
+                Some(Next {
+                    block: next,
+                    offset,
+                })
+            }
+            // It has ended meanwhile.
+            _ => {
+                outlet.end();
+                self.signals.outlet.bring_back(outlet);
+                None
+            }
+        }
+    }
+
+    /// Brings the outlet back, if it has one. To be called when nothing of the kernel writes to it any more, and `passed` says how much has
+    /// been written.
+    pub(crate) fn give_back(&self) {
+        let Some(Passing {
+            mut outlet, offset, ..
+        }) = self.passing.lock().take()
+        else {
+            return;
+        };
+        let passed = self
+            .blocks
+            .first()
+            .map_or(0, |block| block.control().passed());
+        if !outlet.producer.resume_at(passed.wrapping_add(offset)) {
+            outlet.next.fail(corrupt_device(0));
+        }
+        outlet.end();
+        self.signals.outlet.bring_back(outlet);
+    }
+
+    /// Whether it passes its replies on to a kernel that may sleep, and must be woken for them.
+    pub(crate) fn wakes_next(&self) -> bool {
+        let passing = self.passing.lock();
+        passing
+            .as_ref()
+            .is_some_and(|passing| passing.outlet.needs_wake)
+    }
+
+    /// Counts what has been passed on, and wakes whoever is to take it. To be called now and then.
+    pub(crate) fn look_at_passing(&self) {
+        if let Some(passing) = &mut *self.passing.lock() {
+            passing.outlet.look(&mut passing.accepted);
+        }
     }
 
     /// Whether it gets no slices while it has nothing to do.
@@ -205,6 +318,16 @@ impl Resident {
             Some(block) => unsafe { block.leftovers(&self.signals.name, position) },
             None => Vec::new(),
         }
+    }
+}
+
+/// The failure of a kernel whose device writes positions that cannot be.
+pub(crate) fn corrupt_device(block: u32) -> KernelFailure {
+    KernelFailure {
+        reason: FailureReason::CorruptRing,
+        message: "the device reports positions that cannot be".into(),
+        block: Some(block),
+        request: None,
     }
 }
 

@@ -83,6 +83,9 @@ pub(crate) trait Port: Send {
 
     /// From now on replies go to lanes.
     fn use_lanes(&self);
+
+    /// Counts the lanes that the kernel has had, for their numbers; modulo 256.
+    fn next_generation(&self) -> u16;
 }
 
 /// Whose the requests are that a block has not settled yet.
@@ -133,12 +136,12 @@ pub(crate) struct Merger<P> {
     outstanding: Box<[Outstanding]>,
     /// Most replies that can lie in the kernel's rings at a time.
     all_replies: u32,
-    /// Counts lanes, for their numbers.
-    generation: u16,
     /// Places of the lanes that replies were put into and whose clients have not been told.
     touched: [u64; MAX_LANES.div_ceil(64)],
     /// Whether clients may sleep.
     clients_park: bool,
+    /// Whether the requests in the lanes have been given back, because the kernel has ended.
+    gave_back: bool,
     /// Whether it has given the kernel's rings back, because there are no lanes any more.
     is_over: bool,
 }
@@ -169,9 +172,9 @@ impl<P: Port> Merger<P> {
             left: [0; LEVELS],
             outstanding,
             all_replies: capacity.saturating_mul(positions.len() as u32),
-            generation: 0,
             touched: [0; MAX_LANES.div_ceil(64)],
             clients_park,
+            gave_back: false,
             is_over: false,
         }
     }
@@ -198,8 +201,7 @@ impl<P: Port> Merger<P> {
     pub(crate) fn add(&mut self, mut lane: Box<Lane>) -> Option<u16> {
         let place = self.lanes.iter().position(Option::is_none)?;
         // The number tells apart whose place it was before.
-        self.generation = (self.generation + 1) & 0xff;
-        lane.number = (self.generation << 8) | (place as u16 + 1);
+        lane.number = (self.port.next_generation() << 8) | (place as u16 + 1);
         let number = lane.number;
         self.lanes[place] = Some(lane);
         self.order.push(place as u8);
@@ -219,14 +221,18 @@ impl<P: Port> Merger<P> {
         self.lane(number).is_some_and(Lane::has_any_request)
     }
 
+    /// Whether any lane has requests that have not been forwarded.
+    pub(crate) fn has_any_backlog(&mut self) -> bool {
+        let Self { lanes, order, .. } = self;
+        order.iter().any(|place| {
+            let lane = lanes[usize::from(*place)].as_deref_mut();
+            lane.is_some_and(Lane::has_any_request)
+        })
+    }
+
     /// Whether any lane has requests that the kernel could be given.
     pub(crate) fn has_work(&mut self) -> bool {
-        let Self { lanes, order, .. } = self;
-        self.port.is_active()
-            && order.iter().any(|place| {
-                let lane = lanes[usize::from(*place)].as_deref_mut();
-                lane.is_some_and(Lane::has_any_request)
-            })
+        self.port.is_active() && self.has_any_backlog()
     }
 
     /// Sends a request of this lane straight to the kernel: for a client that is alone and has none in its lane.
@@ -403,7 +409,7 @@ impl<P: Port> Merger<P> {
         {
             self.port.lose_request(
                 DeadLetterReason::Expired,
-                &next.header,
+                &next.header.on_lane(number),
                 next.extension,
                 next.payload,
             );
@@ -428,7 +434,7 @@ impl<P: Port> Merger<P> {
             Err(_) if newest_only => {
                 self.port.lose_request(
                     DeadLetterReason::Full,
-                    &next.header,
+                    &next.header.on_lane(number),
                     next.extension,
                     next.payload,
                 );
@@ -509,9 +515,16 @@ impl<P: Port> Merger<P> {
         self.port.release(block);
     }
 
-    /// The block whose next reply belongs to this lane; replies of other lanes are routed on the way. Looks up to `polls` times.
+    /// The block whose next reply belongs to this lane; replies of other lanes are routed on the way, a bounded number of them, but as many as
+    /// there can be if it `looks_at_all`. Looks up to `polls` times.
     #[inline]
-    pub(crate) fn next_reply_of(&mut self, number: u16, polls: u32) -> Option<usize> {
+    pub(crate) fn next_reply_of(
+        &mut self,
+        number: u16,
+        polls: u32,
+        looks_at_all: bool,
+    ) -> Option<usize> {
+        let most = if looks_at_all { self.all_replies } else { PASS };
         let mut routed = 0;
         let found = loop {
             let Some(block) = self.port.next_reply(polls) else {
@@ -522,7 +535,7 @@ impl<P: Port> Merger<P> {
             }
             self.route_one(block);
             routed += 1;
-            if routed == PASS {
+            if routed == most {
                 break None;
             }
         };
@@ -576,8 +589,8 @@ impl<P: Port> Merger<P> {
         true
     }
 
-    /// Lets go of the lanes whose clients are gone and whose requests have all been settled, or never will be; with the last lane, of the
-    /// kernel's rings. Whether there are any left whose clients are gone.
+    /// Lets go of the lanes whose clients are gone and whose requests have all been settled, or never will be and have been given back; with
+    /// the last lane, of the kernel's rings. Whether there are any left whose clients are gone.
     pub(crate) fn retire(&mut self) -> bool {
         let closed = |lane: &Option<Box<Lane>>| lane.as_ref().is_some_and(|lane| lane.is_closed());
         if !self.lanes.iter().any(closed) {
@@ -585,6 +598,7 @@ impl<P: Port> Merger<P> {
         }
         self.settle();
         let ended = self.port.has_ended();
+        let gave_back = self.gave_back;
         let Self { lanes, order, .. } = self;
         let mut is_any_left = false;
         order.retain(|place| {
@@ -592,7 +606,9 @@ impl<P: Port> Merger<P> {
             let Some(lane) = slot.as_deref_mut().filter(|lane| lane.is_closed()) else {
                 return true;
             };
-            let is_done = ended || (lane.forwarded == lane.settled && !lane.has_any_request());
+            // What is in the lane of an ended kernel is on its accounts' way back.
+            let is_done =
+                (ended || lane.forwarded == lane.settled) && (gave_back || !lane.has_any_request());
             if is_done {
                 lane.shared.retired.store(true, Ordering::Release);
                 *slot = None;
@@ -614,6 +630,7 @@ impl<P: Port> Merger<P> {
         &mut self,
         mut give_back: impl FnMut(&P, u16, &MessageHeader, Option<Extension>, &[u8]),
     ) {
+        self.gave_back = true;
         for lane in self.lanes.iter_mut().flatten() {
             for level in (0..LEVELS).rev() {
                 // No more than there can be, whatever the client does meanwhile.

@@ -482,13 +482,12 @@ impl Worker {
         match wait.idle(empty) {
             IdleStep::Poll => {}
             // Another thread does the work, and may end any time: looked at again after a nap.
-            IdleStep::Sleep | IdleStep::SleepFor(_) => {
-                self.sleep(round.is_waiting || round.is_contended);
-            }
+            IdleStep::Sleep | IdleStep::SleepFor(_) => self.sleep(round),
         }
     }
 
-    fn sleep(&self, is_waiting: bool) {
+    fn sleep(&self, round: &Round) {
+        let is_waiting = round.is_waiting || round.is_contended;
         let interval = self.settings.poll_interval;
         let longest = match (is_waiting, interval.is_zero()) {
             (true, true) => BLOCKED_NAP,

@@ -20,10 +20,11 @@ const SAXPY_CAPACITY: usize = 128;
 /// Words in front of the vectors: `a` and `n`.
 const SAXPY_HEAD: usize = 2;
 
-/// The committed module of a built-in kernel, built by `shaders/build` from `kernels/<id>.rk`.
+/// The committed modules of a built-in kernel, built by `shaders/build` from `kernels/<id>.rk`.
 macro_rules! built_in {
     ($id:literal) => {
         ShaderCode::spirv(include_bytes!(concat!("../../shaders/", $id, ".spv")).as_slice())
+            .traced(include_bytes!(concat!("../../shaders/", $id, ".traced.spv")).as_slice())
     };
 }
 

@@ -16,13 +16,15 @@ const _: () = assert!(CONTROL_BLOCK_BYTES == 256);
 ///
 /// | line | written by | words |
 /// |---|---|---|
-/// | 0 | host | `active`, `terminate`, `slice_budget`, `epoch`, `idle_budget`, `clock_asked` |
-/// | 1 | device, per message | `processed`, `produced`, `step` |
-/// | 2 | device, per poll or rarer | `state`, `heartbeat`, `dropped`, `last_error`, `slice_number`, `has_terminated`, `fault` |
+/// | 0 | host | `active`, `terminate`, `slice_budget`, `epoch`, `idle_budget`, `clock_asked`, `way`, and where that leads: `next_*`; `clock_half` |
+/// | 1 | device, per message | `processed`, `produced`, `step`, `passed` |
+/// | 2 | device, per poll or rarer | `state`, `heartbeat`, `dropped`, `last_error`, `slice_number`, `has_terminated`, `fault`, `way_taken` |
 /// | 3 | device | reserved |
 ///
 /// `slice_budget`, `epoch`, `idle_budget`, `step`, `slice_number` and `fault` are there for devices that run a kernel in
-/// slices; the CPU leaves them 0. `clock_asked` is for traces on devices with clocks of their own.
+/// slices; the CPU leaves them 0. `clock_asked` and `clock_half` are for traces on devices with clocks of their own. Of the replies that a
+/// device has `produced`, it has `passed` so many on into the request ring of another kernel; `way` and what follows tell a device that is
+/// told nothing else between its launch and its end where that ring is, and `way_taken` that it goes by it.
 #[derive(Clone, Copy, Debug)]
 pub struct ControlBlock<'a> {
     pub(crate) host: &'a HostLine,
@@ -37,6 +39,7 @@ pub(crate) struct HostCommands {
     active: AtomicBool,
     terminate: AtomicBool,
     clock_asked: AtomicU32,
+    way: AtomicU32,
 }
 
 /// The line of a control block that the host writes.
@@ -53,7 +56,29 @@ pub struct HostLine {
     idle_budget: AtomicU32,
     /// Changes when the host wants to know the device's clock.
     clock_asked: AtomicU32,
-    _reserved: [u32; 10],
+    /// Changes when replies are to go elsewhere: even while they go into the own ring, odd while into that of another kernel.
+    way: AtomicU32,
+    /// Addresses of the next kernel's request slots and of their cursor, low words first.
+    next_slots: [AtomicU32; 2],
+    next_cursor: [AtomicU32; 2],
+    next_capacity: AtomicU32,
+    next_slot_words: AtomicU32,
+    /// From the count of replies that were passed on to the position in that ring.
+    next_offset: AtomicU32,
+    _reserved: u32,
+    /// In which half of its low word's range the device's clock last was, counted from the clock's beginning; 0 if it shows more than its low word.
+    clock_half: AtomicU32,
+}
+
+/// Where a device that knows addresses finds the request ring of another kernel.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NextRing {
+    pub(crate) slots: u64,
+    pub(crate) cursor: u64,
+    pub(crate) capacity: u32,
+    pub(crate) slot_words: u32,
+    pub(crate) offset: u32,
 }
 
 /// The lines of a control block that the device writes.
@@ -64,7 +89,9 @@ pub struct DeviceLines {
     produced: AtomicU32,
     /// Runs of the handler for the request in hand, for handlers that take several.
     step: AtomicU32,
-    _message_line: [u32; 13],
+    /// Replies among those produced that went into the ring of another kernel.
+    passed: AtomicU32,
+    _message_line: [u32; 12],
 
     state: AtomicU32,
     heartbeat: AtomicU32,
@@ -73,7 +100,9 @@ pub struct DeviceLines {
     slice_number: AtomicU32,
     has_terminated: AtomicU32,
     fault: AtomicU32,
-    _state_line: [u32; 9],
+    /// The `way` of the host's line that the block goes by.
+    way_taken: AtomicU32,
+    _state_line: [u32; 8],
 
     _reserved: [u32; 16],
 }
@@ -86,10 +115,18 @@ const _: () = {
     assert!(offset_of!(HostLine, epoch) == 12);
     assert!(offset_of!(HostLine, idle_budget) == 16);
     assert!(offset_of!(HostLine, clock_asked) == 20);
+    assert!(offset_of!(HostLine, way) == 24);
+    assert!(offset_of!(HostLine, next_slots) == 28);
+    assert!(offset_of!(HostLine, next_cursor) == 36);
+    assert!(offset_of!(HostLine, next_capacity) == 44);
+    assert!(offset_of!(HostLine, next_slot_words) == 48);
+    assert!(offset_of!(HostLine, next_offset) == 52);
+    assert!(offset_of!(HostLine, clock_half) == 60);
     assert!(size_of::<DeviceLines>() == 192);
     assert!(offset_of!(DeviceLines, processed) == 0);
     assert!(offset_of!(DeviceLines, produced) == 4);
     assert!(offset_of!(DeviceLines, step) == 8);
+    assert!(offset_of!(DeviceLines, passed) == 12);
     assert!(offset_of!(DeviceLines, state) == 64);
     assert!(offset_of!(DeviceLines, heartbeat) == 68);
     assert!(offset_of!(DeviceLines, dropped) == 72);
@@ -97,6 +134,7 @@ const _: () = {
     assert!(offset_of!(DeviceLines, slice_number) == 80);
     assert!(offset_of!(DeviceLines, has_terminated) == 84);
     assert!(offset_of!(DeviceLines, fault) == 88);
+    assert!(offset_of!(DeviceLines, way_taken) == 92);
 };
 
 #[cfg(all(test, feature = "vulkan"))]
@@ -112,15 +150,29 @@ impl HostLine {
 
     /// Of what only preludes with a clock know.
     pub(crate) const CLOCK_ASKED: usize = offset_of!(HostLine, clock_asked);
+
+    /// Of what only preludes with addresses know.
+    pub(crate) const WAY_OFFSETS: [(&'static str, usize); 6] = [
+        ("WAY", offset_of!(HostLine, way)),
+        ("NEXT_SLOTS", offset_of!(HostLine, next_slots)),
+        ("NEXT_CURSOR", offset_of!(HostLine, next_cursor)),
+        ("NEXT_CAPACITY", offset_of!(HostLine, next_capacity)),
+        ("NEXT_SLOT_WORDS", offset_of!(HostLine, next_slot_words)),
+        ("NEXT_OFFSET", offset_of!(HostLine, next_offset)),
+    ];
+
+    /// Of what only shaders with a clock know.
+    pub(crate) const CLOCK_HALF: usize = offset_of!(HostLine, clock_half);
 }
 
 #[cfg(all(test, feature = "vulkan"))]
 impl DeviceLines {
     /// Names as in shaders, and offsets in bytes.
-    pub(crate) const OFFSETS: [(&'static str, usize); 10] = [
+    pub(crate) const OFFSETS: [(&'static str, usize); 11] = [
         ("PROCESSED", offset_of!(DeviceLines, processed)),
         ("PRODUCED", offset_of!(DeviceLines, produced)),
         ("STEP", offset_of!(DeviceLines, step)),
+        ("PASSED", offset_of!(DeviceLines, passed)),
         ("STATE", offset_of!(DeviceLines, state)),
         ("HEARTBEAT", offset_of!(DeviceLines, heartbeat)),
         ("DROPPED", offset_of!(DeviceLines, dropped)),
@@ -129,6 +181,9 @@ impl DeviceLines {
         ("HAS_TERMINATED", offset_of!(DeviceLines, has_terminated)),
         ("FAULT", offset_of!(DeviceLines, fault)),
     ];
+
+    /// Of what only preludes with addresses know.
+    pub(crate) const WAY_TAKEN: usize = offset_of!(DeviceLines, way_taken);
 }
 
 /// Values of the `state` and `fault` words, as shaders name them.
@@ -227,6 +282,51 @@ impl ControlBlock<'_> {
         number
     }
 
+    /// Replies go to this ring from now on, or into the own one; the number that `way_taken` will have when they do. What was said before must
+    /// have been followed.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn set_way(&self, next: Option<NextRing>) -> u32 {
+        let host = self.host;
+        let before = self.commands.way.load(Ordering::Relaxed);
+        // The next even or odd one: none is like that before it.
+        let way = match next {
+            None => (before | 1).wrapping_add(1),
+            Some(_) => before.wrapping_add(1) | 1,
+        };
+        self.commands.way.store(way, Ordering::Relaxed);
+        if let Some(next) = next {
+            let words = |to: &[AtomicU32; 2], value: u64| {
+                to[0].store(value as u32, Ordering::Relaxed);
+                to[1].store((value >> 32) as u32, Ordering::Relaxed);
+            };
+            words(&host.next_slots, next.slots);
+            words(&host.next_cursor, next.cursor);
+            host.next_capacity.store(next.capacity, Ordering::Relaxed);
+            host.next_slot_words
+                .store(next.slot_words, Ordering::Relaxed);
+            host.next_offset.store(next.offset, Ordering::Relaxed);
+        }
+        store_fence();
+        // ORDERING: control. Whatever describes the way is visible to a block that sees it.
+        host.way.store(way, Ordering::Release);
+        store_fence();
+        way
+    }
+
+    /// The way that the block goes by.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn way_taken(&self) -> u32 {
+        // ORDERING: control. What was published by the way before is visible, and counted in `passed`.
+        self.device.way_taken.load(Ordering::Acquire)
+    }
+
+    /// Says where the device's clock is, for one that shows its low word alone.
+    #[cfg(feature = "vulkan")]
+    pub(crate) fn set_clock_half(&self, half: u32) {
+        self.host.clock_half.store(half, Ordering::Release);
+        store_fence();
+    }
+
     /// Where an empty kernel begins.
     pub(crate) fn set_start(&self, position: u32) {
         self.device.processed.store(position, Ordering::Release);
@@ -320,6 +420,7 @@ impl ControlBlock<'_> {
         let (to, from) = (self.device, other.device);
         for (to, from) in [
             (&to.produced, &from.produced),
+            (&to.passed, &from.passed),
             (&to.dropped, &from.dropped),
             (&to.last_error, &from.last_error),
             (&to.slice_number, &from.slice_number),
@@ -350,6 +451,12 @@ impl ControlBlock<'_> {
     pub(crate) fn produced(&self) -> u32 {
         // ORDERING: progress. Pairs with `store_produced`.
         self.device.produced.load(Ordering::Acquire)
+    }
+
+    /// Replies among them that went into the ring of another kernel, modulo 2^32.
+    pub(crate) fn passed(&self) -> u32 {
+        // ORDERING: progress. Stored before `processed`, so that what is processed is counted here.
+        self.device.passed.load(Ordering::Acquire)
     }
 
     /// Counts the polling loop's signs of life, modulo 2^32.

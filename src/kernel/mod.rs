@@ -23,6 +23,8 @@ pub use builtin::{saxpy_reply, saxpy_request};
 pub(crate) use control_block::BlockFault;
 #[cfg(all(test, feature = "vulkan"))]
 pub(crate) use control_block::CONTROL_VALUES;
+#[cfg(feature = "cuda")]
+pub(crate) use control_block::NextRing;
 pub(crate) use control_block::{BlockState, HostCommands};
 pub use control_block::{CONTROL_BLOCK_BYTES, ControlBlock, DeviceLines, HostLine};
 pub(crate) use dead_letters::Lost;
@@ -43,6 +45,6 @@ pub(crate) use telemetry::TelemetryWriter;
 pub use telemetry::{TELEMETRY_BUFFER_BYTES, Telemetry, TelemetryBuffer};
 pub use trace::MessageTrace;
 #[cfg(all(test, feature = "vulkan"))]
-pub(crate) use trace::TRACE_OFFSETS;
+pub(crate) use trace::{CLOCK_OFFSETS, TRACE_OFFSETS};
 pub(crate) use trace::{Sample, TRACE_SLOTS, TraceHeader, TraceSlot, Tracer, read as read_samples};
 pub(crate) use types::TypeTable;

@@ -81,8 +81,9 @@ pub struct LaunchOptions {
     pub hlc: Option<Arc<Hlc>>,
     /// Traces one request in so many of each block, the first one included, and every request that carries a trace id: when the
     /// kernel saw it, and when it was done with it ([`KernelHandle::traces`](crate::KernelHandle::traces)). A kernel that is
-    /// traced reads the clock twice a message, and takes 16 KiB more a block. `None`, the default, traces nothing, and costs nothing. For kernels on the CPU
-    /// and on CUDA; others are not traced whatever this says.
+    /// traced reads the clock twice a message, and takes 16 KiB more a block. `None`, the default, traces nothing, and costs nothing. For kernels on the CPU,
+    /// on CUDA, and on Vulkan where the device's shaders have a clock and the kernel a module that reads it
+    /// ([`ShaderCode::traced`](crate::ShaderCode::traced)); others are not traced whatever this says.
     pub trace_every: Option<NonZeroU32>,
 }
 

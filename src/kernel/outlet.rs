@@ -1,6 +1,7 @@
 //! The way from a block straight into the request ring of another kernel: what its reply port writes to while the two are
 //! connected, and how it comes and goes.
 
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -16,27 +17,73 @@ use crate::ring::Producer;
 /// A counter on a cache line pair of its own, written by one thread at a time.
 #[derive(Debug, Default)]
 #[repr(align(128))]
-pub(crate) struct Counter(AtomicU64);
+pub(crate) struct Counter {
+    count: AtomicU64,
+    /// What counts by itself, if a device does, and what of it has been added.
+    meter: Mutex<Option<(Arc<dyn Meter>, u32)>>,
+}
+
+/// Counts messages that a block of a device has passed on.
+pub(crate) trait Meter: Send + Sync + fmt::Debug {
+    /// So far, modulo 2^32.
+    fn passed(&self) -> u32;
+}
 
 impl Counter {
     /// Not a read-modify-write: whoever calls this is the only writer at that time.
     #[inline]
     pub(crate) fn add(&self, count: u64) {
-        self.0
-            .store(self.0.load(Ordering::Relaxed) + count, Ordering::Relaxed);
+        self.count.store(
+            self.count.load(Ordering::Relaxed) + count,
+            Ordering::Relaxed,
+        );
     }
 
     pub(crate) fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+        let mut meter = self.meter.lock();
+        self.read(&mut meter);
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// Adds what has been passed on since the last look, of which there must be one in 2^32 messages.
+    fn read(&self, meter: &mut Option<(Arc<dyn Meter>, u32)>) {
+        if let Some((meter, seen)) = meter {
+            let passed = meter.passed();
+            // Under the lock: while there is a meter, nobody else adds.
+            self.add(passed.wrapping_sub(*seen).into());
+            *seen = passed;
+        }
+    }
+
+    /// Counts by this meter from now on.
+    fn count_by(&self, meter: Arc<dyn Meter>) {
+        let seen = meter.passed();
+        *self.meter.lock() = Some((meter, seen));
+    }
+
+    /// Counts by no meter any more.
+    fn count_again(&self) {
+        let mut meter = self.meter.lock();
+        self.read(&mut meter);
+        *meter = None;
     }
 }
 
 /// Tells whether a block is just publishing a message into another kernel's ring. On cache lines of its own: the block
-/// writes it with every message, and whoever ends that kernel looks at it once.
+/// writes it with every message, and whoever ends that kernel looks at it once. A block of a device does not know it: the
+/// valve is open then as long as it may publish.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub(crate) struct Valve {
     publishing: AtomicBool,
+    /// Whoever closes it, if a device publishes.
+    warden: Mutex<Option<Arc<dyn Warden>>>,
+}
+
+/// Keeps a device from publishing into the ring of a kernel that has ended.
+pub(crate) trait Warden: Send + Sync + fmt::Debug {
+    /// Makes it look at the kernel's gate.
+    fn call(&self);
 }
 
 impl Valve {
@@ -61,6 +108,14 @@ impl Valve {
         // ORDERING: valve. Pairs with `enter` and `leave`.
         self.publishing.load(Ordering::SeqCst)
     }
+
+    /// Makes whoever is to close it look whether it must.
+    pub(crate) fn call_warden(&self) {
+        let warden = self.warden.lock().clone();
+        if let Some(warden) = warden {
+            warden.call();
+        }
+    }
 }
 
 /// The block behind an outlet, where the block before it runs it on its own thread.
@@ -77,6 +132,9 @@ const NOT_YET: u16 = u16::MAX;
 
 /// Room for every kind, raw bytes included.
 const KINDS: usize = TypeTable::MAX_TYPES + 1;
+
+/// A writing end, and what keeps the ring's memory alive.
+type RingEnd = (Producer, Arc<dyn fmt::Debug + Send + Sync>);
 
 /// The writing end of another kernel's request ring, in the hands of a block.
 pub(crate) struct Outlet {
@@ -95,6 +153,8 @@ pub(crate) struct Outlet {
     pub(crate) guest: Option<Arc<dyn Guest>>,
     /// Whether the guest may have something to do.
     pub(crate) pending: bool,
+    /// What the backend knows the ring's block by.
+    pub(crate) block: Arc<dyn Any + Send + Sync>,
     /// Type tables of this kernel and of the one behind it.
     types: [Arc<TypeTable>; 2],
     kinds: [u16; KINDS],
@@ -110,7 +170,7 @@ impl fmt::Debug for Outlet {
 
 impl Outlet {
     pub(crate) fn new(
-        (producer, memory): (Producer, Arc<dyn fmt::Debug + Send + Sync>),
+        ((producer, memory), block): (RingEnd, Arc<dyn Any + Send + Sync>),
         valve: Arc<Valve>,
         next: Arc<KernelSignals>,
         accepted: Arc<[Counter]>,
@@ -129,6 +189,7 @@ impl Outlet {
             needs_wake: needs_wake && guest.is_none(),
             guest,
             pending: false,
+            block,
             types,
             kinds,
         }
@@ -177,6 +238,41 @@ impl Outlet {
         }
         self.valve.leave();
         if published && self.needs_wake {
+            self.next.work[0].notify();
+        }
+    }
+
+    /// A block of a device may publish from now on, which counts by this meter, and which this warden can keep from it. The kinds of
+    /// the next kernel go to `translate`, now and as they come. False if the next kernel takes none any more; either way
+    /// [`end`](Self::end) ends it.
+    pub(crate) fn begin(
+        &self,
+        meter: Arc<dyn Meter>,
+        warden: Arc<dyn Warden>,
+        translate: impl Fn(u16, Option<u16>) + Send + Sync + 'static,
+    ) -> bool {
+        *self.valve.warden.lock() = Some(warden);
+        self.accepted[0].count_by(meter);
+        let [own, next] = &self.types;
+        let next = Arc::clone(next);
+        own.follow(Box::new(move |kind, type_id| {
+            translate(kind, next.kind_of(type_id).ok());
+        }));
+        self.enter()
+    }
+
+    /// The device publishes no more, and has counted what it did.
+    pub(crate) fn end(&self) {
+        self.types[0].unfollow();
+        self.accepted[0].count_again();
+        *self.valve.warden.lock() = None;
+        self.valve.leave();
+    }
+
+    /// Adds what a device has passed on, and tells the next kernel of it if that may sleep.
+    pub(crate) fn look(&self, last: &mut u64) {
+        let accepted = self.accepted[0].get();
+        if std::mem::replace(last, accepted) != accepted && self.needs_wake {
             self.next.work[0].notify();
         }
     }
@@ -282,6 +378,14 @@ impl OutletSlot {
         }
     }
 
+    /// Whether the block that has an outlet is to bring it back now, or one is there for the block that has none.
+    pub(crate) fn is_due(&self, outlet: Option<&Outlet>) -> bool {
+        match outlet {
+            Some(outlet) => outlet.is_over() || self.is_recalled(),
+            None => self.is_offered(),
+        }
+    }
+
     /// Whether an outlet waits to be taken.
     pub(crate) fn is_offered(&self) -> bool {
         matches!(*self.exchange.lock(), Exchange::Offered(_))
@@ -295,5 +399,38 @@ impl OutletSlot {
     /// Brings it back.
     pub(crate) fn bring_back(&self, outlet: Box<Outlet>) {
         *self.exchange.lock() = Exchange::Returned(outlet);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use super::*;
+
+    #[derive(Debug)]
+    struct Passed(AtomicU32);
+
+    impl Meter for Passed {
+        fn passed(&self) -> u32 {
+            self.0.load(Ordering::Relaxed)
+        }
+    }
+
+    #[test]
+    fn a_counter_counts_by_its_meter_until_it_counts_again() {
+        let counter = Counter::default();
+        let meter = Arc::new(Passed(AtomicU32::new(u32::MAX - 1)));
+        counter.add(5);
+        counter.count_by(Arc::<Passed>::clone(&meter));
+        assert_eq!(counter.get(), 5);
+        // Around the end of its numbers.
+        meter.0.fetch_add(4, Ordering::Relaxed);
+        assert_eq!((counter.get(), counter.get()), (9, 9));
+        meter.0.fetch_add(1, Ordering::Relaxed);
+        counter.count_again();
+        meter.0.fetch_add(7, Ordering::Relaxed);
+        counter.add(1);
+        assert_eq!(counter.get(), 11);
     }
 }

@@ -16,6 +16,8 @@ use std::fmt;
 #[derive(Clone)]
 pub struct ShaderCode {
     pub(crate) source: ShaderSource,
+    /// The module of the same kernel that can be traced.
+    traced: Option<ShaderSource>,
     pub(crate) loop_iterations: Option<u32>,
     pub(crate) replies: u32,
 }
@@ -37,6 +39,7 @@ impl fmt::Debug for ShaderCode {
             #[cfg(feature = "glsl")]
             ShaderSource::Glsl(text) => debug.field("glsl_bytes", &text.len()),
         }
+        .field("traced", &self.traced.is_some())
         .field("loop_iterations", &self.loop_iterations)
         .field("replies", &self.replies)
         .finish()
@@ -63,9 +66,29 @@ impl ShaderCode {
         Self::from_source(ShaderSource::Glsl(handler.into()))
     }
 
+    /// The same kernel built with `-DRK_TRACES` beside: the module that is taken where
+    /// [`LaunchOptions::trace_every`](crate::LaunchOptions::trace_every) asks for traces and the device's shaders can read a clock. A kernel
+    /// without is not traced on Vulkan; one in GLSL needs none.
+    #[must_use]
+    pub fn traced(mut self, module: impl Into<Cow<'static, [u8]>>) -> Self {
+        self.traced = Some(ShaderSource::Spirv(module.into()));
+        self
+    }
+
+    /// What is run if messages are traced; nothing if they cannot be.
+    #[cfg(feature = "vulkan")]
+    pub(crate) fn traced_source(&self) -> Option<&ShaderSource> {
+        match &self.source {
+            #[cfg(feature = "glsl")]
+            ShaderSource::Glsl(_) => Some(&self.source),
+            ShaderSource::Spirv(_) => self.traced.as_ref(),
+        }
+    }
+
     fn from_source(source: ShaderSource) -> Self {
         Self {
             source,
+            traced: None,
             loop_iterations: None,
             replies: 1,
         }
@@ -95,6 +118,7 @@ impl From<&super::PortableCode> for ShaderCode {
     fn from(code: &super::PortableCode) -> Self {
         Self {
             source: ShaderSource::Glsl(code.handler.clone()),
+            traced: None,
             loop_iterations: code.loop_iterations,
             replies: code.replies,
         }

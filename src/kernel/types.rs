@@ -1,18 +1,33 @@
 //! The kernel's type table: which 64-bit type id each 16-bit kind stands for.
 
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
 
 use crate::error::Rejection;
 use crate::message::RAW_KIND;
 
 /// Type ids by kind; kind 0 is raw bytes, kind `n` the `n`th entry. Entries are never removed.
-#[derive(Debug)]
 #[repr(align(128))]
 pub(crate) struct TypeTable {
     /// 0 marks a free entry.
     ids: [AtomicU64; Self::MAX_TYPES],
     /// Whether types that nobody declared are added when they first appear (kernels that look at no payload).
     open: bool,
+    /// Who is told of every new type before it is in the table. Held while one is added.
+    follower: Mutex<Option<Follower>>,
+}
+
+/// Takes a kind and the type that it stands for.
+pub(crate) type Follower = Box<dyn Fn(u16, u64) + Send + Sync>;
+
+impl fmt::Debug for TypeTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TypeTable")
+            .field("open", &self.open)
+            .finish_non_exhaustive()
+    }
 }
 
 impl TypeTable {
@@ -24,6 +39,7 @@ impl TypeTable {
         let table = Self {
             ids: [const { AtomicU64::new(0) }; Self::MAX_TYPES],
             open,
+            follower: Mutex::new(None),
         };
         for (entry, id) in table.ids.iter().zip(declared) {
             entry.store(*id, Ordering::Relaxed);
@@ -49,14 +65,39 @@ impl TypeTable {
         if !self.open || type_id == 0 {
             return Err(Rejection::UnknownType { type_id });
         }
+        let follower = self.follower.lock();
         for (index, entry) in self.ids.iter().enumerate().skip(from) {
-            match entry.compare_exchange(0, type_id, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return Ok(index as u16 + 1),
-                Err(id) if id == type_id => return Ok(index as u16 + 1),
-                Err(_) => {}
+            let kind = index as u16 + 1;
+            match entry.load(Ordering::Acquire) {
+                0 => {
+                    if let Some(follower) = &*follower {
+                        follower(kind, type_id);
+                    }
+                    entry.store(type_id, Ordering::Release);
+                    return Ok(kind);
+                }
+                id if id == type_id => return Ok(kind),
+                _ => {}
             }
         }
         Err(self.full(type_id))
+    }
+
+    /// Tells of every type that is in the table, and of each that comes before anybody can use it.
+    pub(crate) fn follow(&self, follower: Follower) {
+        let mut present = self.follower.lock();
+        for (index, entry) in self.ids.iter().enumerate() {
+            let type_id = entry.load(Ordering::Acquire);
+            if type_id != 0 {
+                follower(index as u16 + 1, type_id);
+            }
+        }
+        *present = Some(follower);
+    }
+
+    /// Tells nobody any more.
+    pub(crate) fn unfollow(&self) {
+        self.follower.lock().take();
     }
 
     /// The highest kind that a message may have, now or later.
@@ -117,6 +158,24 @@ mod tests {
         assert_eq!(table.type_id_of(2), Some(20));
         assert_eq!(table.type_id_of(3), None);
         assert_eq!(table.type_id_of(u16::MAX), None);
+    }
+
+    #[test]
+    fn a_follower_hears_of_a_type_before_anybody_can_use_it() {
+        use std::sync::{Arc, Mutex};
+        let table = Arc::new(TypeTable::new(&[10], true));
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        let (own, into) = (Arc::downgrade(&table), Arc::clone(&heard));
+        table.follow(Box::new(move |kind, type_id| {
+            let known = own.upgrade().and_then(|table| table.type_of(kind));
+            into.lock().unwrap().push((kind, type_id, known));
+        }));
+        for type_id in [20, 10, 20] {
+            table.kind_of(type_id).unwrap();
+        }
+        table.unfollow();
+        assert_eq!(table.kind_of(30), Ok(3));
+        assert_eq!(*heard.lock().unwrap(), [(1, 10, Some(10)), (2, 20, None)]);
     }
 
     #[test]

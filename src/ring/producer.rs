@@ -66,6 +66,23 @@ impl Producer {
         self.position
     }
 
+    /// Goes on at this position, up to which somebody else has written meanwhile. False if that cannot be, as the consumer has not read so
+    /// far: then nothing is known to be free.
+    #[cfg(feature = "std")]
+    pub(crate) fn resume_at(&mut self, position: u32) -> bool {
+        let capacity = self.slots.layout.capacity();
+        // ORDERING: give-back. As in `reload_cursor`.
+        let consumed = self.slots.cursor().consumed.load(Ordering::Acquire);
+        let is_true = position.wrapping_sub(consumed) <= capacity;
+        self.position = position;
+        self.consumed = if is_true {
+            consumed
+        } else {
+            position.wrapping_sub(capacity)
+        };
+        is_true
+    }
+
     /// How often the consumer published a cursor that cannot be true. Such a value is not believed.
     #[inline]
     #[must_use]

@@ -126,12 +126,13 @@ impl KernelHandle {
     /// oldest first. Each call gives all of them; [`MessageTrace::sample`] tells which are new. A sample appears when its
     /// handler has returned, which may be shortly after its reply was received. Allocates; does not disturb the kernel's loop.
     ///
-    /// Of a kernel that reads a device's own clock and is active, it asks for that clock first: for some 2 ms, and up to 100 ms if the kernel
-    /// does not answer, because it is in a handler. Does not wait on the CPU.
+    /// Of a kernel that reads a device's own clock and is active, it asks for that clock first. On CUDA it asks the kernel: for some 2 ms, and up to
+    /// 100 ms if that does not answer, because it is in a handler. On Vulkan it asks the driver, some microseconds, and does not wait on the CPU.
     ///
     /// `None` if the kernel is not traced: it was launched without [`LaunchOptions::trace_every`](crate::LaunchOptions::trace_every), or on a
-    /// device whose kernels cannot be traced (Vulkan, Metal). `None` too while nothing is known of the device's clock, because the kernel has
-    /// not answered twice.
+    /// device whose kernels cannot be traced: on Metal, on Vulkan devices whose shaders have no clock or another one than the driver tells, and
+    /// there if the kernel has no module for it ([`ShaderCode::traced`](crate::ShaderCode::traced)); the log says which. `None` too while
+    /// nothing is known of the device's clock, because it was not told twice.
     #[must_use]
     pub fn traces(&self) -> Option<Vec<MessageTrace>> {
         self.instance.traces()
@@ -790,6 +791,41 @@ mod tests {
             .unwrap();
         kernel.activate().unwrap();
         kernel
+    }
+
+    /// Clients find out as well, and the bridge does not look at what does not go away again and again.
+    #[test]
+    fn a_bad_sequence_leaves_the_bridge_asleep() {
+        let config = crate::RuntimeConfig {
+            bridge_wait: crate::WaitStrategy::Park,
+            heartbeat_interval: Duration::from_millis(10),
+            ..crate::RuntimeConfig::default()
+        };
+        let runtime = RingKernelRuntime::builder().config(config).build().unwrap();
+        let kernel = echo(&runtime);
+        let mut clients = [kernel.client_bytes(), kernel.client_bytes()].map(Result::unwrap);
+        clients[0].try_send_bytes(b"ok").unwrap();
+        clients[0].try_send_bytes(b"bad").unwrap();
+        let begin = std::time::Instant::now();
+        while kernel.metrics().produced < 2 {
+            assert!(begin.elapsed() < LONG);
+        }
+        kernel.instance.blocks[0].overwrite_reply_word(1, 0, 17);
+        let mut buffer = [0; 64];
+        assert_eq!(clients[0].recv_bytes_timeout(&mut buffer, LONG), Ok(2));
+        for client in &mut clients {
+            assert_eq!(
+                client.recv_bytes_timeout(&mut buffer, LONG),
+                Err(RecvTimeoutError::Unavailable(Unavailable::Failed))
+            );
+        }
+        let bridge = runtime.bridge(0).unwrap();
+        let before = bridge.load().unwrap().sleeps;
+        let begin = std::time::Instant::now();
+        while bridge.load().unwrap().sleeps < before + 3 {
+            assert!(begin.elapsed() < LONG, "it does not sleep");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// What a device may get wrong in the header of a reply that it has published or is about to.

@@ -56,7 +56,10 @@ pub(super) fn launch(
     let calls = check_calls(options)?;
     let handler = handler(device.info().backend, registration)?;
     let clock = options.trace_every.and_then(|_| device.clock(&handler));
-    let trace_every = clock.and(options.trace_every).map_or(0, NonZeroU32::get);
+    let trace_every = clock
+        .as_ref()
+        .and(options.trace_every)
+        .map_or(0, NonZeroU32::get);
     let layout = layout(config, registration, options, clock.is_some())?;
     let host_wait = options.host_wait.unwrap_or(config.host_wait);
     let placement = Placing::choose(device, config, options, blocks)?;
@@ -92,6 +95,7 @@ pub(super) fn launch(
         .map(|ends| Arc::clone(&ends.memory))
         .collect();
 
+    let replies = handler.replies();
     let dispatch = device.dispatch(DispatchRequest {
         handler,
         signals: Arc::clone(&signals),
@@ -141,7 +145,9 @@ pub(super) fn launch(
         waiters: AtomicU32::new(0),
         ring: layout.ring,
         lanes: Lanes::default(),
-        checks_deadlines: device.info().kind == DeviceKind::Cpu,
+        shares_rings: device.shares_rings(),
+        replies,
+        is_on_threads: device.info().kind == DeviceKind::Cpu,
         pipes: Pipes::default(),
     };
     Ok(Arc::new(KernelInstance {

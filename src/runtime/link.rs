@@ -59,8 +59,12 @@ pub(crate) struct KernelLink {
     pub(super) waiters: AtomicU32,
     /// The lanes of its clients.
     pub(super) lanes: Lanes,
-    /// Whether its loop gives expired requests up.
-    pub(super) checks_deadlines: bool,
+    /// Whether its blocks can write their replies into the rings of others.
+    pub(super) shares_rings: bool,
+    /// Replies that one run of the handler may write, of a device that must know it.
+    pub(super) replies: u32,
+    /// Whether its blocks are threads of this process, whose loop gives expired requests up.
+    pub(super) is_on_threads: bool,
     /// The kernels before and behind this one.
     pub(super) pipes: Pipes,
 }
@@ -70,6 +74,8 @@ pub(crate) struct KernelLink {
 pub(super) struct Lanes {
     /// The highest number that a lane has had.
     highest: AtomicU32,
+    /// Counts lanes.
+    generation: AtomicU32,
     book: Mutex<LaneBook>,
 }
 
@@ -115,12 +121,32 @@ impl Lanes {
 
     pub(super) fn add(&self, number: u16, lane: Arc<LaneShared>) {
         self.highest.fetch_max(number.into(), Ordering::Relaxed);
-        self.book.lock().live.push(lane);
+        let mut book = self.book.lock();
+        book.settle();
+        book.live.push(lane);
+    }
+
+    /// Tells apart the lanes that follow one another in a place: 8 bits.
+    pub(super) fn next_generation(&self) -> u16 {
+        let before = self.generation.fetch_add(1, Ordering::Relaxed);
+        (before.wrapping_add(1) & 0xff) as u16
     }
 
     pub(super) fn totals(&self) -> LaneTotals {
         let mut book = self.book.lock();
-        let LaneBook { live, gone } = &mut *book;
+        book.settle();
+        let mut totals = book.gone;
+        for lane in &book.live {
+            totals.add(lane);
+        }
+        totals
+    }
+}
+
+impl LaneBook {
+    /// Closes the accounts of lanes that are gone.
+    fn settle(&mut self) {
+        let Self { live, gone } = self;
         live.retain(|lane| {
             let is_gone = lane.retired.load(Ordering::Acquire);
             if is_gone {
@@ -128,11 +154,6 @@ impl Lanes {
             }
             !is_gone
         });
-        let mut totals = *gone;
-        for lane in live {
-            totals.add(lane);
-        }
-        totals
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! While two kernels are connected, the block of the first holds the writing end of the second one's request ring. It
 //! takes it, and brings it back, while it is idle, by way of its [`OutletSlot`](crate::kernel::outlet::OutletSlot); the
-//! reading end of its own reply ring waits here until then.
+//! reading end of its own reply ring waits here until then. For blocks on a device, whoever keeps them running does so.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -34,14 +34,15 @@ const NAP: Duration = Duration::from_micros(50);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ConnectionKind {
-    /// The first kernel writes straight into the second one's request ring.
+    /// The first kernel writes straight into the second one's request ring: both have one block, on the same device.
     SharedRing,
     /// As `SharedRing`, and the first kernel's thread runs the second one's handler between its own messages: both have the
     /// same core, or none of their own, so that two threads would wait for the scheduler with every message. A handler that
     /// takes long holds the other up. The second kernel's own thread takes over while the first one is not active.
     SharedThread,
-    /// The bridge of the first kernel's device carries each message: between devices, kernels of several blocks, and wherever a kernel feeds
-    /// several others or is fed by several.
+    /// The bridge of the first kernel's device carries each message: between devices, kernels of several blocks, wherever a kernel feeds
+    /// several others or is fed by several, and on devices whose kernels cannot write into one another's rings (Metal, Vulkan in
+    /// staged mode).
     Bridged,
 }
 
@@ -268,6 +269,7 @@ impl Pipes {
             return;
         };
         let deadline = Deadline::after(timeout);
+        joint.passage.valve.call_warden();
         while joint.passage.valve.is_publishing() && !deadline.has_passed() {
             std::thread::yield_now();
         }
@@ -299,7 +301,6 @@ pub(super) fn connect(
     from: &Arc<KernelInstance>,
     to: &Arc<KernelInstance>,
     ours: &[Arc<KernelInstance>],
-    shared: bool,
 ) -> Result<Way, Error> {
     let refuse = |reason| {
         Err(Error::CannotConnect {
@@ -326,8 +327,7 @@ pub(super) fn connect(
         });
     }
     let is_alone = !from.pipes.has_outlet() && !to.pipes.has_inlet();
-    let has_one_block = from.blocks.len() == 1 && to.blocks.len() == 1;
-    if !(shared && is_alone && has_one_block && from.device == to.device) {
+    if !is_alone || !can_share(from, to) {
         return bridge(from, to);
     }
     let _controls = lock_both(from, to);
@@ -339,7 +339,7 @@ pub(super) fn connect(
     from.pipes.settle();
     to.pipes.settle();
     let (requests, mut replies) = take_sides(from, to)?;
-    let kind = if from.cores == to.cores {
+    let kind = if from.is_on_threads && from.cores == to.cores {
         ConnectionKind::SharedThread
     } else {
         ConnectionKind::SharedRing
@@ -384,6 +384,14 @@ pub(super) fn connect(
     from.signals.wake_all();
     log::debug!("kernel '{}' -> kernel '{}'", joint.names[0], joint.names[1]);
     Ok(Way::Ring(joint))
+}
+
+/// Whether one kernel can write straight into the other's ring.
+fn can_share(from: &KernelInstance, to: &KernelInstance) -> bool {
+    let has_one_block = from.blocks.len() == 1 && to.blocks.len() == 1;
+    // A handler is run when there is room for all that it may reply.
+    let has_room = u64::from(from.replies) <= to.capacity;
+    from.shares_rings && to.shares_rings && from.device == to.device && has_one_block && has_room
 }
 
 /// Connects two kernels by way of the first one's bridge, with whatever is connected with them already.
@@ -710,7 +718,10 @@ fn offer(
     });
     let slot = &from.signals.outlet;
     slot.offer(Outlet::new(
-        requests.into_parts(),
+        (
+            requests.into_parts(),
+            Arc::<BlockMemory>::clone(&to.blocks[0]),
+        ),
         Arc::clone(&passage.valve),
         Arc::clone(&to.signals),
         Arc::clone(&to.accepted),

@@ -137,8 +137,6 @@ struct Target {
     types: [Arc<TypeTable>; 2],
     /// Its kinds by those of the kernel before it.
     kinds: [u16; TypeTable::MAX_TYPES + 1],
-    /// Whether it takes errors of the handlers before it, and passes them on.
-    takes_errors: bool,
 }
 
 /// What the bridge needs of a relay.
@@ -244,9 +242,6 @@ impl Target {
         let Some(to) = self.inlet.to.upgrade() else {
             return Given::Gone;
         };
-        if header.is_error() && !self.takes_errors {
-            return Given::Refused;
-        }
         let Some(kind) = self.kind(header.kind()) else {
             return Given::Refused;
         };
@@ -314,7 +309,6 @@ impl Relay {
             inlet: Arc::clone(inlet),
             types: [Arc::clone(&from.types), Arc::clone(&to.types)],
             kinds: [NOT_YET; TypeTable::MAX_TYPES + 1],
-            takes_errors: to.checks_deadlines,
         });
         Ok(edge)
     }

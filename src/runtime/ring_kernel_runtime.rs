@@ -321,22 +321,25 @@ impl RingKernelRuntime {
     /// Makes the replies of `from` the requests of `to`. Chains of any length can be made so; a kernel may feed up to 32 others, each of which
     /// gets every reply, and be fed by any number.
     ///
-    /// Kernels of one block on one CPU device that have no other connection in that direction share a ring: no host thread lies between them.
-    /// All others are connected by the bridge of `from`'s device ([`ConnectionKind`](crate::ConnectionKind)). A ring gives way to the bridge when
-    /// another kernel joins in; the kernels that share it must be idle then too.
+    /// Kernels of one block on one device that have no other connection in that direction share a ring: no host thread lies between them.
+    /// So it is on the CPU, on CUDA, and on Vulkan but in staged mode, if `to` has at least as many slots as one run of `from`'s handler may
+    /// write replies. All others are connected by the bridge of `from`'s device ([`ConnectionKind`](crate::ConnectionKind)). A ring gives way
+    /// to the bridge when another kernel joins in; the kernels that share it must be idle then too.
     ///
     /// While they are connected, `to` cannot be sent to, and `from` can be neither received from nor called:
     /// [`Unavailable::Connected`](crate::error::Unavailable::Connected). Whoever sends to the first kernel receives from
     /// the last ([`KernelHandle::call_through`], [`KernelHandle::split_through`], or any other way): correlation, priority
     /// and extension travel through, types are translated. A reply of a type that `to` does not take is an error of
     /// `from`'s handler. Errors of handlers travel through as well, past the handlers behind them, and reach whoever
-    /// receives from the last kernel. Over the bridge, a reply that no kernel behind can take (of another type, too large, or an error where no
-    /// kernel behind runs on the CPU) goes to the dead letters.
+    /// receives from the last kernel. Over the bridge, a reply that no kernel behind can take (of another type, or too large) goes to the dead
+    /// letters.
     ///
     /// What `to` has been sent before comes first. A full ring makes `from` wait, whose own ring then fills. A drain waits
     /// for the whole chain. A reply that `to` has taken counts as delivered; one that it gives back when it ends as
     /// returned, and the request that it had become is among those that the report returns. When either kernel ends or
-    /// fails, so does the connection: the replies of `from` wait for its callers again, and `to` can be sent to.
+    /// fails, so does the connection: the replies of `from` wait for its callers again, and `to` can be sent to. A device learns of a failure a
+    /// moment later (a millisecond as a rule): what `from` writes until then lies in the ring of the kernel that has failed, and is returned
+    /// with it.
     ///
     /// Blocks for a moment, until `from` has its new ring.
     ///
@@ -375,9 +378,8 @@ impl RingKernelRuntime {
                 operation: "connect kernels",
             });
         }
-        let shared = self.backend == BackendType::Cpu;
         // Under the lock: no other connection is made meanwhile, so that cycles are seen.
-        let way = pipeline::connect(&from.instance, &to.instance, &inner.kernels, shared)?;
+        let way = pipeline::connect(&from.instance, &to.instance, &inner.kernels)?;
         Ok(Connection::new(&from.instance, &to.instance, way))
     }
 

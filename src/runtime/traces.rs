@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use crate::backend::{BlockClock, BlockMemory};
+use crate::backend::{BlockClock, BlockMemory, DriverClock};
 use crate::kernel::{MessageTrace, Sample, read_samples};
-use crate::time::{Deadline, DeviceClock, HostTime};
+use crate::time::{Bracket, Deadline, DeviceClock, HostTime, now_ns_ordered};
 
 /// How long a device may take to tell its clock for the first time: it may be in a handler, or between two slices. One that takes longer
 /// is asked again by the next call.
@@ -18,25 +18,55 @@ const FIRST_ANSWER: Duration = Duration::from_millis(100);
 const MORE_ANSWERS: Duration = Duration::from_millis(2);
 const QUESTIONS: u32 = 64;
 
+/// How often a driver is asked, for the one answer that came fastest: a thread may lose its core in any of them.
+const DRIVER_QUESTIONS: u32 = 16;
+
+/// One reading of a clock that the driver tells.
+fn ask(driver: &dyn DriverClock) -> Option<Bracket> {
+    let before_ns = now_ns_ordered();
+    let ticks = driver.ticks()?;
+    Some(Bracket {
+        before_ns,
+        ticks,
+        after_ns: now_ns_ordered(),
+    })
+}
+
 /// What a kernel that is traced needs to read its traces.
 #[derive(Debug)]
 pub(super) struct Tracing {
     /// `None` where blocks read the host's clock.
     device: Option<Mutex<DeviceClock>>,
+    /// Who tells that clock; `None` where the blocks do.
+    driver: Option<Arc<dyn DriverClock>>,
 }
 
 impl Tracing {
     pub(super) fn new(clock: BlockClock) -> Self {
+        let (device, driver) = match clock {
+            BlockClock::Host => (None, None),
+            BlockClock::Device => (Some(DeviceClock::default()), None),
+            BlockClock::Driver(driver) => {
+                (Some(DeviceClock::with_step(driver.step())), Some(driver))
+            }
+        };
         Self {
-            device: match clock {
-                BlockClock::Host => None,
-                BlockClock::Device => Some(Mutex::default()),
-            },
+            device: device.map(Mutex::new),
+            driver,
         }
     }
 
-    /// Compares the device's clock with the host's. Waits for a kernel that does not answer, so that it should be polling.
+    /// Compares the device's clock with the host's. Waits for a kernel that tells it and does not answer, so that such a one should be polling.
     pub(super) fn compare(&self, blocks: &[Arc<BlockMemory>]) {
+        if let (Some(clock), Some(driver)) = (&self.device, &self.driver) {
+            // One asks at a time, so that the answers come in order.
+            let mut clock = clock.lock();
+            let answers = (0..DRIVER_QUESTIONS).filter_map(|_| ask(driver.as_ref()));
+            if let Some(best) = answers.min_by_key(Bracket::width_ns) {
+                clock.add(best);
+            }
+            return;
+        }
         let (Some(clock), Some(block)) = (&self.device, blocks.first()) else {
             return;
         };

@@ -124,7 +124,7 @@ pub(crate) struct Waiter {
 
 /// What a waiting caller does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum CallerStep {
+pub(crate) enum CallerStep {
     Poll,
     Sleep,
     Expired,
@@ -172,18 +172,21 @@ impl Waiter {
         match self.step() {
             CallerStep::Poll => true,
             CallerStep::Expired => false,
-            CallerStep::Sleep => {
-                let remaining = self.remaining();
-                if remaining.is_zero() {
-                    return false;
-                }
-                let prepared = event.prepare();
-                if !is_ready() {
-                    prepared.wait(remaining.min(self.longest_sleep));
-                }
-                true
-            }
+            CallerStep::Sleep => self.sleep(event, is_ready),
         }
+    }
+
+    /// What [`pause`](Self::pause) does when it is time to sleep.
+    pub(crate) fn sleep(&mut self, event: &EventCount, is_ready: impl FnOnce() -> bool) -> bool {
+        let remaining = self.remaining();
+        if remaining.is_zero() {
+            return false;
+        }
+        let prepared = event.prepare();
+        if !is_ready() {
+            prepared.wait(remaining.min(self.longest_sleep));
+        }
+        true
     }
 
     /// As [`pause`](Self::pause), for a condition that no notification announces: sleeps for at most `nap`.
@@ -217,8 +220,9 @@ impl Waiter {
             .map_or(self.timeout, Deadline::remaining)
     }
 
+    /// What follows after an empty step; passes the time itself, but for a sleep.
     #[inline]
-    fn step(&mut self) -> CallerStep {
+    pub(crate) fn step(&mut self) -> CallerStep {
         let Some(deadline) = self.deadline else {
             if self.timeout.is_zero() {
                 return CallerStep::Expired;

@@ -1,9 +1,11 @@
 //! A device's clock against the host's.
 //!
-//! Nobody promises how the clock that device code reads relates to anything that a driver tells: CUDA has no call that would tell
-//! `globaltimer`, and Vulkan's calibrated timestamps speak of the clock of its timestamp queries, not of that of its shaders. So the running
-//! kernel itself is asked for its clock, between two readings of the host's: this bounds the error whatever the device is
-//! (Cristian, "Probabilistic clock synchronization", 1989). Two such readings give the rate; units need not be known.
+//! The device's clock is read between two readings of the host's: this bounds the error whatever the device is (Cristian, "Probabilistic clock
+//! synchronization", 1989). Two such readings give the rate; units need not be known.
+//!
+//! Nobody promises how the clock that device code reads relates to anything that a driver tells. CUDA has no call that would tell
+//! `globaltimer`: there the running kernel itself is asked. Vulkan's calibrated timestamps speak of the clock of its timestamp queries, not of
+//! that of its shaders: whether these are one is tried before the driver is asked in the kernel's place.
 
 /// Brackets that are kept. When there are more, every other one goes, so that they span the kernel's whole life.
 const MOST_BRACKETS: usize = 64;
@@ -48,11 +50,25 @@ pub(crate) struct DeviceClock {
     /// clock goes on, some of which are microseconds.
     last: Option<u64>,
     step: u64,
+    /// Whether the steps were known beforehand: then readings say nothing of them.
+    is_step_known: bool,
 }
 
 impl DeviceClock {
+    /// A clock whose steps are known.
+    pub(crate) fn with_step(step: u64) -> Self {
+        Self {
+            step,
+            is_step_known: true,
+            ..Self::default()
+        }
+    }
+
     /// Learns from a reading in what steps the clock goes on.
     pub(crate) fn observe(&mut self, ticks: u64) {
+        if self.is_step_known {
+            return;
+        }
         if let Some(last) = self.last.replace(ticks) {
             let (mut a, mut b) = (self.step, ticks.abs_diff(last));
             while b != 0 {
@@ -160,6 +176,17 @@ mod tests {
         let time = clock.host_time(25 * 1024 + 7).unwrap();
         assert_eq!(time.ns, 15_000_000);
         assert_eq!(time.error_ns / 1_000_000, 2);
+    }
+
+    #[test]
+    fn steps_that_are_known_are_not_learnt() {
+        let mut clock = DeviceClock::with_step(1000);
+        clock.add(exact(10_000_000, 20_001));
+        clock.add(exact(20_000_000, 30_002));
+        clock.observe(5);
+        assert_eq!(clock.step, 1000);
+        let error_ns = clock.host_time(25_000).unwrap().error_ns;
+        assert!(error_ns > 2_000_000, "{error_ns}");
     }
 
     #[test]

@@ -40,10 +40,14 @@ pub static UNSTUCK: AtomicBool = AtomicBool::new(false);
 /// Code of the error that `add` answers an overflow with.
 pub const OVERFLOW: u32 = 7;
 
-/// A kernel's committed module for Vulkan.
+/// A kernel's committed module for Vulkan, and the one with traces.
 macro_rules! module {
     ($name:literal) => {
         ShaderCode::spirv(include_bytes!(concat!("../shaders/", $name, ".spv")).as_slice())
+    };
+    ($name:literal with traces) => {
+        module!($name)
+            .traced(include_bytes!(concat!("../shaders/", $name, ".traced.spv")).as_slice())
     };
 }
 
@@ -57,7 +61,7 @@ macro_rules! source {
 pub fn all() -> Vec<KernelRegistration> {
     vec![
         KernelRegistration::new("test.add")
-            .shader(module!("add"))
+            .shader(module!("add" with traces))
             .portable(source!("add"))
             .typed_cpu_handler::<Add, Sum, _>(|add, _| {
                 let sum = add
@@ -124,7 +128,7 @@ pub fn all() -> Vec<KernelRegistration> {
             }),
         // Sleeps for the payload's milliseconds, then echoes.
         KernelRegistration::new("test.sleep")
-            .shader(module!("sleep"))
+            .shader(module!("sleep" with traces))
             .portable(source!("sleep"))
             .cpu_handler(|request, context| {
                 let millis = request.payload().first().copied().unwrap_or(0);

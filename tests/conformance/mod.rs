@@ -11,6 +11,7 @@ pub mod messages;
 pub mod numbers;
 pub mod pipeline_ends;
 pub mod pipelines;
+pub mod shared;
 pub mod sharing;
 pub mod time;
 
@@ -23,6 +24,9 @@ use ringkernel::{KernelHandle, LaunchOptions, RingKernelRuntime, RuntimeBuilder,
 pub trait Subject {
     /// Most memory that a default `echo` takes.
     const ECHO_BYTES: u64 = 1 << 20;
+
+    /// Whether blocks are threads of this process.
+    const THREADS: bool = false;
 
     /// Messages of the longest ping-pong.
     const PING_PONGS: u32 = 1_000_000;
@@ -112,6 +116,10 @@ macro_rules! conformance {
     ($subject:ty) => {
         $crate::conformance! { everywhere: $subject }
 
+        mod shared_rings {
+            $crate::conformance! { shared rings: $subject }
+        }
+
         // What takes handlers that panic or wait for the host, or what only threads of this process can show.
         mod on_the_cpu {
             $crate::conformance! { $subject:
@@ -129,7 +137,6 @@ macro_rules! conformance {
                     terminate_wakes_blocked_senders_and_receivers,
                 }
                 bridged::{
-                    a_ring_gives_way_to_the_bridge,
                     the_bridge_carries_between_devices_and_grids,
                     a_refused_connection_leaves_rings_alone,
                     many_ways_take_no_time,
@@ -139,6 +146,8 @@ macro_rules! conformance {
                     lanes_get_their_turns_by_weight,
                     a_late_reply_to_a_client_becomes_a_dead_letter,
                     a_failure_reaches_every_client,
+                    the_newest_value_survives_a_pause,
+                    what_a_client_left_behind_is_accounted_for,
                 }
                 letters::{
                     a_late_reply_is_kept,
@@ -150,30 +159,10 @@ macro_rules! conformance {
                     configured_numbers_are_honoured,
                     several_devices_are_told_apart,
                 }
-                pipelines::{
-                    a_pipeline_delivers_everything_once_and_in_order,
-                    what_travels_through_keeps_its_marks,
-                    a_pipeline_that_nobody_empties_holds_its_senders_back,
-                    types_are_translated_and_unknown_ones_are_errors,
-                    errors_of_every_stage_reach_the_end,
-                    sums_that_overflow_are_errors_behind_a_translation,
-                    connected_handles_say_so,
-                    what_cannot_be_connected_is_refused_and_changes_nothing,
-                    kernels_of_a_pipeline_wait_as_they_like,
-                    calls_through_a_pipeline_never_mix,
-                    many_replies_pass_kernels_of_one_thread,
-                }
+                pipelines::{ many_replies_pass_kernels_of_one_thread }
                 pipeline_ends::{
-                    connections_come_and_go_without_a_loss,
-                    stages_can_be_deactivated_at_any_time,
-                    stages_end_in_any_order_and_every_message_is_accounted_for,
-                    stages_end_under_load_in_any_order,
                     a_panic_in_any_stage_fails_that_kernel_alone,
-                    the_place_of_a_kernel_that_ended_can_be_taken,
-                    a_drain_waits_for_the_whole_pipeline,
                     replies_taken_after_the_end_count_as_delivered,
-                    what_lies_between_two_kernels_at_the_end_is_returned,
-                    pipelines_may_be_dropped_in_any_order,
                     a_stuck_stage_holds_no_other_up,
                 }
                 faults::{
@@ -196,6 +185,53 @@ macro_rules! conformance {
             }
         }
     };
+    // A backend whose kernels can write into one another's rings.
+    (shared rings: $subject:ty) => {
+        $crate::conformance! { $subject:
+            shared::{
+                no_host_hop_lies_between_kernels_that_share_a_ring,
+                rings_of_other_sizes_are_shared,
+                kernels_that_cannot_share_a_ring_do_not,
+            }
+            bridged::{ a_ring_gives_way_to_the_bridge }
+            pipelines::{
+                a_pipeline_delivers_everything_once_and_in_order,
+                what_travels_through_keeps_its_marks,
+                a_pipeline_that_nobody_empties_holds_its_senders_back,
+                types_are_translated_and_unknown_ones_are_errors,
+                errors_of_every_stage_reach_the_end,
+                sums_that_overflow_are_errors_behind_a_translation,
+                connected_handles_say_so,
+                what_cannot_be_connected_is_refused_and_changes_nothing,
+                kernels_of_a_pipeline_wait_as_they_like,
+                calls_through_a_pipeline_never_mix,
+            }
+            pipeline_ends::{
+                connections_come_and_go_without_a_loss,
+                stages_can_be_deactivated_at_any_time,
+                stages_end_in_any_order_and_every_message_is_accounted_for,
+                stages_end_under_load_in_any_order,
+                the_place_of_a_kernel_that_ended_can_be_taken,
+                a_drain_waits_for_the_whole_pipeline,
+                what_lies_between_two_kernels_at_the_end_is_returned,
+                pipelines_may_be_dropped_in_any_order,
+            }
+        }
+    };
+    // The same where they are not threads of this process.
+    (shared rings on a device: $subject:ty) => {
+        $crate::conformance! { shared rings: $subject }
+
+        mod at_fault {
+            $crate::conformance! { $subject:
+                pipeline_ends::{ a_fault_in_any_stage_fails_that_kernel_alone }
+            }
+        }
+    };
+    // A backend whose kernels cannot.
+    (no shared rings: $subject:ty) => {
+        $crate::conformance! { $subject: shared::{ every_connection_is_carried } }
+    };
     // A backend whose kernels can be traced.
     (traces: $subject:ty) => {
         $crate::conformance! { $subject:
@@ -204,6 +240,7 @@ macro_rules! conformance {
                 a_trace_tells_when_a_message_was_sent_seen_and_done,
                 one_message_in_n_is_traced_and_every_one_with_a_trace_id,
                 the_latest_traces_are_kept_and_outlive_a_pause,
+                a_message_that_ends_in_an_error_is_traced,
                 handler_time_is_all_of_the_handlers_time,
             }
         }
@@ -288,6 +325,7 @@ macro_rules! conformance {
                 a_call_of_a_client_puts_other_replies_aside,
                 a_client_that_reads_nothing_holds_up_nobody,
                 credit_comes_back_whatever_the_kernel_replies,
+                the_newest_reply_is_found_behind_one_of_another_type,
                 urgent_messages_overtake_at_the_merge,
                 without_room_a_client_does_what_its_policy_says,
                 the_newest_value_wins,

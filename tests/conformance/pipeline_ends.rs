@@ -24,6 +24,9 @@ const ORDERS: [[usize; 3]; 6] = [
     [2, 1, 0],
 ];
 
+/// A short wait for what may not come.
+const NAP: Duration = Duration::from_millis(2);
+
 fn send_now(kernel: &KernelHandle, number: u64) -> bool {
     match kernel.try_send_bytes(&number.to_ne_bytes()) {
         Ok(()) => true,
@@ -34,7 +37,7 @@ fn send_now(kernel: &KernelHandle, number: u64) -> bool {
 
 /// What was queued before, and what is queued when it is undone, stays where it is and in order.
 pub fn connections_come_and_go_without_a_loss<S: Subject>() {
-    for options in placements() {
+    for options in placements::<S>() {
         let runtime = with_kernels(runtime::<S>());
         let options = LaunchOptions {
             queue_capacity: None,
@@ -111,7 +114,7 @@ pub fn connections_come_and_go_without_a_loss<S: Subject>() {
 
 /// Either kernel can be deactivated, whatever its neighbour waits for, and goes on where it was.
 pub fn stages_can_be_deactivated_at_any_time<S: Subject>() {
-    for options in placements() {
+    for options in placements::<S>() {
         let runtime = with_kernels(runtime::<S>());
         let kernels = pipeline(&runtime, &["pipe.step"; 3], &options);
         let mut next = 0;
@@ -149,7 +152,7 @@ pub fn stages_can_be_deactivated_at_any_time<S: Subject>() {
 /// Kernels end in every order while messages flow, with rings that are full or not: none waits for ever, and every message
 /// is somewhere.
 pub fn stages_end_in_any_order_and_every_message_is_accounted_for<S: Subject>() {
-    for options in placements() {
+    for options in placements::<S>() {
         for order in ORDERS {
             for reads in [false, true] {
                 let runtime = with_kernels(runtime::<S>());
@@ -234,7 +237,7 @@ pub fn stages_end_in_any_order_and_every_message_is_accounted_for<S: Subject>() 
 
 /// Threads send and receive without pause while kernels end in every order: exact accounts all the same.
 pub fn stages_end_under_load_in_any_order<S: Subject>() {
-    for options in placements() {
+    for options in placements::<S>() {
         for order in ORDERS {
             let runtime = with_kernels(runtime::<S>());
             let kernels = pipeline(&runtime, &["pipe.step"; 3], &options);
@@ -306,7 +309,7 @@ pub fn stages_end_under_load_in_any_order<S: Subject>() {
 
 /// A handler that panics fails its own kernel; those before and behind it end or go on as they like.
 pub fn a_panic_in_any_stage_fails_that_kernel_alone<S: Subject>() {
-    for options in placements() {
+    for options in placements::<S>() {
         for stage in 0..3_usize {
             let runtime = with_kernels(runtime::<S>());
             let kernels = pipeline(&runtime, &["pipe.step"; 3], &options);
@@ -363,9 +366,59 @@ pub fn a_panic_in_any_stage_fails_that_kernel_alone<S: Subject>() {
     }
 }
 
+/// The same of a device, where the handler does what its kernel did not declare.
+pub fn a_fault_in_any_stage_fails_that_kernel_alone<S: Subject>() {
+    for options in placements::<S>() {
+        for stage in 0..3_usize {
+            let runtime = with_kernels(runtime::<S>());
+            let kernels = pipeline(&runtime, &["pipe.step"; 3], &options);
+            send(&kernels[0], 5).unwrap();
+            assert_eq!(receive(&kernels[2]), Ok(8));
+            // The stage sees 2000, and then others that it never handles.
+            for number in 0..4 {
+                let sent = send_now(&kernels[0], 2000 - stage as u64 - 100 * number);
+                // The first kernel may have failed by then.
+                assert!(sent || number > 0);
+            }
+            eventually("the failure", || {
+                kernels[stage].status().state == KernelState::Failed
+            });
+            for (index, kernel) in kernels.iter().enumerate() {
+                let status = kernel.status();
+                let failed = status.failure.map(|failure| failure.reason);
+                assert_eq!(
+                    failed,
+                    (index == stage).then_some(FailureReason::Fault),
+                    "stage {stage}"
+                );
+            }
+            // The kernel before it answers its own callers again, as soon as its device has seen the failure.
+            if let Some(before) = stage.checked_sub(1) {
+                eventually("a reply", || {
+                    send_now(&kernels[0], 30_000);
+                    let mut buffer = [0; 8];
+                    let received = kernels[before].recv_bytes_timeout(&mut buffer, NAP);
+                    received == Ok(8) && number(&buffer) == 30_000 + stage as u64
+                });
+            }
+            // The kernel behind it can be sent to again.
+            if let Some(behind) = kernels.get(stage + 1) {
+                eventually("its end of the connection", || send_now(behind, 40_000));
+                while receive(&kernels[2]).unwrap() != 40_002 - stage as u64 {}
+            }
+            let report = runtime.complete_shutdown().unwrap();
+            assert!(
+                report.requests.adds_up() && report.replies.adds_up(),
+                "stage {stage} {report}"
+            );
+            assert_eq!(report.failed_kernels, [kernels[stage].name()]);
+        }
+    }
+}
+
 /// What is left behind by a kernel that has ended can be connected again.
 pub fn the_place_of_a_kernel_that_ended_can_be_taken<S: Subject>() {
-    for options in placements() {
+    for options in placements::<S>() {
         let runtime = with_kernels(runtime::<S>());
         for ended in 0..2 {
             let (kernels, connections) = chain_of(&runtime, &["pipe.step"; 2], &options);
@@ -496,7 +549,7 @@ pub fn what_lies_between_two_kernels_at_the_end_is_returned<S: Subject>() {
 }
 
 pub fn pipelines_may_be_dropped_in_any_order<S: Subject>() {
-    for options in placements() {
+    for options in placements::<S>() {
         for order in ORDERS {
             for runtime_at in 0..4 {
                 let runtime = with_kernels(runtime::<S>());

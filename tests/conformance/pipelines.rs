@@ -11,7 +11,8 @@ use ringkernel::error::{
 use ringkernel::thread::affinity::usable_cores;
 use ringkernel::{
     Connection, ConnectionKind, Error, KernelHandle, KernelRegistration, KernelState,
-    LaunchOptions, Priority, RingKernelRuntime, SendOptions, WaitStrategy,
+    LaunchOptions, PortableCode, Priority, RingKernelRuntime, SendOptions, ShaderCode,
+    WaitStrategy,
 };
 
 use super::kernels::{Add, OVERFLOW, Sum};
@@ -21,28 +22,46 @@ use super::{LONG, Subject, active, eventually, runtime, small};
 pub(super) fn with_kernels(runtime: RingKernelRuntime) -> RingKernelRuntime {
     for registration in [
         // Declares its types in another order than `test.add`, so that kinds differ.
-        KernelRegistration::new("pipe.negate").typed_cpu_handler::<Sum, Sum, _>(|sum, _| {
-            Ok(Sum {
-                value: -sum.value.to_native(),
-            })
-        }),
-        // Adds one to a number; fails on 1000, panics on 2000.
-        KernelRegistration::new("pipe.step").cpu_handler(|request, context| {
-            let number = number(request.payload());
-            assert!(number != 2000, "told to panic");
-            if number == 1000 {
-                return Err(HandlerError::new(17, "a thousand"));
-            }
-            context.reply_bytes(&(number + 1).to_ne_bytes())
-        }),
+        KernelRegistration::new("pipe.negate")
+            .shader(ShaderCode::spirv(
+                include_bytes!("../shaders/negate.spv").as_slice(),
+            ))
+            .portable(PortableCode::new(include_str!("../kernels/negate.rk")))
+            .typed_cpu_handler::<Sum, Sum, _>(|sum, _| {
+                Ok(Sum {
+                    value: -sum.value.to_native(),
+                })
+            }),
+        // Adds one to a number; fails on 1000. On 2000 it panics, or does on a device what it must not.
+        KernelRegistration::new("pipe.step")
+            .shader(ShaderCode::spirv(
+                include_bytes!("../shaders/step.spv").as_slice(),
+            ))
+            .portable(PortableCode::new(include_str!("../kernels/step.rk")))
+            .cpu_handler(|request, context| {
+                let number = number(request.payload());
+                assert!(number != 2000, "told to panic");
+                if number == 1000 {
+                    return Err(HandlerError::new(17, "a thousand"));
+                }
+                context.reply_bytes(&(number + 1).to_ne_bytes())
+            }),
     ] {
         runtime.register(registration).unwrap();
     }
     runtime
 }
 
-/// Rings of sixteen slots; kernels wherever the runtime puts them, or all on one core, where one thread runs them.
-pub(super) fn placements() -> [LaunchOptions; 2] {
+/// Rings of sixteen slots; kernels wherever the runtime puts them, or all on one core, where one thread runs them. On a device, kernels
+/// that spin and such that sleep.
+pub(super) fn placements<S: Subject>() -> [LaunchOptions; 2] {
+    if !S::THREADS {
+        let sleeping = LaunchOptions {
+            wait: Some(WaitStrategy::Park),
+            ..small()
+        };
+        return [small(), sleeping];
+    }
     let together = LaunchOptions {
         cores: vec![*usable_cores().last().unwrap()],
         // Callers that spin would leave it no time.
@@ -98,8 +117,8 @@ pub(super) fn receive(kernel: &KernelHandle) -> Result<u64, RecvTimeoutError> {
 }
 
 pub fn a_pipeline_delivers_everything_once_and_in_order<S: Subject>() {
-    const MESSAGES: u64 = 100_000;
-    let [_, together] = placements();
+    let messages = u64::from(S::PING_PONGS) / if S::THREADS { 10 } else { 50 };
+    let [_, together] = placements::<S>();
     for (stages, options) in [
         (2, LaunchOptions::default()),
         (4, LaunchOptions::default()),
@@ -113,13 +132,13 @@ pub fn a_pipeline_delivers_everything_once_and_in_order<S: Subject>() {
             .unwrap();
         thread::scope(|scope| {
             scope.spawn(move || {
-                for number in 0..MESSAGES {
+                for number in 0..messages {
                     let payload = (10_000 + number).to_ne_bytes();
                     sender.send_bytes_timeout(&payload, LONG).unwrap();
                 }
             });
             let mut buffer = [0; 8];
-            for number in 0..MESSAGES {
+            for number in 0..messages {
                 receiver.recv_bytes_timeout(&mut buffer, LONG).unwrap();
                 assert_eq!(u64::from_ne_bytes(buffer), 10_000 + number + stages as u64);
             }
@@ -132,7 +151,7 @@ pub fn a_pipeline_delivers_everything_once_and_in_order<S: Subject>() {
         eventually("the last counts", || {
             kernels
                 .iter()
-                .all(|kernel| kernel.metrics().received_replies == MESSAGES)
+                .all(|kernel| kernel.metrics().received_replies == messages)
         });
         for kernel in &kernels {
             let metrics = kernel.metrics();
@@ -143,11 +162,11 @@ pub fn a_pipeline_delivers_everything_once_and_in_order<S: Subject>() {
                     metrics.produced,
                     metrics.received_replies
                 ),
-                (MESSAGES, MESSAGES, MESSAGES, MESSAGES)
+                (messages, messages, messages, messages)
             );
         }
         let report = runtime.complete_shutdown().unwrap();
-        let all = MESSAGES * stages as u64;
+        let all = messages * stages as u64;
         assert_eq!(
             (report.requests.accepted, report.requests.delivered),
             (all, all)
@@ -193,7 +212,7 @@ pub fn what_travels_through_keeps_its_marks<S: Subject>() {
 
 /// Nobody reads at the end: every ring fills, and then the first kernel takes nothing more. Nothing is lost.
 pub fn a_pipeline_that_nobody_empties_holds_its_senders_back<S: Subject>() {
-    for options in placements() {
+    for options in placements::<S>() {
         let runtime = with_kernels(runtime::<S>());
         let kernels = pipeline(&runtime, &["pipe.step"; 3], &options);
         let mut sent = 0;
@@ -276,7 +295,7 @@ pub fn types_are_translated_and_unknown_ones_are_errors<S: Subject>() {
 }
 
 pub fn errors_of_every_stage_reach_the_end<S: Subject>() {
-    for options in placements() {
+    for options in placements::<S>() {
         let runtime = with_kernels(runtime::<S>());
         let kernels = pipeline(&runtime, &["pipe.step"; 3], &options);
         let mut buffer = [0; 8];
@@ -291,7 +310,9 @@ pub fn errors_of_every_stage_reach_the_end<S: Subject>() {
             let Err(CallError::Message(MessageError::Handler(error))) = error else {
                 panic!("{error:?}");
             };
-            assert_eq!((error.code, error.text()), (17, "a thousand"));
+            // Device code has no texts.
+            let text = if S::THREADS { "a thousand" } else { "" };
+            assert_eq!((error.code, error.text()), (17, text));
             eventually("the count", || {
                 let errors = kernels[stage].metrics().telemetry.unwrap().errors;
                 errors == 1
@@ -380,6 +401,7 @@ pub fn connected_handles_say_so<S: Subject>() {
 
 pub fn what_cannot_be_connected_is_refused_and_changes_nothing<S: Subject>() {
     let runtime = with_kernels(runtime::<S>());
+    let elsewhere = with_kernels(super::runtime::<S>());
     let (kernels, connections) = chain_of(&runtime, &["pipe.step"; 3], &small());
     let [a, b, c] = &kernels[..] else {
         unreachable!()
@@ -422,7 +444,6 @@ pub fn what_cannot_be_connected_is_refused_and_changes_nothing<S: Subject>() {
             );
         }
     }
-    let elsewhere = with_kernels(super::runtime::<S>());
     let foreign = elsewhere.launch("pipe.step", 1, 1, small()).unwrap();
     let grid = runtime.launch("pipe.step", 2, 1, small()).unwrap();
     for (from, to) in [(&d, &foreign), (&foreign, &d)] {
@@ -501,7 +522,7 @@ pub fn kernels_of_a_pipeline_wait_as_they_like<S: Subject>() {
 }
 
 pub fn calls_through_a_pipeline_never_mix<S: Subject>() {
-    for options in placements() {
+    for options in placements::<S>() {
         // Callers that spin would leave the kernels no time.
         let options = LaunchOptions {
             host_wait: Some(WaitStrategy::Park),
@@ -533,7 +554,7 @@ pub fn calls_through_a_pipeline_never_mix<S: Subject>() {
 /// Many replies to one request, in kernels that one thread runs: none waits for another that cannot run meanwhile, whoever
 /// ends first.
 pub fn many_replies_pass_kernels_of_one_thread<S: Subject>() {
-    let [_, options] = placements();
+    let [_, options] = placements::<S>();
     for (ids, ended) in [
         (["echo", "test.repeat", "echo"], None),
         (["test.repeat", "echo", "echo"], None),

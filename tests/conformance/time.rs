@@ -10,6 +10,7 @@ use ringkernel::{
     SendOptions, Sender,
 };
 
+use super::kernels::{Add, Sum};
 use super::{LONG, Subject, active, eventually, runtime};
 
 /// Says that it is over, also when a test fails.
@@ -242,6 +243,31 @@ pub fn a_kernel_that_cannot_be_traced_says_so<S: Subject>() {
     // Nor is anything taken for it.
     let bytes = |kernel: &KernelHandle| kernel.metrics().memory_bytes;
     assert_eq!(bytes(&traced), bytes(&plain));
+}
+
+pub fn a_message_that_ends_in_an_error_is_traced<S: Subject>() {
+    let runtime = runtime::<S>();
+    let kernel = traced(&runtime, "test.add", 1, 1);
+    let mut bounds = Vec::new();
+    for left in [u64::MAX, 1, u64::MAX, 1] {
+        let add = Add {
+            left,
+            right: 1,
+            negate: false,
+        };
+        let before = now_ns_ordered();
+        let sum = kernel.call::<Add, Sum>(&add, LONG);
+        assert_eq!(sum.is_err(), left == u64::MAX);
+        bounds.push((before, now_ns_ordered()));
+    }
+    let traces = traces(&kernel, 4);
+    assert_eq!(traces.len(), 4);
+    for (trace, (before, after)) in traces.iter().zip(bounds) {
+        let error = trace.clock_error.as_nanos() as u64;
+        assert!(trace.seen_ns + error >= before, "{trace:?}, {before}");
+        assert!(trace.seen_ns <= trace.done_ns, "{trace:?}");
+        assert!(trace.seen_ns <= after + error, "{trace:?}, {after}");
+    }
 }
 
 pub fn handler_time_is_all_of_the_handlers_time<S: Subject>() {

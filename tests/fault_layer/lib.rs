@@ -42,6 +42,10 @@ pub const CLAIM_DISCRETE: u32 = 1;
 pub const CLAIM_UNCACHED: u32 = 2;
 /// Host and device see each other's writes only at submissions and fences, which is all that the specification promises.
 pub const CLAIM_BATCHED: u32 = 4;
+/// Shaders have no clock of the device.
+pub const CLAIM_NO_CLOCK: u32 = 8;
+/// The driver's stamps are those of another clock, an hour ahead of the shaders' and its low word as well.
+pub const CLAIM_OTHER_CLOCK: u32 = 16;
 
 static FAULT: AtomicU32 = AtomicU32::new(NONE);
 /// Matching calls that still succeed.
@@ -118,6 +122,7 @@ struct NextOfInstance {
     enumerate_physical_devices: vk::PFN_vkEnumeratePhysicalDevices,
     create_device: vk::PFN_vkCreateDevice,
     properties: vk::PFN_vkGetPhysicalDeviceProperties2,
+    features: vk::PFN_vkGetPhysicalDeviceFeatures2,
     memory_properties: vk::PFN_vkGetPhysicalDeviceMemoryProperties,
     memory_properties2: vk::PFN_vkGetPhysicalDeviceMemoryProperties2,
 }
@@ -134,6 +139,8 @@ struct NextOfDevice {
     free_memory: vk::PFN_vkFreeMemory,
     map_memory: vk::PFN_vkMapMemory,
     create_compute_pipelines: vk::PFN_vkCreateComputePipelines,
+    /// Where the device has the extension.
+    stamps: Option<vk::PFN_vkGetCalibratedTimestampsKHR>,
 }
 
 /// By the loader's dispatch table, which an instance shares with its physical devices and a device with its queues.
@@ -300,6 +307,12 @@ unsafe extern "system" fn create_instance(
                 c"vkGetPhysicalDeviceProperties2",
                 vk::PFN_vkGetPhysicalDeviceProperties2
             ),
+            features: named!(
+                get,
+                instance,
+                c"vkGetPhysicalDeviceFeatures2",
+                vk::PFN_vkGetPhysicalDeviceFeatures2
+            ),
             memory_properties: named!(
                 get,
                 instance,
@@ -374,6 +387,12 @@ unsafe extern "system" fn create_device(
                 c"vkCreateComputePipelines",
                 vk::PFN_vkCreateComputePipelines
             ),
+            // SAFETY: the device is live, and the function of this name has this type.
+            stamps: unsafe {
+                transmute::<vk::PFN_vkVoidFunction, Option<vk::PFN_vkGetCalibratedTimestampsKHR>>(
+                    get(device, c"vkGetCalibratedTimestampsEXT".as_ptr()),
+                )
+            },
         };
         remember(&DEVICES, device, next);
         LATEST.store(device.as_raw(), Ordering::SeqCst);
@@ -558,6 +577,53 @@ unsafe extern "system" fn properties(
     }
 }
 
+unsafe extern "system" fn features(
+    physical: vk::PhysicalDevice,
+    features: *mut vk::PhysicalDeviceFeatures2<'_>,
+) {
+    let next = next_of(&INSTANCES, physical);
+    // SAFETY: the arguments are the caller's own.
+    unsafe { (next.features)(physical, features) };
+    if claims(CLAIM_NO_CLOCK) {
+        // SAFETY: the caller's chain, which was just filled; every structure of it begins with its type and the next pointer.
+        unsafe {
+            let mut chain = (*features).p_next.cast::<vk::BaseOutStructure<'_>>();
+            while !chain.is_null() {
+                if (*chain).s_type == vk::StructureType::PHYSICAL_DEVICE_SHADER_CLOCK_FEATURES_KHR {
+                    let clocks = chain.cast::<vk::PhysicalDeviceShaderClockFeaturesKHR<'_>>();
+                    (*clocks).shader_device_clock = vk::FALSE;
+                }
+                chain = (*chain).p_next;
+            }
+        }
+    }
+}
+
+unsafe extern "system" fn stamps(
+    device: vk::Device,
+    count: u32,
+    infos: *const vk::CalibratedTimestampInfoKHR<'_>,
+    stamps: *mut u64,
+    deviation: *mut u64,
+) -> vk::Result {
+    let next = next_of(&DEVICES, device)
+        .stamps
+        .expect("asked for only where the device has it");
+    // SAFETY: the arguments are the caller's own.
+    let result = unsafe { next(device, count, infos, stamps, deviation) };
+    if claims(CLAIM_OTHER_CLOCK) {
+        for index in 0..count as usize {
+            // SAFETY: there are as many of both.
+            unsafe {
+                if (*infos.add(index)).time_domain == vk::TimeDomainKHR::DEVICE {
+                    *stamps.add(index) += 3_600_000_000_000;
+                }
+            }
+        }
+    }
+    result
+}
+
 fn uncache(properties: &mut vk::PhysicalDeviceMemoryProperties) {
     if claims(CLAIM_UNCACHED) {
         for memory in &mut properties.memory_types {
@@ -648,6 +714,8 @@ fn own(name: &CStr) -> vk::PFN_vkVoidFunction {
                 vk::PFN_vkGetPhysicalDeviceMemoryProperties2
             )
         }
+        b"vkGetPhysicalDeviceFeatures2" => of!(features, vk::PFN_vkGetPhysicalDeviceFeatures2),
+        b"vkGetCalibratedTimestampsEXT" => of!(stamps, vk::PFN_vkGetCalibratedTimestampsKHR),
         b"vkAllocateMemory" => of!(allocate_memory, vk::PFN_vkAllocateMemory),
         b"vkCreateComputePipelines" => {
             of!(create_compute_pipelines, vk::PFN_vkCreateComputePipelines)

@@ -110,6 +110,10 @@ impl Device for CpuDevice {
         Ok(self.host_pool().allocate(bytes)?)
     }
 
+    fn shares_rings(&self) -> bool {
+        true
+    }
+
     fn dispatch(&self, request: DispatchRequest) -> Result<Box<dyn Dispatch>, Error> {
         Ok(Box::new(CpuDispatch::start(request)?))
     }

@@ -290,6 +290,10 @@ impl Device for CudaDevice {
         }
     }
 
+    fn shares_rings(&self) -> bool {
+        true
+    }
+
     fn dispatch(&self, request: DispatchRequest) -> Result<Box<dyn Dispatch>, Error> {
         let _launching = self.launching.lock();
         let name = request.signals.name.clone();

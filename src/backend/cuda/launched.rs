@@ -14,8 +14,10 @@ use super::context::{Buffer, Context, Residency};
 use super::driver::{CallFailed, check};
 use super::module::Module;
 use crate::backend::cpp::LaunchWords;
-use crate::backend::{DeviceMemory, DispatchRequest, GridMemory, Resident};
+use crate::backend::{DeviceMemory, DispatchRequest, GridMemory, Next, Resident};
 use crate::error::Error;
+use crate::kernel::NextRing;
+use crate::kernel::outlet::Warden;
 
 /// Slices that are launched at once: one more than runs.
 const SLICES: usize = 2;
@@ -36,6 +38,30 @@ pub(super) struct Launched {
     residency: Mutex<Option<Residency>>,
     /// Whether a slice was launched already: the first one zeroes the state.
     launched: AtomicBool,
+    /// Where its replies go, if into another kernel's ring.
+    way: Mutex<Option<Way>>,
+}
+
+/// A way into another kernel's ring, whose memory it keeps.
+#[derive(Debug)]
+struct Way {
+    next: Next,
+    /// The number of the command to leave it, once that was given.
+    leaving: Option<u32>,
+}
+
+impl Way {
+    fn ring(&self) -> NextRing {
+        let grid = &self.next.block.grid;
+        let layout = grid.layout;
+        NextRing {
+            slots: address(Some(&grid.host_to_device)),
+            cursor: address(Some(&grid.device_to_host)) + layout.cursor() as u64,
+            capacity: layout.ring.capacity(),
+            slot_words: (layout.ring.stride() / 4) as u32,
+            offset: self.next.offset,
+        }
+    }
 }
 
 // SAFETY: handles of the driver, which may be used by any thread that makes the context current, as the monitor does.
@@ -92,6 +118,7 @@ impl Launched {
             grid,
             residency: Mutex::new(Some(residency)),
             launched: AtomicBool::new(false),
+            way: Mutex::new(None),
         };
         if sliced {
             for _ in 0..SLICES {
@@ -176,8 +203,51 @@ impl Launched {
         unsafe { sys::cuStreamQuery(self.stream) }
     }
 
+    /// Leads replies to where they are to go now, as far as that can be done at once: a kernel that `runs` must follow. Whether it is
+    /// to be looked at again soon.
+    pub(super) fn exchange(&self, warden: Arc<dyn Warden>, runs: bool) -> bool {
+        let Some(block) = self.blocks.first() else {
+            return false;
+        };
+        let control = block.control();
+        let mut present = self.way.lock();
+        if let Some(way) = &mut *present {
+            let wanted = self.wants_exchange();
+            if !wanted && way.leaving.is_none() {
+                return false;
+            }
+            let number = *way.leaving.get_or_insert_with(|| control.set_way(None));
+            if runs && control.way_taken() != number {
+                return true;
+            }
+            if !wanted {
+                // It is to stay after all.
+                way.leaving = None;
+                control.set_way(Some(way.ring()));
+                return false;
+            }
+            self.give_back();
+            *present = None;
+        }
+        if let Some(next) = self.take_outlet(Arc::clone(block), warden) {
+            let way = present.insert(Way {
+                next,
+                leaving: None,
+            });
+            control.set_way(Some(way.ring()));
+        }
+        false
+    }
+
+    /// Brings back what it writes to. Nothing of it may run any more.
+    fn stop_passing(&self) {
+        self.give_back();
+        self.way.lock().take();
+    }
+
     /// Lets go of a kernel of which nothing runs any more (or, of an abandoned device, never will end), and says so.
     pub(super) fn finish(kernel: Arc<Self>) {
+        kernel.stop_passing();
         let residency = kernel.residency.lock().take();
         if kernel.context.is_abandoned() {
             // It still runs.

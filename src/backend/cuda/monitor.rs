@@ -16,6 +16,7 @@ use super::launched::Launched;
 use crate::backend::Keeper;
 use crate::error::Error;
 use crate::kernel::BlockState;
+use crate::kernel::outlet::Warden;
 use crate::thread::affinity;
 use crate::thread::event_count::EventCount;
 
@@ -54,6 +55,12 @@ impl Keeper for MonitorHandle {
     /// A resident kernel sees commands itself; one that runs by slices may have none, and one that ends is looked at more often.
     fn look(&self) {
         self.doorbell.notify();
+    }
+}
+
+impl Warden for MonitorHandle {
+    fn call(&self) {
+        self.look();
     }
 }
 
@@ -125,6 +132,8 @@ struct Watched {
     ending: Option<Instant>,
     /// Whether it was told that its device is lost.
     lost: bool,
+    /// Whether it was told to lead its replies elsewhere, and has not followed.
+    turning: bool,
     slices: Option<Slices>,
 }
 
@@ -152,6 +161,7 @@ impl Watch {
                     heartbeats: 0,
                     ending: None,
                     lost: false,
+                    turning: false,
                     slices: kernel.is_sliced().then(|| Slices {
                         in_flight: VecDeque::new(),
                     }),
@@ -190,7 +200,7 @@ impl Watch {
             if let Some(reason) = context.lost() {
                 watched.lose(reason);
             }
-            match watched.look(&context, self.limit) {
+            match watched.look(&context, &self.handle, self.limit) {
                 // Nothing else here holds the kernel any more: what it took is given back before its end is known.
                 Ok(true) => Launched::finish(self.kernels.swap_remove(index).kernel),
                 Ok(false) => index += 1,
@@ -214,7 +224,8 @@ impl Watch {
             .kernels
             .iter()
             .map(|watched| {
-                if watched.kernel.must_terminate() || watched.has_slices() || watched.lost {
+                let is_busy = watched.has_slices() || watched.lost || watched.turning;
+                if watched.kernel.must_terminate() || is_busy {
                     BUSY_INTERVAL
                 } else {
                     LOOK_INTERVAL
@@ -256,7 +267,12 @@ impl Watched {
     }
 
     /// Whether the kernel has ended, and nothing of it runs any more.
-    fn look(&mut self, context: &Context, limit: Duration) -> Result<bool, Error> {
+    fn look(
+        &mut self,
+        context: &Context,
+        handle: &Arc<MonitorHandle>,
+        limit: Duration,
+    ) -> Result<bool, Error> {
         let heartbeats = self.kernel.heartbeats();
         if heartbeats != self.heartbeats {
             self.heartbeats = heartbeats;
@@ -276,6 +292,8 @@ impl Watched {
             },
             Some(slices) => slices.keep_coming(kernel, context, self.lost)?,
         };
+        self.turning = kernel.exchange(Arc::clone(handle) as Arc<dyn Warden>, runs);
+        kernel.look_at_passing();
         if runs {
             if !kernel.must_terminate() {
                 self.ending = None;

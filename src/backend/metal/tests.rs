@@ -61,6 +61,10 @@ macro_rules! mode {
                 mod traces {
                     crate::conformance! { no traces: crate::backend::metal::tests::$module::Metal }
                 }
+
+                mod shared_rings {
+                    crate::conformance! { no shared rings: crate::backend::metal::tests::$module::Metal }
+                }
             }
         }
     };

@@ -17,8 +17,8 @@ use crate::error::Error;
 use crate::kernel::ShaderSource;
 use crate::thread::event_count::EventCount;
 
-/// Bindings of the prelude: host-to-device memory, device-to-host memory, state.
-pub(super) const BINDINGS: u32 = 3;
+/// Bindings of the prelude: host-to-device memory, device-to-host memory, state, where replies go. As many as every device has.
+pub(super) const BINDINGS: u32 = 4;
 
 /// What a shader is specialized for: its specialization constants 0 and 1, word for word.
 #[repr(C)]
@@ -64,13 +64,18 @@ pub(super) struct PushConstants {
     pub(super) replies: u32,
     pub(super) kinds: u32,
     pub(super) telemetry: u32,
+    pub(super) next_capacity: u32,
+    pub(super) next_slot_words: u32,
+    pub(super) next_offset: u32,
     pub(super) two: u32,
+    /// Only there for modules that can be traced.
+    pub(super) trace_every: u32,
 }
 
 const PUSH_CONSTANT_BYTES: usize = size_of::<PushConstants>();
 
-// SAFETY-relevant for `bytes`: eleven words without padding.
-const _: () = assert!(PUSH_CONSTANT_BYTES == 11 * 4);
+// SAFETY-relevant for `bytes`: fifteen words without padding.
+const _: () = assert!(PUSH_CONSTANT_BYTES == 15 * 4);
 
 impl PushConstants {
     pub(super) fn bytes(&self) -> [u8; PUSH_CONSTANT_BYTES] {
@@ -85,7 +90,11 @@ impl PushConstants {
             self.replies,
             self.kinds,
             self.telemetry,
+            self.next_capacity,
+            self.next_slot_words,
+            self.next_offset,
             self.two,
+            self.trace_every,
         ];
         let mut bytes = [0; PUSH_CONSTANT_BYTES];
         for (out, word) in bytes.chunks_exact_mut(4).zip(words) {
@@ -103,9 +112,11 @@ pub(super) struct Context {
     /// `None` only while the context is dropped.
     pub(super) allocator: Mutex<Option<Allocator>>,
     pub(super) names: Option<ext::debug_utils::Device>,
+    /// What tells the clock of the device's timestamps.
+    timestamps: Option<ext::calibrated_timestamps::Device>,
     pub(super) set_layout: vk::DescriptorSetLayout,
     pub(super) pipeline_layout: vk::PipelineLayout,
-    pipelines: Mutex<HashMap<(ShaderSource, Specialization), vk::Pipeline>>,
+    pipelines: Mutex<HashMap<(ShaderSource, bool, Specialization), vk::Pipeline>>,
     /// Rung for the device's lanes, by whoever has something for them.
     pub(super) doorbell: Arc<EventCount>,
     /// Why the device is lost, once it is.
@@ -145,14 +156,27 @@ impl Context {
         if physical.portability_subset {
             extensions.push(ash::khr::portability_subset::NAME.as_ptr());
         }
+        if physical.tells_clock {
+            extensions.push(ext::calibrated_timestamps::NAME.as_ptr());
+        }
+        let has_clock = physical.features.device_clock || physical.features.subgroup_clock;
+        if has_clock {
+            extensions.push(ash::khr::shader_clock::NAME.as_ptr());
+        }
         // What handlers may use where the device has it.
         let features = vk::PhysicalDeviceFeatures::default()
             .shader_int64(physical.features.int64)
             .shader_float64(physical.features.float64);
-        let info = vk::DeviceCreateInfo::default()
+        let mut clocks = vk::PhysicalDeviceShaderClockFeaturesKHR::default()
+            .shader_device_clock(physical.features.device_clock)
+            .shader_subgroup_clock(physical.features.subgroup_clock);
+        let mut info = vk::DeviceCreateInfo::default()
             .enabled_features(&features)
             .queue_create_infos(&queues)
             .enabled_extension_names(&extensions);
+        if has_clock {
+            info = info.push_next(&mut clocks);
+        }
         // SAFETY: the physical device came from this instance, its family has that many queues.
         let raw = unsafe {
             instance
@@ -176,8 +200,12 @@ impl Context {
         let names = instance
             .debug_utils
             .then(|| ext::debug_utils::Device::new(instance.raw(), &raw));
+        let timestamps = physical
+            .tells_clock
+            .then(|| ext::calibrated_timestamps::Device::new(instance.raw(), &raw));
         let mut context = Self {
             raw,
+            timestamps,
             physical: physical.clone(),
             account,
             allocator: Mutex::new(None),
@@ -298,14 +326,29 @@ impl Context {
         }
     }
 
-    /// The pipeline of a shader for this specialization, made once.
+    /// What the clock of the device's timestamps shows now, if the driver says so.
+    pub(super) fn ticks(&self) -> Option<u64> {
+        let wanted =
+            [vk::CalibratedTimestampInfoKHR::default().time_domain(vk::TimeDomainKHR::DEVICE)];
+        // SAFETY: the device is live, has the extension, and the driver named this domain.
+        let (ticks, _) = unsafe {
+            self.timestamps
+                .as_ref()?
+                .get_calibrated_timestamps(&wanted)
+                .ok()?
+        };
+        ticks.first().copied()
+    }
+
+    /// The pipeline of a shader for this specialization, made once; one whose messages are traced or not.
     pub(super) fn pipeline(
         &self,
         kernel: &str,
         source: &ShaderSource,
+        traced: bool,
         specialization: Specialization,
     ) -> Result<vk::Pipeline, Error> {
-        let key = (source.clone(), specialization);
+        let key = (source.clone(), traced, specialization);
         let mut pipelines = self.pipelines.lock();
         if let Some(pipeline) = pipelines.get(&key) {
             return Ok(*pipeline);
@@ -318,8 +361,14 @@ impl Context {
                 })?
             }
             #[cfg(feature = "glsl")]
-            ShaderSource::Glsl(text) => super::glsl::compile(kernel, text)?,
+            ShaderSource::Glsl(text) => super::glsl::compile(kernel, text, traced)?,
         };
+        if traced && !spirv::reads_clock(&words) {
+            return Err(Error::InvalidCode {
+                kernel: kernel.to_owned(),
+                reason: "its module for traces was not built with -DRK_TRACES".into(),
+            });
+        }
         if let Some(lacks) = spirv::lacks(&words, &self.physical.features) {
             return Err(Error::InvalidCode {
                 kernel: kernel.to_owned(),
@@ -419,6 +468,7 @@ mod tests {
                 .split_once(" = ")
         }));
         layouts::check(&mut constants);
+        layouts::check_traces(&mut constants, false);
         // What is the loop's own, and what it says to itself.
         for name in [
             "RK_RUN",
@@ -456,7 +506,11 @@ mod tests {
                 replies: 0,
                 kinds: 0,
                 telemetry: 0,
+                next_capacity: 0,
+                next_slot_words: 0,
+                next_offset: 0,
                 two: 0,
+                trace_every: 0,
             }
         );
         let fields = layouts::debug_fields(&debug);

@@ -1,10 +1,11 @@
 //! Vulkan devices: opening, probing, memory, and where kernels go.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use super::clock::{self, ShaderClock};
 use super::context::Context;
 use super::lane::Lane;
 use super::loader::Instance;
@@ -13,8 +14,8 @@ use super::physical::{self, Physical};
 use super::probe;
 use super::slice_kernel::SliceKernel;
 use crate::backend::{
-    Account, Backend, Device, DeviceInfo, DeviceMemory, Dispatch, DispatchRequest, ExecutionMode,
-    GridMemory, Placement, ResidentDispatch, VulkanConfig, VulkanMode,
+    Account, Backend, BlockClock, Device, DeviceInfo, DeviceMemory, Dispatch, DispatchRequest,
+    ExecutionMode, GridMemory, Handler, Placement, ResidentDispatch, VulkanConfig, VulkanMode,
 };
 use crate::error::Error;
 use crate::thread::affinity;
@@ -127,6 +128,9 @@ pub(super) struct VulkanDevice {
     lanes: Mutex<Vec<Lane>>,
     cores: Vec<usize>,
     termination_timeout: Duration,
+    /// What is known of the clock that shaders read, once a kernel is to be traced; or why it is of no use. One tries it at a time.
+    clock: OnceLock<Result<Arc<ShaderClock>, String>>,
+    clock_probe: Mutex<()>,
     context: Arc<Context>,
 }
 
@@ -143,6 +147,8 @@ impl VulkanDevice {
             lanes: Mutex::new(Vec::new()),
             cores,
             termination_timeout,
+            clock: OnceLock::new(),
+            clock_probe: Mutex::new(()),
             context,
         };
         let (mode, reason) = match config.mode {
@@ -193,6 +199,29 @@ impl VulkanDevice {
             ExecutionMode::Exchange,
             format!("the probe failed: {reason}"),
         ))
+    }
+
+    /// The clock that shaders read; why there is none that traces can be made with. Tried by a kernel of its own the first time.
+    fn shader_clock(&self) -> Result<Arc<ShaderClock>, String> {
+        let _one = self.clock_probe.lock();
+        if let Some(known) = self.clock.get() {
+            return known.clone();
+        }
+        let mut reason = String::new();
+        for _ in 0..PROBES {
+            match clock::probe(self, &self.context) {
+                Ok(found) => return self.clock.get_or_init(|| found).clone(),
+                Err(late) => reason = late,
+            }
+            log::debug!("device '{}': its clock: {reason}", self.info.name);
+        }
+        // Tried again by the next one that asks.
+        Err(reason)
+    }
+
+    /// Whether it is known that the clock shows its low word alone.
+    fn has_short_clock(&self) -> bool {
+        matches!(self.clock.get(), Some(Ok(clock)) if clock.is_short())
     }
 
     /// Where memory of each placement lies.
@@ -326,8 +355,33 @@ impl Device for VulkanDevice {
         self.context.physical.software || self.mode != ExecutionMode::Resident
     }
 
+    fn clock(&self, handler: &Handler) -> Option<BlockClock> {
+        let Handler::Shader(code) = handler else {
+            return None;
+        };
+        let found = match code.traced_source() {
+            None => Err("the kernel has no module that was built with -DRK_TRACES".to_owned()),
+            Some(_) => self.shader_clock(),
+        };
+        match found {
+            Ok(clock) => Some(BlockClock::Driver(clock)),
+            Err(reason) => {
+                log::warn!(
+                    "a kernel on device '{}' cannot be traced: {reason}",
+                    self.info.name
+                );
+                None
+            }
+        }
+    }
+
     fn wakes_callers(&self) -> bool {
         self.mode != ExecutionMode::Resident
+    }
+
+    fn shares_rings(&self) -> bool {
+        // In staged mode nobody could tell what one kernel has written into the other's memory.
+        self.mode != ExecutionMode::Staged
     }
 
     fn dispatch(&self, request: DispatchRequest) -> Result<Box<dyn Dispatch>, Error> {
@@ -346,6 +400,8 @@ impl Device for VulkanDevice {
             (front, None)
         } else {
             let (device, host) = self.exchange_memory(&front, blocks)?;
+            // Whatever else writes into the kernel's ring. Set once: the memory was made for this kernel.
+            let _ = front.behind.set(Arc::clone(&device));
             (device, Some(host))
         };
         // Launches come one at a time; what kernels that end meanwhile give back is not counted.
@@ -363,6 +419,7 @@ impl Device for VulkanDevice {
             request,
             device_grid,
             relay_blocks,
+            self.has_short_clock(),
         )?);
         let lane = self.lane()?;
         lane.admit(Arc::clone(&kernel));

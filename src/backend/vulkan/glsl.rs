@@ -8,8 +8,8 @@ use glslang::{
 use crate::error::Error;
 use crate::kernel::ShaderCode;
 
-/// A handler's module.
-pub(super) fn compile(kernel: &str, handler: &str) -> Result<Vec<u32>, Error> {
+/// A handler's module, for messages that are traced or not.
+pub(super) fn compile(kernel: &str, handler: &str, traced: bool) -> Result<Vec<u32>, Error> {
     let failed = |log: String| Error::Compile {
         kernel: kernel.to_owned(),
         log: log.trim().to_owned(),
@@ -18,6 +18,7 @@ pub(super) fn compile(kernel: &str, handler: &str) -> Result<Vec<u32>, Error> {
     let uses: String = ["RK_USE_U64", "RK_USE_F64", "RK_USE_TIME"]
         .into_iter()
         .filter(|name| handler.contains(name))
+        .chain(traced.then_some("RK_TRACES"))
         .map(|name| format!("#define {name}\n"))
         .collect();
     // Lines are counted anew where the handler begins.

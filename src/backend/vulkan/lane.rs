@@ -22,6 +22,7 @@ use super::slice_kernel::{SOFTWARE_ITERATIONS, SliceKernel};
 use crate::backend::slices::{Attention, PARKING_IDLE_POLLS, Pace, SHARED_POLLS};
 use crate::backend::{ExecutionMode, Keeper};
 use crate::error::Error;
+use crate::kernel::outlet::Warden;
 use crate::kernel::{BlockState, FailureReason, KernelFailure};
 use crate::thread::affinity;
 
@@ -110,6 +111,12 @@ impl Keeper for LaneHandle {
             }
         }
         self.context.doorbell.notify();
+    }
+}
+
+impl Warden for LaneHandle {
+    fn call(&self) {
+        self.look();
     }
 }
 
@@ -387,9 +394,10 @@ impl Bridge {
         let running: Vec<Arc<SliceKernel>> = self
             .members
             .iter()
-            .filter(|member| member.wants_slices(now))
+            .filter(|member| member.wants_slices(now) && !member.kernel.wants_exchange())
             .map(|member| Arc::clone(&member.kernel))
             .collect();
+        let running = upstream_first(running);
         let polls = self.set_budgets(&running);
         while !running.is_empty() && self.in_flight.len() < BATCHES {
             let free = (0..BATCHES).find(|index| !self.in_flight.contains(index));
@@ -410,12 +418,14 @@ impl Bridge {
                 .any(|kernel| Arc::ptr_eq(kernel, &member.kernel))
             {
                 member.attention.observe(&member.kernel, now);
+                member.kernel.look_at_passing();
             }
         }
         Ok(())
     }
 
-    /// Answers for kernels that have no slices in flight any more, and lets go of those that ended.
+    /// Answers for kernels that have no slices in flight any more, leads their replies elsewhere if that is wanted, and lets go of those
+    /// that ended.
     fn settle(&mut self) {
         let in_flight = |kernel: &Arc<SliceKernel>| {
             self.in_flight.iter().any(|index| {
@@ -425,7 +435,16 @@ impl Bridge {
                     .any(|running| Arc::ptr_eq(running, kernel))
             })
         };
-        let (mut ended, mut live) = (Vec::new(), Vec::new());
+        let epoch = self.handle.epoch.load(Ordering::Relaxed);
+        let is_of_epoch = |kernel: &Arc<SliceKernel>| {
+            self.in_flight.iter().any(|index| {
+                let batch = &self.batches[*index];
+                let is_in = batch.kernels.iter().any(|other| Arc::ptr_eq(other, kernel));
+                is_in && batch.epoch == epoch
+            })
+        };
+        let (mut ended, mut live, mut idle) = (Vec::new(), Vec::new(), Vec::new());
+        let mut is_awaited = false;
         for member in std::mem::take(&mut self.members) {
             let kernel = &member.kernel;
             if let Some(failure) = kernel.fault()
@@ -434,6 +453,7 @@ impl Bridge {
                 kernel.fail(failure);
             }
             if in_flight(kernel) {
+                is_awaited |= kernel.wants_exchange() && is_of_epoch(kernel);
                 live.push(member);
             } else if kernel.must_terminate() {
                 ended.push(member);
@@ -443,6 +463,7 @@ impl Bridge {
                         block.control().store_state(BlockState::Idle);
                     }
                 }
+                idle.push(Arc::clone(kernel));
                 live.push(member);
             }
         }
@@ -451,10 +472,22 @@ impl Bridge {
             member.kernel.answer_end();
             self.release(member.kernel);
         }
+        if is_awaited {
+            // Its slices end; it gets no others until it has what it wants.
+            self.handle.look();
+        }
+        for kernel in idle {
+            if kernel.wants_exchange() {
+                // What is recorded leads to where its replies went so far.
+                self.forget(&kernel);
+                kernel.exchange(Arc::clone(&self.handle) as Arc<dyn Warden>);
+            }
+        }
     }
 
     /// Lets go of a kernel that has no slices in flight, and says so.
     fn release(&mut self, kernel: Arc<SliceKernel>) {
+        kernel.stop_passing();
         self.handle.remove(&kernel);
         self.forget(&kernel);
         let end = kernel.end();
@@ -472,8 +505,11 @@ impl Bridge {
         }
     }
 
-    /// Whether somebody who sleeps may want a turn while others run.
+    /// Whether somebody who sleeps may want a turn while others run, or be woken for what they write.
     fn has_sleepers(&self, running: &[Arc<SliceKernel>]) -> bool {
+        if running.iter().any(|kernel| kernel.wakes_next()) {
+            return true;
+        }
         let wanted = self
             .members
             .iter()
@@ -558,26 +594,17 @@ impl Bridge {
             return Ok(());
         }
         let context = Arc::clone(&self.context);
+        // Slices of one step may run at the same time, but for those that use the same ring.
+        let shares = running.iter().any(|kernel| kernel.passes_to(None));
         self.record(index, |commands| {
             for _ in 0..steps {
-                for kernel in running {
+                for (index, kernel) in running.iter().enumerate() {
+                    if index > 0 && shares {
+                        slice_barrier(&context, commands);
+                    }
                     record_dispatch(&context, commands, kernel, epoch);
                 }
-                let barrier = [vk::MemoryBarrier::default()
-                    .src_access_mask(vk::AccessFlags::SHADER_WRITE | vk::AccessFlags::SHADER_READ)
-                    .dst_access_mask(vk::AccessFlags::SHADER_READ | vk::AccessFlags::SHADER_WRITE)];
-                // SAFETY: the command buffer is being recorded.
-                unsafe {
-                    context.raw.cmd_pipeline_barrier(
-                        commands,
-                        vk::PipelineStageFlags::COMPUTE_SHADER,
-                        vk::PipelineStageFlags::COMPUTE_SHADER,
-                        vk::DependencyFlags::empty(),
-                        &barrier,
-                        &[],
-                        &[],
-                    );
-                }
+                slice_barrier(&context, commands);
             }
             host_barrier(&context, commands, vk::PipelineStageFlags::COMPUTE_SHADER);
         })?;
@@ -609,6 +636,9 @@ impl Bridge {
 
     fn submit(&mut self, index: usize) -> Result<(), Error> {
         let batch = &mut self.batches[index];
+        for kernel in &batch.kernels {
+            kernel.tell_clock_half();
+        }
         let commands = [batch.commands];
         let info = [vk::SubmitInfo::default().command_buffers(&commands)];
         // SAFETY: the fence is unsignalled and the command buffer recorded, neither is in flight; this thread alone uses
@@ -658,7 +688,14 @@ impl Bridge {
                 Err(vk::Result::TIMEOUT) if self.context.lost().is_some() => {
                     self.context.check_lost()?;
                 }
-                Err(vk::Result::TIMEOUT) if begin.elapsed() < self.fence_limit => {}
+                Err(vk::Result::TIMEOUT) if begin.elapsed() < self.fence_limit => {
+                    if self.mode == ExecutionMode::Resident {
+                        let in_flight = self.in_flight.iter().map(|index| &self.batches[*index]);
+                        in_flight
+                            .flat_map(|batch| &batch.kernels)
+                            .for_each(|kernel| kernel.tell_clock_half());
+                    }
+                }
                 Err(vk::Result::TIMEOUT) => {
                     let reason = format!(
                         "slices did not end within {:?}: a handler that never ends, or a driver that hangs",
@@ -716,10 +753,17 @@ impl Bridge {
             let Some(relay) = &mut member.relay else {
                 continue;
             };
+            if member.kernel.wants_exchange() {
+                member
+                    .kernel
+                    .exchange(Arc::clone(&self.handle) as Arc<dyn Warden>);
+                relay.begin_again();
+            }
             if relay.answer(&member.kernel) && relay.collect(&member.kernel) {
                 round.push(index);
             }
         }
+        self.add_next(&mut round);
         if !round.is_empty() {
             self.exchange_round(&round)?;
         }
@@ -728,11 +772,41 @@ impl Bridge {
             .partition(|member| member.kernel.must_terminate());
         self.members = live;
         for Member { kernel, relay, .. } in ended {
-            drop(relay);
+            if let Some(relay) = relay {
+                relay.hand_back(&kernel);
+            }
             kernel.answer_end();
             self.release(kernel);
         }
         Ok(())
+    }
+
+    /// Adds the kernels that those of a round pass their replies on to, each behind them: a message goes the whole way in one round.
+    fn add_next(&self, round: &mut Vec<usize>) {
+        let is_any_passing = round
+            .iter()
+            .any(|index| self.members[*index].kernel.passes_to(None));
+        if !is_any_passing {
+            return;
+        }
+        let all = self.members.iter().map(|member| Arc::clone(&member.kernel));
+        let mut chosen: Vec<Arc<SliceKernel>> = Vec::new();
+        for kernel in upstream_first(all.collect()) {
+            let is_in = round
+                .iter()
+                .any(|index| Arc::ptr_eq(&self.members[*index].kernel, &kernel));
+            let is_fed = chosen.iter().any(|before| before.passes_to(Some(&kernel)));
+            if is_in || (is_fed && kernel.is_wanted()) {
+                chosen.push(kernel);
+            }
+        }
+        *round = chosen
+            .iter()
+            .filter_map(|kernel| {
+                let mut members = self.members.iter();
+                members.position(|member| Arc::ptr_eq(&member.kernel, kernel))
+            })
+            .collect();
     }
 
     fn exchange_round(&mut self, round: &[usize]) -> Result<(), Error> {
@@ -748,6 +822,9 @@ impl Bridge {
             transfer_barrier(&context, commands);
             for member in chosen() {
                 record_dispatch(&context, commands, &member.kernel, Relay::EPOCH);
+                if member.kernel.passes_to(None) {
+                    slice_barrier(&context, commands);
+                }
             }
             transfer_barrier(&context, commands);
             for member in chosen() {
@@ -804,7 +881,10 @@ impl Bridge {
                 continue;
             };
             match relay.publish(&member.kernel) {
-                Ok(()) => member.kernel.show_life(),
+                Ok(()) => {
+                    member.kernel.show_life();
+                    member.kernel.look_at_passing();
+                }
                 Err(failure) => member.kernel.fail(*failure),
             }
         }
@@ -823,7 +903,9 @@ impl Bridge {
         self.await_the_end();
         self.in_flight.clear();
         for Member { kernel, relay, .. } in members {
-            drop(relay);
+            if let Some(relay) = relay {
+                relay.hand_back(&kernel);
+            }
             self.release(kernel);
         }
     }
@@ -872,8 +954,12 @@ impl Member {
             return true;
         }
         match &self.relay {
-            Some(relay) => relay.needs_attention(&self.kernel),
-            None => self.wants_slices(now) || self.kernel.is_unanswered(),
+            Some(relay) => relay.needs_attention(&self.kernel) || self.kernel.wants_exchange(),
+            None => {
+                self.wants_slices(now)
+                    || self.kernel.is_unanswered()
+                    || self.kernel.wants_exchange()
+            }
         }
     }
 }
@@ -910,7 +996,7 @@ fn record_dispatch(
             vk::PipelineBindPoint::COMPUTE,
             context.pipeline_layout,
             0,
-            &[kernel.set],
+            &[kernel.set()],
             &[],
         );
         context.raw.cmd_push_constants(
@@ -921,6 +1007,42 @@ fn record_dispatch(
             &kernel.constants(epoch).bytes(),
         );
         context.raw.cmd_dispatch(commands, kernel.groups(), 1, 1);
+    }
+}
+
+/// The kernels, each behind those that pass their replies on to it, so that a message goes the whole way in one step; otherwise in the
+/// order that they have.
+fn upstream_first(mut kernels: Vec<Arc<SliceKernel>>) -> Vec<Arc<SliceKernel>> {
+    if kernels.iter().any(|kernel| kernel.passes_to(None)) {
+        let all = kernels.clone();
+        kernels.sort_by_cached_key(|kernel| {
+            let before = |kernel: &Arc<SliceKernel>| {
+                let mut others = all.iter();
+                others.find(|other| other.passes_to(Some(kernel))).cloned()
+            };
+            // There are no circles.
+            std::iter::successors(before(kernel), before).count()
+        });
+    }
+    kernels
+}
+
+/// Orders slices.
+fn slice_barrier(context: &Context, commands: vk::CommandBuffer) {
+    let barrier = [vk::MemoryBarrier::default()
+        .src_access_mask(vk::AccessFlags::SHADER_WRITE | vk::AccessFlags::SHADER_READ)
+        .dst_access_mask(vk::AccessFlags::SHADER_READ | vk::AccessFlags::SHADER_WRITE)];
+    // SAFETY: the command buffer is being recorded.
+    unsafe {
+        context.raw.cmd_pipeline_barrier(
+            commands,
+            vk::PipelineStageFlags::COMPUTE_SHADER,
+            vk::PipelineStageFlags::COMPUTE_SHADER,
+            vk::DependencyFlags::empty(),
+            &barrier,
+            &[],
+            &[],
+        );
     }
 }
 
@@ -960,15 +1082,5 @@ fn transfer_barrier(context: &Context, commands: vk::CommandBuffer) {
             &[],
             &[],
         );
-    }
-}
-
-/// The failure of a kernel whose device writes positions that cannot be.
-pub(super) fn corrupt_device(block: u32) -> KernelFailure {
-    KernelFailure {
-        reason: crate::kernel::FailureReason::CorruptRing,
-        message: "the device reports positions that cannot be".into(),
-        block: Some(block),
-        request: None,
     }
 }

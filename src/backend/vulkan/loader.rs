@@ -25,7 +25,7 @@ pub(super) struct Instance {
     /// Whether objects can be named.
     pub(super) debug_utils: bool,
     /// Keeps the loader's library open.
-    _entry: ash::Entry,
+    entry: ash::Entry,
 }
 
 impl fmt::Debug for Instance {
@@ -110,16 +110,20 @@ impl Instance {
             messenger: None,
             raw,
             debug_utils,
-            _entry: entry,
+            entry,
         };
         if config.validation {
-            let loader = ext::debug_utils::Instance::new(&instance._entry, &instance.raw);
+            let loader = ext::debug_utils::Instance::new(&instance.entry, &instance.raw);
             // SAFETY: the extension is enabled; the callback is a static function without user data.
             let messenger = unsafe { loader.create_debug_utils_messenger(&messenger_info(), None) }
                 .map_err(|error| unavailable(format!("no validation messages: {error}")))?;
             instance.messenger = Some((loader, messenger));
         }
         Ok(instance)
+    }
+
+    pub(super) fn entry(&self) -> &ash::Entry {
+        &self.entry
     }
 
     pub(super) fn raw(&self) -> &ash::Instance {

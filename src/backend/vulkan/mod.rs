@@ -5,6 +5,7 @@
 //! them, asleep in the fence wait in between. Host and running slice exchange messages through mapped memory. A device
 //! on which that does not work gets a dispatch for each batch of messages instead ([`relay`]).
 
+mod clock;
 mod context;
 mod device;
 #[cfg(feature = "glsl")]

@@ -18,6 +18,9 @@ const MAX_QUEUES: u32 = 8;
 pub(super) struct Features {
     pub(super) int64: bool,
     pub(super) float64: bool,
+    /// Clocks that shaders can read: one of the whole device, and one of where they run.
+    pub(super) device_clock: bool,
+    pub(super) subgroup_clock: bool,
 }
 
 /// A device that can be opened.
@@ -38,6 +41,8 @@ pub(super) struct Physical {
     pub(super) software: bool,
     /// What handlers may use.
     pub(super) features: Features,
+    /// Whether the driver tells the clock of the device's timestamps.
+    pub(super) tells_clock: bool,
     /// What the shaders need and the device lacks, if anything.
     pub(super) lacks: Option<String>,
     /// Whether the driver demands that the subset of Vulkan it lacks is acknowledged.
@@ -122,6 +127,18 @@ fn describe(
     };
     // SAFETY: the handle came from this instance.
     let features = unsafe { raw.get_physical_device_features(handle) };
+    let mut clocks = vk::PhysicalDeviceShaderClockFeaturesKHR::default();
+    if version >= API_VERSION && has(ash::khr::shader_clock::NAME) {
+        let mut features = vk::PhysicalDeviceFeatures2::default().push_next(&mut clocks);
+        // SAFETY: the handle came from this instance; the device has the extension whose structure is in the chain.
+        unsafe { raw.get_physical_device_features2(handle, &mut features) };
+    }
+    let tells_clock = has(ext::calibrated_timestamps::NAME) && {
+        let calibrated = ext::calibrated_timestamps::Instance::new(instance.entry(), raw);
+        // SAFETY: the handle came from this instance; the device has the extension.
+        unsafe { calibrated.get_physical_device_calibrateable_time_domains(handle) }
+            .is_ok_and(|domains| domains.contains(&vk::TimeDomainKHR::DEVICE))
+    };
     let software = kind == DeviceKind::SoftwareGpu
         || matches!(
             driver.driver_id,
@@ -178,7 +195,10 @@ fn describe(
         features: Features {
             int64: features.shader_int64 != vk::FALSE,
             float64: features.shader_float64 != vk::FALSE,
+            device_clock: clocks.shader_device_clock != vk::FALSE,
+            subgroup_clock: clocks.shader_subgroup_clock != vk::FALSE,
         },
+        tells_clock,
         lacks: lacks(core.api_version, &subgroups),
         portability_subset: has(ash::khr::portability_subset::NAME),
         info: DeviceInfo {

@@ -12,6 +12,13 @@ pub(super) fn echo() -> Handler {
     Handler::Shader(Arc::new(code))
 }
 
+/// The same, with traces.
+pub(super) fn traced_echo() -> Handler {
+    let code = ShaderCode::spirv(include_bytes!("../../../shaders/echo.spv").as_slice())
+        .traced(include_bytes!("../../../shaders/echo.traced.spv").as_slice());
+    Handler::Shader(Arc::new(code))
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;

@@ -11,10 +11,9 @@ use std::time::Duration;
 
 use ash::vk;
 
-use super::lane::corrupt_device;
 use super::slice_kernel::{SliceKernel, raw_buffer};
 use crate::backend::slices::BLOCKED_NAP;
-use crate::backend::{BlockMemory, GridMemory};
+use crate::backend::{BlockMemory, GridMemory, corrupt_device};
 use crate::kernel::{BlockState, KernelFailure};
 use crate::thread::KernelWait;
 
@@ -54,6 +53,10 @@ struct BlockRelay {
     published: u32,
     /// The host's reply cursor at the last look.
     read: u32,
+    /// That of the kernel that replies are passed on to.
+    next_read: Option<u32>,
+    /// Samples that were carried out.
+    traced: u32,
 }
 
 impl Relay {
@@ -79,6 +82,8 @@ impl Relay {
                     step: 0,
                     published: produced,
                     read: produced,
+                    next_read: None,
+                    traced: 0,
                 }
             })
             .collect();
@@ -135,11 +140,19 @@ impl Relay {
         for (host, relay) in kernel.blocks.iter().zip(&mut self.blocks) {
             let device = &relay.device;
             relay.carried = relay.moved;
-            while relay.moved.wrapping_sub(relay.processed) < capacity
-                && host.has_request(relay.moved)
-            {
-                host.copy_request_to(device, relay.moved);
+            while relay.moved.wrapping_sub(relay.processed) < capacity {
+                if host.has_request(relay.moved) {
+                    host.copy_request_to(device, relay.moved);
+                } else if !device.has_request(relay.moved) {
+                    // Nor has a kernel before this one written there.
+                    break;
+                }
                 relay.moved = relay.moved.wrapping_add(1);
+                news = true;
+            }
+            let next_read = kernel.next_cursor();
+            if next_read != relay.next_read {
+                relay.next_read = next_read;
                 news = true;
             }
             let read = host.reply_cursor().load(Ordering::Acquire);
@@ -163,9 +176,12 @@ impl Relay {
         let mut failure = None;
         for (host, relay) in kernel.blocks.iter().zip(&mut self.blocks) {
             let device = relay.device.control();
-            let (processed, produced) = (device.processed(), device.produced());
-            // Untrusted: no more than was carried in, no reply where the host has not read the last one.
-            if processed.wrapping_sub(relay.processed) > relay.moved.wrapping_sub(relay.processed)
+            let processed = device.processed();
+            // Without what went into another kernel's ring.
+            let produced = device.produced().wrapping_sub(device.passed());
+            // Untrusted: no more than there is room for, no reply where the host has not read the last one.
+            let progress = processed.wrapping_sub(relay.processed);
+            if progress > capacity
                 || produced.wrapping_sub(relay.read) > capacity
                 || produced.wrapping_sub(relay.published) > capacity
             {
@@ -178,6 +194,10 @@ impl Relay {
                 relay.published = relay.published.wrapping_add(1);
                 replied = true;
             }
+            if progress > relay.moved.wrapping_sub(relay.processed) {
+                // A kernel before this one has written into its ring meanwhile.
+                relay.moved = processed;
+            }
             progressed |= processed != relay.processed || device.step() != relay.step;
             relay.processed = processed;
             relay.step = device.step();
@@ -185,6 +205,7 @@ impl Relay {
             control.mirror(device);
             control.beat();
             host.telemetry().mirror(relay.device.telemetry());
+            relay.traced = host.mirror_traces(&relay.device, relay.traced);
             host.request_cursor().store(processed, Ordering::Release);
             if device.state() == Some(BlockState::Faulted) {
                 control.store_state(BlockState::Faulted);
@@ -196,6 +217,28 @@ impl Relay {
         }
         self.blocked = !progressed && !replied;
         failure.map_or(Ok(()), |failure| Err(Box::new(failure)))
+    }
+
+    /// Puts the requests that another kernel has written, and that are not processed, where the host looks for what is left. To be called
+    /// when no slice of the kernel will follow.
+    pub(super) fn hand_back(&self, kernel: &SliceKernel) {
+        for (host, relay) in kernel.blocks.iter().zip(&self.blocks) {
+            let mut position = relay.processed;
+            for _ in 0..kernel.capacity() {
+                if !host.has_request(position) {
+                    if !relay.device.has_request(position) {
+                        break;
+                    }
+                    relay.device.copy_request_to(host, position);
+                }
+                position = position.wrapping_add(1);
+            }
+        }
+    }
+
+    /// Goes on after replies were led elsewhere.
+    pub(super) fn begin_again(&mut self) {
+        self.blocked = false;
     }
 
     /// Whether a slice wrote more replies than were copied out with it.
@@ -242,9 +285,11 @@ impl Relay {
         let requested = kernel.wait == KernelWait::Park
             && kernel.blocks.iter().zip(&self.blocks).any(|(host, relay)| {
                 host.has_request(relay.moved)
+                    || relay.device.has_request(relay.moved)
                     || (relay.moved != relay.processed
                         && (!self.blocked
-                            || host.reply_cursor().load(Ordering::Acquire) != relay.read))
+                            || host.reply_cursor().load(Ordering::Acquire) != relay.read
+                            || kernel.next_cursor() != relay.next_read))
             });
         unanswered || (wanted && requested)
     }

@@ -3,14 +3,19 @@
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use ash::vk;
+use parking_lot::Mutex;
 
 use super::context::{BINDINGS, Context, PushConstants, Specialization};
 use super::memory::Buffer;
-use crate::backend::{BlockMemory, DeviceMemory, DispatchRequest, GridMemory, Handler, Resident};
+use crate::backend::{
+    BlockMemory, DeviceMemory, DispatchRequest, GridMemory, Handler, Next, Resident,
+};
 use crate::error::Error;
 use crate::kernel::ShaderCode;
+use crate::kernel::outlet::Warden;
 
 /// Software drivers run a shader in SIMD groups, 8 invocations each as a rule. A block that is no multiple of them has
 /// invocations that exist in part, and whose loops do not end (measured on lavapipe of Mesa 22.3). A block of one group is
@@ -47,11 +52,16 @@ pub(super) struct SliceKernel {
     /// In exchange mode, the memory through which the host reaches the shader's.
     relay_blocks: Vec<Arc<BlockMemory>>,
     pub(super) pipeline: vk::Pipeline,
-    pub(super) set: vk::DescriptorSet,
+    /// For slices whose replies go into the kernel's own ring, and for those whose replies go into another kernel's.
+    sets: [vk::DescriptorSet; 2],
     pool: vk::DescriptorPool,
+    /// Where replies go, if into another kernel's ring.
+    next: Mutex<Option<Next>>,
     constants: PushConstants,
     /// SIMD groups of a block, on a software driver.
     simd_groups: u32,
+    /// Whether its blocks read a clock that shows its low word alone, and must be told the rest.
+    needs_clock_half: bool,
 }
 
 impl Deref for SliceKernel {
@@ -72,12 +82,14 @@ impl fmt::Debug for SliceKernel {
 }
 
 impl SliceKernel {
-    /// Prepares everything that the slices of a kernel need. `device_grid` is what the shader will see.
+    /// Prepares everything that the slices of a kernel need. `device_grid` is what the shader will see, `short_clock` whether its clock shows
+    /// its low word alone.
     pub(super) fn new(
         context: &Arc<Context>,
         request: DispatchRequest,
         device_grid: Arc<GridMemory>,
         relay_blocks: Vec<Arc<BlockMemory>>,
+        short_clock: bool,
     ) -> Result<Self, Error> {
         let software = context.physical.software;
         let kernel = request.signals.name.clone();
@@ -113,19 +125,28 @@ impl SliceKernel {
             replies: code.replies,
             kinds: request.types.last_kind(),
             telemetry: request.telemetry.into(),
+            next_capacity: 0,
+            next_slot_words: 0,
+            next_offset: 0,
             two: 2,
+            trace_every: request.trace_every,
         };
-        let pipeline = context.pipeline(&kernel, &code.source, specialization)?;
+        let is_traced = constants.trace_every > 0;
+        let source = code.traced_source().filter(|_| is_traced);
+        let source = source.unwrap_or(&code.source);
+        let pipeline = context.pipeline(&kernel, source, is_traced, specialization)?;
         let mut kernel = Self {
             context: Arc::clone(context),
             resident: Resident::new(request),
             device_grid,
             relay_blocks,
             pipeline,
-            set: vk::DescriptorSet::null(),
+            sets: [vk::DescriptorSet::null(); 2],
             pool: vk::DescriptorPool::null(),
+            next: Mutex::new(None),
             constants,
             simd_groups: block_size.div_ceil(context.physical.subgroup_size.max(1)),
+            needs_clock_half: is_traced && short_clock,
         };
         kernel.bind()?;
         Ok(kernel)
@@ -133,27 +154,39 @@ impl SliceKernel {
 
     fn bind(&mut self) -> Result<(), Error> {
         let context = Arc::clone(&self.context);
+        let count = self.sets.len() as u32;
         let sizes = [vk::DescriptorPoolSize::default()
             .ty(vk::DescriptorType::STORAGE_BUFFER)
-            .descriptor_count(BINDINGS)];
+            .descriptor_count(count * BINDINGS)];
         let info = vk::DescriptorPoolCreateInfo::default()
-            .max_sets(1)
+            .max_sets(count)
             .pool_sizes(&sizes);
         // SAFETY: the device is live; the sizes live until the call returns.
         self.pool = context.check("create a descriptor pool", unsafe {
             context.raw.create_descriptor_pool(&info, None)
         })?;
-        let layouts = [context.set_layout];
+        let layouts = [context.set_layout; 2];
         let info = vk::DescriptorSetAllocateInfo::default()
             .descriptor_pool(self.pool)
             .set_layouts(&layouts);
-        // SAFETY: pool and layout are this device's, and the pool has room for one such set.
-        let sets = context.check("allocate a descriptor set", unsafe {
+        // SAFETY: pool and layout are this device's, and the pool has room for so many sets.
+        let sets = context.check("allocate descriptor sets", unsafe {
             context.raw.allocate_descriptor_sets(&info)
         })?;
-        self.set = sets.first().copied().unwrap_or_default();
-        context.set_name(self.set, &self.signals.name);
-        let buffers = self.buffers().map(|buffer| {
+        for set in &sets {
+            context.set_name(*set, &self.signals.name);
+        }
+        if let Some(sets) = sets.first_chunk() {
+            self.sets = *sets;
+        }
+        let own = raw_buffer(&self.device_grid.device_to_host);
+        self.fill(self.sets[0], own);
+        Ok(())
+    }
+
+    /// Says to a set which buffers its slices see, and that their replies go into this one. It must not be in use.
+    fn fill(&self, set: vk::DescriptorSet, replies: vk::Buffer) {
+        let buffers = self.buffers(replies).map(|buffer| {
             [vk::DescriptorBufferInfo::default()
                 .buffer(buffer)
                 .range(vk::WHOLE_SIZE)]
@@ -163,27 +196,73 @@ impl SliceKernel {
             .zip(0..)
             .map(|(info, binding)| {
                 vk::WriteDescriptorSet::default()
-                    .dst_set(self.set)
+                    .dst_set(set)
                     .dst_binding(binding)
                     .descriptor_type(vk::DescriptorType::STORAGE_BUFFER)
                     .buffer_info(info)
             })
             .collect();
-        // SAFETY: set and buffers are this device's and live as long as `self`; the set is not in use yet.
-        unsafe { context.raw.update_descriptor_sets(&writes, &[]) };
-        Ok(())
+        // SAFETY: set and buffers are this device's; the kernel's own live as long as `self`, those of the next kernel are held as
+        // long as the set may be used with them. The caller says that it is not in use.
+        unsafe { self.context.raw.update_descriptor_sets(&writes, &[]) };
     }
 
-    /// The buffers that the shader sees, in the order of their bindings. A kernel without state gets the replies' once
+    /// The buffers that the shader sees, in the order of their bindings. A kernel without state gets its own replies' once
     /// more, which its handler has no business to touch.
-    pub(super) fn buffers(&self) -> [vk::Buffer; BINDINGS as usize] {
+    fn buffers(&self, replies: vk::Buffer) -> [vk::Buffer; BINDINGS as usize] {
         let grid = &self.device_grid;
-        let replies = raw_buffer(&grid.device_to_host);
+        let own = raw_buffer(&grid.device_to_host);
         [
             raw_buffer(&grid.host_to_device),
+            own,
+            self.state_buffer().unwrap_or(own),
             replies,
-            self.state_buffer().unwrap_or(replies),
         ]
+    }
+
+    /// Leads replies to where they are to go now. No slice of the kernel may be in flight, nor what was recorded of it be submitted again.
+    pub(super) fn exchange(&self, warden: Arc<dyn Warden>) {
+        self.stop_passing();
+        // In exchange mode it reads what the relay writes.
+        let mut own = self.relay_blocks.iter().chain(&self.blocks);
+        if let Some(next) = own
+            .next()
+            .and_then(|own| self.take_outlet(Arc::clone(own), warden))
+        {
+            let grid = &next.block.grid;
+            let grid = grid.behind.get().unwrap_or(grid);
+            self.fill(self.sets[1], raw_buffer(&grid.host_to_device));
+            *self.next.lock() = Some(next);
+        }
+    }
+
+    /// Leads replies into the kernel's own ring again, as `exchange`.
+    pub(super) fn stop_passing(&self) {
+        self.give_back();
+        self.next.lock().take();
+    }
+
+    /// How far the kernel that its replies are passed on to has read, if there is one.
+    pub(super) fn next_cursor(&self) -> Option<u32> {
+        let next = self.next.lock();
+        let cursor = next.as_ref()?.block.request_cursor();
+        Some(cursor.load(Ordering::Acquire))
+    }
+
+    /// Whether its replies go into the ring of that kernel; of any, if none is named.
+    pub(super) fn passes_to(&self, other: Option<&Self>) -> bool {
+        let next = self.next.lock();
+        next.as_ref().is_some_and(|next| {
+            other.is_none_or(|other| {
+                let block = other.blocks.first();
+                block.is_some_and(|block| Arc::ptr_eq(block, &next.block))
+            })
+        })
+    }
+
+    /// What a slice is bound to.
+    pub(super) fn set(&self) -> vk::DescriptorSet {
+        self.sets[usize::from(self.next.lock().is_some())]
     }
 
     /// The state's buffer, if the kernel has state.
@@ -229,12 +308,37 @@ impl SliceKernel {
         self.blocks.len() as u32
     }
 
+    /// Tells blocks whose clock shows its low word alone in which half of that word's range it is. To be called before slices are submitted, and
+    /// while they run: what they know must be less than half a range old (2.1 s of a clock that counts nanoseconds).
+    pub(super) fn tell_clock_half(&self) {
+        if !self.needs_clock_half {
+            return;
+        }
+        let Some(ticks) = self.context.ticks() else {
+            return;
+        };
+        let blocks = match &self.relay_blocks[..] {
+            [] => &self.blocks[..],
+            blocks => blocks,
+        };
+        for block in blocks {
+            block.control().set_clock_half((ticks >> 31) as u32);
+        }
+    }
+
     /// The push constants of a slice of this epoch.
     pub(super) fn constants(&self, epoch: u32) -> PushConstants {
-        PushConstants {
+        let mut constants = PushConstants {
             epoch,
             ..self.constants
+        };
+        if let Some(next) = &*self.next.lock() {
+            let ring = next.block.grid.layout.ring;
+            constants.next_capacity = ring.capacity();
+            constants.next_slot_words = words(ring.stride());
+            constants.next_offset = next.offset;
         }
+        constants
     }
 }
 

@@ -3,7 +3,7 @@
 use super::physical::Features;
 
 /// The layout that the prelude in `shaders/ringkernel.glsl` declares, as the default of specialization constant 31.
-pub(super) const LAYOUT_VERSION: u32 = 1;
+pub(super) const LAYOUT_VERSION: u32 = 2;
 
 const LAYOUT_CONSTANT: u32 = 31;
 
@@ -14,6 +14,7 @@ const OP_ENTRY_POINT: u32 = 15;
 const OP_CAPABILITY: u32 = 17;
 const CAPABILITY_FLOAT64: u32 = 10;
 const CAPABILITY_INT64: u32 = 11;
+const CAPABILITY_SHADER_CLOCK: u32 = 5055;
 const OP_SPEC_CONSTANT: u32 = 50;
 const OP_DECORATE: u32 = 71;
 const DECORATION_SPEC_ID: u32 = 1;
@@ -88,23 +89,31 @@ pub(super) fn check(bytes: &[u8]) -> Result<Vec<u32>, String> {
 
 /// What a module needs that the device does not have, if anything.
 pub(super) fn lacks(words: &[u32], features: &Features) -> Option<&'static str> {
+    capabilities(words).find_map(|capability| match capability {
+        CAPABILITY_INT64 if !features.int64 => Some("64-bit integers"),
+        CAPABILITY_FLOAT64 if !features.float64 => Some("64-bit floats"),
+        CAPABILITY_SHADER_CLOCK if !features.device_clock => Some("clock that shaders can read"),
+        _ => None,
+    })
+}
+
+/// Whether a module reads a clock.
+pub(super) fn reads_clock(words: &[u32]) -> bool {
+    capabilities(words).any(|capability| capability == CAPABILITY_SHADER_CLOCK)
+}
+
+/// What a module declares to need. Capabilities come before everything else.
+fn capabilities(words: &[u32]) -> impl Iterator<Item = u32> {
     let mut rest = words.get(HEADER_WORDS..).unwrap_or_default();
-    while let [first, ..] = rest {
-        let (length, opcode) = ((first >> 16) as usize, first & 0xffff);
-        match (opcode, rest.get(1)) {
-            (OP_CAPABILITY, Some(&CAPABILITY_INT64)) if !features.int64 => {
-                return Some("64-bit integers");
-            }
-            (OP_CAPABILITY, Some(&CAPABILITY_FLOAT64)) if !features.float64 => {
-                return Some("64-bit floats");
-            }
-            // Capabilities come first.
-            (OP_CAPABILITY, _) => {}
-            _ => return None,
+    std::iter::from_fn(move || match *rest {
+        [first, capability, ..] if first & 0xffff == OP_CAPABILITY => {
+            rest = rest
+                .get((first >> 16).max(1) as usize..)
+                .unwrap_or_default();
+            Some(capability)
         }
-        rest = rest.get(length.max(1)..).unwrap_or_default();
-    }
-    None
+        _ => None,
+    })
 }
 
 #[cfg(test)]
@@ -158,13 +167,18 @@ mod tests {
             .windows(4)
             .position(|w| w[0] == (4 << 16 | OP_SPEC_CONSTANT) && w[2] == id)
             .unwrap();
-        assert!(refusal(&with_word(constant + 3, 2)).contains("layout 2"));
+        assert!(refusal(&with_word(constant + 3, 1)).contains("layout 1"));
     }
 
     #[test]
     fn what_a_device_lacks_is_told() {
         let words = check(include_bytes!("../../../tests/shaders/numbers.spv")).unwrap();
-        let features = |int64, float64| Features { int64, float64 };
+        let features = |int64, float64| Features {
+            int64,
+            float64,
+            device_clock: false,
+            subgroup_clock: true,
+        };
         assert_eq!(lacks(&words, &features(true, true)), None);
         assert_eq!(
             lacks(&words, &features(false, true)),
@@ -173,6 +187,18 @@ mod tests {
         assert_eq!(lacks(&words, &features(true, false)), Some("64-bit floats"));
         let plain = check(ECHO).unwrap();
         assert_eq!(lacks(&plain, &features(false, false)), None);
+        assert!(!reads_clock(&plain) && !reads_clock(&words));
+        let traced = check(include_bytes!("../../../shaders/echo.traced.spv")).unwrap();
+        assert!(reads_clock(&traced));
+        let with_clock = Features {
+            device_clock: true,
+            ..features(false, false)
+        };
+        assert_eq!(lacks(&traced, &with_clock), None);
+        assert_eq!(
+            lacks(&traced, &features(true, true)),
+            Some("clock that shaders can read")
+        );
     }
 
     #[test]
@@ -187,6 +213,8 @@ mod tests {
             let features = Features {
                 int64: false,
                 float64: false,
+                device_clock: false,
+                subgroup_clock: false,
             };
             let _ = lacks(&words, &features);
         }

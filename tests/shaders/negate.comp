@@ -1,0 +1,4 @@
+#version 450
+#extension GL_GOOGLE_include_directive : require
+#include "ringkernel.glsl"
+#include "../kernels/negate.rk"
