@@ -11,7 +11,7 @@ mod merger;
 mod thread;
 
 pub(crate) use hub::Hub;
-pub(crate) use lane::{ClientEnds, Lane, LanePlan, LaneShared, Outbox};
+pub(crate) use lane::{ClientEnds, Lane, LanePlan, LaneShared, Letter, Outbox, Tally};
 pub use load::BridgeLoad;
 pub(crate) use merger::{Merger, Port};
 pub use thread::RingBufferBridge;

@@ -622,7 +622,7 @@ impl ClientLane {
     }
 
     /// Whether a client that is alone, about to sleep, should look once more instead.
-    fn may_have_reply(&mut self) -> bool {
+    pub(super) fn may_have_reply(&mut self) -> bool {
         if !matches!(self.ends.replies.peek(), Peek::Empty)
             || self.instance.signals.gate.check_receive().is_err()
         {
