@@ -418,3 +418,91 @@ impl TopicShared {
         closed
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use crate::error::TrySendError;
+    use crate::runtime::{RuntimeBuilder, SubscriberOptions, TopicOptions};
+
+    use super::super::publisher::PublisherLane;
+    use super::*;
+
+    /// What another publisher does while this thread has the topic in hand.
+    #[test]
+    fn who_finds_the_topic_taken_leaves_its_messages_and_none_is_lost() {
+        let runtime = RuntimeBuilder::default().build().unwrap();
+        let topic = runtime.topic_bytes("t", TopicOptions::default()).unwrap();
+        let mut subscriber = topic.subscribe(SubscriberOptions::default()).unwrap();
+        let shared = runtime.topics.find("t").unwrap();
+        let mut one = PublisherLane::new(Arc::clone(&shared), false).unwrap();
+        let mut two = PublisherLane::new(Arc::clone(&shared), false).unwrap();
+        one.publish(&[0]).unwrap();
+        let slots = OUTBOX_SLOTS as u8;
+        shared
+            .core
+            .try_with(|core| {
+                for number in 1..=slots {
+                    one.publish(&[number]).unwrap();
+                }
+                assert_eq!(one.publish(&[0xff]), Err(TrySendError::Busy));
+                core.publish(&[100], false).unwrap();
+                two.publish(&[101]).unwrap();
+                // It goes, and what it has left is published all the same.
+                drop(two);
+                assert_eq!(core.outboxes.len(), 2);
+            })
+            .unwrap();
+        one.publish(&[102]).unwrap();
+        let stats = one.stats();
+        assert_eq!(
+            (stats.published, stats.handed_over, stats.busy),
+            (66, 64, 1)
+        );
+        let mut expected = vec![0, 100];
+        expected.extend(1..=slots);
+        expected.extend([101, 102]);
+        let mut received = Vec::new();
+        let mut buffer = [0];
+        while subscriber.try_recv_bytes(&mut buffer).is_ok() {
+            received.push(buffer[0]);
+        }
+        assert_eq!(received, expected);
+        assert_eq!(topic.stats().unwrap().publishers, 1);
+    }
+
+    /// The control plane waits for the topic, but not for ever.
+    #[test]
+    fn a_publisher_that_stands_still_is_reported() {
+        let config = crate::RuntimeConfig {
+            termination_timeout: Duration::from_millis(20),
+            ..Default::default()
+        };
+        let runtime = RuntimeBuilder::default().config(config).build().unwrap();
+        let topic = runtime.topic_bytes("t", TopicOptions::default()).unwrap();
+        let mut publisher = topic.publisher().unwrap();
+        let shared = runtime.topics.find("t").unwrap();
+        let report = shared.core.try_with(|_| {
+            assert!(matches!(topic.stats(), Err(Error::TopicBusy { .. })));
+            assert!(matches!(topic.publisher(), Err(Error::TopicBusy { .. })));
+            let timeout = Duration::from_millis(5);
+            for _ in 0..OUTBOX_SLOTS {
+                publisher.publish_bytes_timeout(&[1], timeout).unwrap();
+            }
+            assert_eq!(
+                publisher.publish_bytes_timeout(&[1], timeout),
+                Err(crate::error::SendTimeoutError::Timeout)
+            );
+            runtime.complete_shutdown().unwrap()
+        });
+        assert!(matches!(
+            report.unwrap().errors[..],
+            [Error::TopicBusy { .. }, Error::TopicBusy { .. }]
+        ));
+        assert_eq!(
+            publisher.publish_bytes(&[1]),
+            Err(TrySendError::Unavailable(Unavailable::Closed))
+        );
+    }
+}

@@ -12,7 +12,7 @@ use crate::backend::HostProducer;
 use crate::error::{Error, Rejection, SendTimeoutError, TrySendError};
 use crate::message::RingMessage;
 use crate::runtime::receive::Bytes;
-use crate::runtime::send::write_message;
+use crate::runtime::send::{refused, write_bytes, write_message};
 use crate::thread::Waiter;
 
 /// Between two attempts to publish while another publisher stands still: most of the time it gets the core within one turn of the scheduler.
@@ -71,8 +71,8 @@ impl PublisherLane {
             self.topic.core.leave();
             return Err(TrySendError::Busy);
         };
-        let length = crate::runtime::send::write_bytes(payload, slot.body_mut())?;
-        slot.commit(length).map_err(crate::runtime::send::refused)?;
+        let length = write_bytes(payload, slot.body_mut())?;
+        slot.commit(length).map_err(refused)?;
         self.shared.handed_over.add(1);
         self.topic.core.leave();
         Ok(())
@@ -81,6 +81,10 @@ impl PublisherLane {
     /// Whether one more message can be left to another publisher at least.
     pub(super) fn has_room(&mut self) -> bool {
         self.outbox.free_slots(1) > 0
+    }
+
+    pub(super) fn stats(&self) -> PublisherStats {
+        self.shared.stats()
     }
 
     fn publish_until(&mut self, payload: &[u8], timeout: Duration) -> Result<(), SendTimeoutError> {
@@ -184,7 +188,7 @@ impl<M> Publisher<M> {
     /// What it has done so far.
     #[must_use]
     pub fn stats(&self) -> PublisherStats {
-        self.lane.shared.stats()
+        self.lane.stats()
     }
 }
 

@@ -48,6 +48,12 @@ impl Topics {
         self.inner.lock().topics.values().cloned().collect()
     }
 
+    /// The topic of a name.
+    #[cfg(test)]
+    pub(super) fn find(&self, name: &str) -> Option<Arc<TopicShared>> {
+        self.inner.lock().topics.get(name).cloned()
+    }
+
     /// Refuses publishers from now on, and waits until active kernels have what was published before.
     pub(in crate::runtime) fn drain(&self, deadline: Deadline) {
         for topic in self.all() {
@@ -324,7 +330,8 @@ impl RingKernelRuntime {
             })
         };
         self.check_running("subscribe a kernel")?;
-        if !self.has_kernel(instance) || !self.owns(topic) {
+        let is_open = instance.signals.gate.is_open();
+        if !is_open || !self.has_kernel(instance) || !self.owns(topic) {
             return refused("they are not of this runtime, or the kernel has been terminated");
         }
         if replies.is_some_and(|replies| !self.owns(replies)) {
