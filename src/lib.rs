@@ -43,15 +43,19 @@
 //! | [`Receiver::recv_timeout`] with [`WaitStrategy::Spin`] | no | no | no | the timeout |
 //! | [`Client::try_send`], [`try_recv`](Client::try_recv) | no | no | no ¹ | wait-free ¹ ² |
 //! | [`Client::recv_timeout`], [`call`](Client::call) with [`WaitStrategy::Spin`] | no | no | no ¹ | the timeout |
+//! | [`Publisher::publish`], [`Subscriber::try_recv`] | no | no | no ¹ | wait-free ³ |
+//! | [`Subscriber::recv_timeout`] with [`WaitStrategy::Spin`] | no | no | no | the timeout |
 //! | [`KernelHandle::send`], [`recv_timeout`](KernelHandle::recv_timeout) | no | one, uncontended | none while spinning ¹ | the timeout |
 //! | [`KernelHandle::call`] | no | one a direction, uncontended | none while spinning ¹ | the timeout |
 //! | [`launch`](RingKernelRuntime::launch), [`activate`](KernelHandle::activate), [`terminate`](KernelHandle::terminate) | yes | yes | yes | `termination_timeout` |
 //!
-//! ¹ To a kernel that spins. Waking a kernel that sleeps ([`WaitStrategy::Park`], or `Auto` on a machine without a core
+//! ¹ To a kernel, or a subscriber, that spins. Waking a kernel that sleeps ([`WaitStrategy::Park`], or `Auto` on a machine without a core
 //! for it) is one system call and takes the lock under its condition variable; likewise for a kernel that wakes callers.
 //!
 //! ² A client that finds the lanes in nobody's hands moves up to 64 messages each way, for all clients of its kernel, before it returns, and where
 //! credit is used up all the replies that lie in the kernel's rings; neither while a bridge spins ([`RuntimeConfig::bridge_wait`]).
+//!
+//! ³ For the only publisher of a topic. One of several is lock-free: it publishes what the others leave to it meanwhile.
 //!
 //! Messages whose own type allocates (a `Vec`) allocate when they are received by value; read in place they do not.
 //! Allocations and system calls are counted by `tests/hot_path.rs` (`nothing_is_allocated_per_message`,

@@ -43,8 +43,9 @@ impl<T: Errand> Errands<T> {
     /// Has the value do what the caller has just left for it: at once if nobody has it, else by whoever has.
     #[inline]
     pub(crate) fn leave(&self) {
-        // ORDERING: errands. Release pairs with the acquire in `run_once`: who sees the word sees the errand.
-        self.left.store(1, Ordering::Release);
+        // ORDERING: errands. Release pairs with the acquire in `run_once`: who sees the word sees the errand. An exchange, not a store, which
+        // would hide the errands of those who have said so before from whoever sees this word only.
+        self.left.swap(1, Ordering::Release);
         self.look_again();
     }
 
@@ -75,7 +76,7 @@ impl<T: Errand> Errands<T> {
         // ORDERING: errands. See `leave`. Before the errands are run: what comes meanwhile sets it again.
         self.left.swap(0, Ordering::Acquire);
         if held.run() {
-            self.left.store(1, Ordering::Release);
+            self.left.swap(1, Ordering::Release);
         }
     }
 }
@@ -86,16 +87,20 @@ mod model {
     use super::*;
     use loom::sync::Arc;
 
-    /// Boxes of those who leave errands, and what came of them.
+    /// What two threads have left so far, each in a place that it alone writes to, as a ring's producer does; and what came of it.
     struct Counter {
-        boxes: Arc<[AtomicU32; 2]>,
+        left: Arc<[AtomicU32; 2]>,
+        seen: [u32; 2],
         done: u32,
     }
 
     impl Errand for Counter {
         fn run(&mut self) -> bool {
-            for left in self.boxes.iter() {
-                self.done += left.swap(0, Ordering::Acquire);
+            for (left, seen) in self.left.iter().zip(&mut self.seen) {
+                // Relaxed: what makes it visible must be the word that something was left.
+                let now = left.load(Ordering::Relaxed);
+                self.done += now - *seen;
+                *seen = now;
             }
             false
         }
@@ -103,7 +108,7 @@ mod model {
 
     fn work(errands: &Errands<Counter>, own: &AtomicU32) {
         if errands.try_with(|counter| counter.done += 1).is_none() {
-            own.store(1, Ordering::Release);
+            own.store(1, Ordering::Relaxed);
             errands.leave();
         }
     }
@@ -113,15 +118,16 @@ mod model {
         let mut model = loom::model::Builder::new();
         model.preemption_bound = Some(3);
         model.check(|| {
-            let boxes = Arc::new([AtomicU32::new(0), AtomicU32::new(0)]);
+            let left = Arc::new([AtomicU32::new(0), AtomicU32::new(0)]);
             let errands = Arc::new(Errands::new(Counter {
-                boxes: Arc::clone(&boxes),
+                left: Arc::clone(&left),
+                seen: [0; 2],
                 done: 0,
             }));
             let threads: Vec<_> = (0..2)
                 .map(|own| {
-                    let (errands, boxes) = (Arc::clone(&errands), Arc::clone(&boxes));
-                    loom::thread::spawn(move || work(&errands, &boxes[own]))
+                    let (errands, left) = (Arc::clone(&errands), Arc::clone(&left));
+                    loom::thread::spawn(move || work(&errands, &left[own]))
                 })
                 .collect();
             // Somebody who only passes by, as a subscriber that comes or goes.

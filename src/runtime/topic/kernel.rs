@@ -175,8 +175,9 @@ impl Pump {
             match client.try_send(&address, |body| write_bytes(payload, body)) {
                 Ok(()) => (Step::Moved, Fate::Delivered),
                 Err(TrySendError::Full | TrySendError::Busy) => (Step::HeldUp, Fate::Kept),
+                // Neither type nor size can be wrong: both were looked at before.
                 Err(TrySendError::Rejected(_)) => {
-                    (Step::Moved, Fate::Lost(DeadLetterReason::Mismatch))
+                    (Step::Moved, Fate::Lost(DeadLetterReason::Corrupt))
                 }
                 // Looked at again the next time.
                 Err(TrySendError::Unavailable(_)) => (Step::HeldUp, Fate::Kept),

@@ -152,7 +152,7 @@ pub struct SubscriberStats {
     pub published: u64,
     /// Messages that it has received; of a kernel, those that became requests.
     pub delivered: u64,
-    /// Messages that were lost: its lane was full, or they were no valid archive, or its kernel refused them.
+    /// Messages that were lost: its lane was full, or they were no valid archive.
     pub dropped: u64,
     /// Messages that wait in its lane.
     pub queued: u64,

@@ -1,5 +1,6 @@
 //! Receiving what was published.
 
+use std::cell::Cell;
 use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -132,8 +133,9 @@ impl Drop for SubscriberLane {
 /// ```
 pub struct Subscriber<M> {
     lane: SubscriberLane,
-    /// A cell, so that it is not `Sync`; as a pointer to what it gives would be.
-    messages: PhantomData<(fn() -> M, std::cell::Cell<()>)>,
+    messages: PhantomData<fn() -> M>,
+    /// One thread's at a time, as a publisher is.
+    not_sync: PhantomData<Cell<()>>,
 }
 
 impl<M> fmt::Debug for Subscriber<M> {
@@ -150,6 +152,7 @@ impl<M> Subscriber<M> {
         Self {
             lane,
             messages: PhantomData,
+            not_sync: PhantomData,
         }
     }
 
