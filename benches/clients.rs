@@ -20,7 +20,7 @@ use lexopt::prelude::*;
 use ringkernel::error::TrySendError;
 use ringkernel::thread::affinity::{pin_current_thread, usable_cores};
 use ringkernel::thread::mailbox;
-use ringkernel::time::now_ns;
+use ringkernel::time::now_ns_ordered;
 use ringkernel::{
     Bytes, Client, ClientOptions, KernelHandle, LaunchOptions, RingKernelRuntime, RuntimeConfig,
     WaitStrategy,
@@ -131,9 +131,9 @@ fn exchanges(
         let mut payload = [0; 48];
         payload[..8].copy_from_slice(&message.to_ne_bytes());
         payload[40..].copy_from_slice(&message.to_ne_bytes());
-        let begin = now_ns();
+        let begin = now_ns_ordered();
         exchange(&payload, &mut reply)?;
-        let end = now_ns();
+        let end = now_ns_ordered();
         if reply != payload {
             return Err(format!("message {message} came back changed").into());
         }
@@ -591,17 +591,17 @@ fn contest(
                 let mut payload = [0; 48];
                 payload[..8].copy_from_slice(&number.to_ne_bytes());
                 payload[40..].copy_from_slice(&number.to_ne_bytes());
-                let begin = now_ns();
+                let begin = now_ns_ordered();
                 write(&payload);
-                let _ = writes.record((now_ns() - begin).max(1));
+                let _ = writes.record((now_ns_ordered() - begin).max(1));
             }
         });
         let mut last = [0; 8];
         let mut seen = 0;
         while seen < count {
-            let begin = now_ns();
+            let begin = now_ns_ordered();
             let found = read();
-            let took = now_ns() - begin;
+            let took = now_ns_ordered() - begin;
             let Some(payload) = found else {
                 spin_loop();
                 continue;

@@ -16,7 +16,7 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use lexopt::prelude::*;
 use ringkernel::thread::affinity::{pin_current_thread, usable_cores};
-use ringkernel::time::now_ns;
+use ringkernel::time::now_ns_ordered;
 use ringkernel::{
     BackendType, Bytes, KernelHandle, KernelRegistration, LaunchOptions, Receiver,
     RingKernelRuntime, RuntimeConfig, Sender, WaitStrategy,
@@ -272,9 +272,9 @@ fn round(config: &Config, measured: &mut Measured) -> Result<(), Failure> {
         for (index, bytes) in payload.chunks_exact_mut(8).enumerate() {
             bytes.copy_from_slice(&(message as u64 * 31 + index as u64).to_ne_bytes());
         }
-        let begin = now_ns();
+        let begin = now_ns_ordered();
         let length = measured.path.exchange(&payload, &mut reply)?;
-        let end = now_ns();
+        let end = now_ns_ordered();
         if reply[..length] != payload {
             return Err(format!("{}: message {message} came back changed", measured.name).into());
         }

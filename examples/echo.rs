@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
-use ringkernel::time::now_ns;
+use ringkernel::time::now_ns_ordered;
 use ringkernel::{Dim3, LaunchOptions};
 use support::{Failure, parse, report, runtime};
 
@@ -46,10 +46,10 @@ fn run() -> Result<(), Failure> {
             for (index, byte) in message.iter_mut().enumerate() {
                 *byte = (number as usize).wrapping_mul(31).wrapping_add(index) as u8;
             }
-            let begin = now_ns();
+            let begin = now_ns_ordered();
             sender.try_send_bytes(&message)?;
             let length = receiver.recv_bytes_timeout(&mut reply, TIMEOUT)?;
-            histogram.record((now_ns() - begin).max(1))?;
+            histogram.record((now_ns_ordered() - begin).max(1))?;
             if reply[..length] != message {
                 return Err(format!("message {number} came back changed").into());
             }

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use ringkernel::kernel::{saxpy_reply, saxpy_request};
-use ringkernel::time::now_ns;
+use ringkernel::time::now_ns_ordered;
 use ringkernel::{Dim3, LaunchOptions};
 use support::{Failure, parse, report, runtime};
 
@@ -57,9 +57,9 @@ fn run() -> Result<(), Failure> {
             *y = (index % 500) as f32;
         }
         let length = saxpy_request(a, &x, &y, &mut request).ok_or("the request does not fit")?;
-        let begin = now_ns();
+        let begin = now_ns_ordered();
         let length = kernel.call_bytes(&request[..length], &mut reply, TIMEOUT)?;
-        histogram.record((now_ns() - begin).max(1))?;
+        histogram.record((now_ns_ordered() - begin).max(1))?;
         let mut expected = x.iter().zip(&y).map(|(x, y)| a * x + y);
         if length != elements * 4 || !saxpy_reply(&reply[..length]).eq(&mut expected) {
             return Err(format!("message {number} came back wrong").into());

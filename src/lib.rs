@@ -37,17 +37,19 @@
 //!
 //! # The realtime promise
 //!
+//! Each cell links to the test that shows it.
+//!
 //! | call | allocates | locks | system calls | bound |
 //! |---|---|---|---|---|
-//! | [`Sender::try_send`], [`Receiver::try_recv`] | no | no | no ¹ | wait-free ¹ |
-//! | [`Receiver::recv_timeout`] with [`WaitStrategy::Spin`] | no | no | no | the timeout |
-//! | [`Client::try_send`], [`try_recv`](Client::try_recv) | no | no | no ¹ | wait-free ¹ ² |
-//! | [`Client::recv_timeout`], [`call`](Client::call) with [`WaitStrategy::Spin`] | no | no | no ¹ | the timeout |
-//! | [`Publisher::publish`], [`Subscriber::try_recv`] | no | no | no ¹ | wait-free ³ |
-//! | [`Subscriber::recv_timeout`] with [`WaitStrategy::Spin`] | no | no | no | the timeout |
-//! | [`KernelHandle::send`], [`recv_timeout`](KernelHandle::recv_timeout) | no | one, uncontended | none while spinning ¹ | the timeout |
-//! | [`KernelHandle::call`] | no | one a direction, uncontended | none while spinning ¹ | the timeout |
-//! | [`launch`](RingKernelRuntime::launch), [`activate`](KernelHandle::activate), [`terminate`](KernelHandle::terminate) | yes | yes | yes | `termination_timeout` |
+//! | [`Sender::try_send`], [`Receiver::try_recv`] | [no](#nothing_is_allocated_per_message) | [no](#no_system_call_is_made_per_message) | [no](#no_system_call_is_made_per_message) ¹ | [wait-free](#a_full_ring_gives_the_message_back_and_frees_its_slots) ¹ |
+//! | [`Receiver::recv_timeout`] with [`WaitStrategy::Spin`] | [no](#nothing_is_allocated_per_message) | [no](#no_system_call_is_made_per_message) | [no](#no_system_call_is_made_per_message) | [the timeout](#every_strategy_honours_its_timeout) |
+//! | [`Client::try_send`], [`try_recv`](Client::try_recv) | [no](#nothing_is_allocated_per_message_of_a_client) | [no](#no_system_call_is_made_per_message_of_a_client) | [no](#no_system_call_is_made_per_message_of_a_client) ¹ | [wait-free](#a_client_that_reads_nothing_holds_up_nobody) ¹ ² |
+//! | [`Client::recv_timeout`], [`call`](Client::call) with [`WaitStrategy::Spin`] | [no](#nothing_is_allocated_per_message_of_a_client) | [no](#no_system_call_is_made_per_message_of_a_client) | [no](#no_system_call_is_made_per_message_of_a_client) ¹ | [the timeout](#every_strategy_honours_its_timeout) |
+//! | [`Publisher::publish`], [`Subscriber::try_recv`] | [no](#nothing_is_allocated_per_message_of_a_topic) | [no](#no_system_call_is_made_per_message_of_a_topic) | [no](#no_system_call_is_made_per_message_of_a_topic) ¹ | [wait-free](#a_subscriber_that_stands_still_holds_up_nobody) ³ |
+//! | [`Subscriber::recv_timeout`] with [`WaitStrategy::Spin`] | [no](#nothing_is_allocated_per_message_of_a_topic) | [no](#no_system_call_is_made_per_message_of_a_topic) | [no](#no_system_call_is_made_per_message_of_a_topic) | [the timeout](#every_strategy_honours_its_timeout) |
+//! | [`KernelHandle::send`], [`recv_timeout`](KernelHandle::recv_timeout) | [no](#nothing_is_allocated_per_message) | [one, uncontended](#no_system_call_is_made_per_message) | [none while spinning](#no_system_call_is_made_per_message) ¹ | [the timeout](#every_strategy_honours_its_timeout) |
+//! | [`KernelHandle::call`] | [no](#nothing_is_allocated_per_message) | [one a direction, uncontended](#no_system_call_is_made_per_message) | [none while spinning](#no_system_call_is_made_per_message) ¹ | [the timeout](#every_strategy_honours_its_timeout) |
+//! | [`launch`](RingKernelRuntime::launch), [`activate`](KernelHandle::activate), [`terminate`](KernelHandle::terminate) | yes | yes | yes | [`termination_timeout`](#a_handler_that_never_returns_is_reported_in_time) |
 //!
 //! ¹ To a kernel, or a subscriber, that spins. Waking a kernel that sleeps ([`WaitStrategy::Park`], or `Auto` on a machine without a core
 //! for it) is one system call and takes the lock under its condition variable; likewise for a kernel that wakes callers.
@@ -58,11 +60,60 @@
 //! ³ For the only publisher of a topic. One of several is lock-free: it publishes what the others leave to it meanwhile.
 //!
 //! Messages whose own type allocates (a `Vec`) allocate when they are received by value; read in place they do not.
-//! Allocations and system calls are counted by `tests/hot_path.rs` (`nothing_is_allocated_per_message`,
-//! `no_system_call_is_made_per_message`, which would also see a lock that is contended). That endpoints take no lock at
-//! all follows from their code, which has none. The bounds are tested by the conformance suite (`tests/conformance/`:
-//! `a_full_ring_gives_the_message_back_and_frees_its_slots`, `terminate_wakes_blocked_senders_and_receivers`,
-//! `a_handler_that_never_returns_is_reported_in_time`, `terminate_wakes_clients`, `a_client_that_reads_nothing_holds_up_nobody`).
+//! No wait outlives what it waits for: [`terminate_wakes_blocked_senders_and_receivers`](#terminate_wakes_blocked_senders_and_receivers).
+//!
+//! ## The tests
+//!
+//! ### `nothing_is_allocated_per_message`
+//!
+//! `cargo test --test hot_path`: an allocator that counts, around handle, endpoints and the kernel's own thread; `…_in_a_pipeline` beside it for
+//! kernels that are connected.
+//!
+//! ### `nothing_is_allocated_per_message_of_a_client`
+//!
+//! `cargo test --test hot_path`: the same around clients that go past their lanes, through them, and by a bridge that spins; the bridge's thread
+//! included (`what_a_bridge_allocates_and_frees_is_counted`).
+//!
+//! ### `no_system_call_is_made_per_message`
+//!
+//! `cargo test --test hot_path -- --nocapture`: the process under `strace`, with 10^6 messages between two marks, and `getrusage` for its page
+//! faults. A lock that is contended would show as a `futex`. That endpoints take none at all follows from their code, which has none.
+//!
+//! ### `no_system_call_is_made_per_message_of_a_client`
+//!
+//! `cargo test --test hot_path -- --nocapture`: the same for clients, in all three ways.
+//!
+//! ### `nothing_is_allocated_per_message_of_a_topic`
+//!
+//! `cargo test --test hot_path`: the same around two publishers and lanes of every kind, full ones too; then with a kernel that subscribes.
+//!
+//! ### `no_system_call_is_made_per_message_of_a_topic`
+//!
+//! `cargo test --test hot_path -- --nocapture`: the same for topics.
+//!
+//! ### `a_subscriber_that_stands_still_holds_up_nobody`
+//!
+//! `cargo test --test topics`: one is stopped in the middle of taking a message, and publishing goes on.
+//!
+//! ### `a_full_ring_gives_the_message_back_and_frees_its_slots`
+//!
+//! In `tests/conformance/messages.rs`, on every backend: a call that finds no room, or nothing, returns at once.
+//!
+//! ### `a_client_that_reads_nothing_holds_up_nobody`
+//!
+//! In `tests/conformance/clients.rs`, on every backend: whatever other clients do, sending takes no longer.
+//!
+//! ### `every_strategy_honours_its_timeout`
+//!
+//! In `src/thread/wait.rs`, by which every blocking call waits.
+//!
+//! ### `terminate_wakes_blocked_senders_and_receivers`
+//!
+//! In `tests/conformance/life.rs`, on every backend; `terminate_wakes_clients` in `clients.rs`.
+//!
+//! ### `a_handler_that_never_returns_is_reported_in_time`
+//!
+//! In `tests/conformance/faults.rs`, on every backend.
 //!
 //! # Features
 //!

@@ -149,6 +149,26 @@ fn counter() -> u64 {
     ticks
 }
 
+/// As `counter`, after everything before it: a counter may be read out of order, before a load that precedes it has given its value.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+fn counter_ordered() -> u64 {
+    // Intel SDM volume 2, RDTSC: "LFENCE immediately before". AMD processors wait as well, with the setting that systems boot with
+    // (APM volume 3, LFENCE).
+    // SAFETY: SSE2 is part of the x86-64 baseline.
+    unsafe { core::arch::x86_64::_mm_lfence() };
+    counter()
+}
+
+#[cfg(target_arch = "aarch64")]
+#[inline]
+fn counter_ordered() -> u64 {
+    // Arm ARM, "Ordering of reads of the counters": a read may be early but for an ISB before it.
+    // SAFETY: a barrier has no preconditions. It may not be moved across memory accesses, so it says nothing of `nomem`.
+    unsafe { core::arch::asm!("isb", options(nostack)) };
+    counter()
+}
+
 fn instant_ticks() -> u64 {
     let base = *INSTANT_BASE.get_or_init(Instant::now);
     u64::try_from(base.elapsed().as_nanos()).unwrap_or(u64::MAX)
@@ -164,6 +184,16 @@ pub(crate) fn ticks() -> u64 {
     }
 }
 
+/// As `ticks`, but not before what precedes it has happened.
+#[inline]
+pub(crate) fn ticks_ordered() -> u64 {
+    match calibration().source {
+        #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+        Source::Counter => counter_ordered(),
+        Source::Instant => instant_ticks(),
+    }
+}
+
 /// Counter ticks as nanoseconds.
 #[inline]
 pub(crate) fn ticks_to_nanos(ticks: u64) -> u64 {
@@ -173,11 +203,22 @@ pub(crate) fn ticks_to_nanos(ticks: u64) -> u64 {
 /// Nanoseconds since the Unix epoch, from the counter: the wall clock as it was when the process first asked, advanced
 /// monotonically. Not corrected for later steps of the wall clock.
 ///
+/// The processor may read its counter before loads that precede the call have given their values: some ten nanoseconds early, for a line
+/// that another core has just written. To time what another thread did, use [`now_ns_ordered`].
+///
 /// Neither blocks, allocates nor calls the system after the first call, which takes 10 ms.
 #[inline]
 #[must_use]
 pub fn now_ns() -> u64 {
     epoch_ns(ticks())
+}
+
+/// As [`now_ns`], but read when everything before it has happened: the loads before it have given their values. Costs what these
+/// still take, and some 10 ns.
+#[inline]
+#[must_use]
+pub fn now_ns_ordered() -> u64 {
+    epoch_ns(ticks_ordered())
 }
 
 /// What [`now_ns`] said when the counter stood there, since the clock was calibrated.

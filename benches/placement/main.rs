@@ -21,7 +21,7 @@ use lexopt::prelude::*;
 use raw::{Flag, Graph, Launch, MESSAGE, Raw};
 use ringkernel::{
     BackendType, CudaConfig, CudaRingMemory, KernelHandle, LaunchOptions, RingKernelRuntime,
-    RuntimeConfig, time::now_ns,
+    RuntimeConfig, time::now_ns_ordered,
 };
 use serde_json::{Value, json};
 
@@ -114,7 +114,7 @@ impl Path {
             while last.elapsed() < gap {
                 std::hint::spin_loop();
             }
-            let begin = now_ns();
+            let begin = now_ns_ordered();
             match (&mut self.way, &mut endpoints) {
                 (Way::Flag(flag), _) => flag.exchange()?,
                 (Way::Launch(launch), _) => launch.exchange(&payload, &mut reply)?,
@@ -125,7 +125,7 @@ impl Path {
                 }
                 (Way::Ours(_), None) => return Err("no endpoints".into()),
             }
-            histogram.record((now_ns() - begin).max(1))?;
+            histogram.record((now_ns_ordered() - begin).max(1))?;
             if !matches!(self.way, Way::Flag(_)) && reply != payload {
                 return Err(format!("{}: message {message} came back changed", self.name).into());
             }

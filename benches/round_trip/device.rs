@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
-use ringkernel::{Dim3, KernelHandle, LaunchOptions, time::now_ns};
+use ringkernel::{Dim3, KernelHandle, LaunchOptions, time::now_ns_ordered};
 use serde_json::{Value, json};
 
 use crate::paths::{self, fill};
@@ -84,9 +84,9 @@ pub fn sharing(config: &Config) -> Result<Vec<Value>, Failure> {
             let (mut payload, mut reply) = ([0; 48], [0; 48]);
             for message in 0..messages {
                 fill(&mut payload, message as u64);
-                let begin = now_ns();
+                let begin = now_ns_ordered();
                 kernels[message % called].call_bytes(&payload, &mut reply, TIMEOUT)?;
-                histogram.record((now_ns() - begin).max(1))?;
+                histogram.record((now_ns_ordered() - begin).max(1))?;
                 if reply != payload {
                     return Err(format!("{name}: message {message} came back changed").into());
                 }

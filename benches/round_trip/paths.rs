@@ -10,7 +10,7 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use ringkernel::{
     Dim3, KernelHandle, LaunchOptions, RingKernelRuntime, WaitStrategy,
-    thread::affinity::pin_current_thread, time::now_ns,
+    thread::affinity::pin_current_thread, time::now_ns_ordered,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -70,9 +70,9 @@ impl<const N: usize> Meter<'_, N> {
         // The first tenth warms caches and branch predictors up and is not counted.
         for message in 0..self.messages + self.messages / 10 {
             fill(&mut payload, message as u64);
-            let begin = now_ns();
+            let begin = now_ns_ordered();
             exchange(&payload, &mut reply)?;
-            let end = now_ns();
+            let end = now_ns_ordered();
             if reply != payload {
                 return Err(format!("message {message} came back changed").into());
             }
@@ -81,7 +81,7 @@ impl<const N: usize> Meter<'_, N> {
             }
             if !self.gap.is_zero() {
                 let until = end + self.gap.as_nanos() as u64;
-                while now_ns() < until {
+                while now_ns_ordered() < until {
                     spin_loop();
                 }
             }

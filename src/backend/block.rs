@@ -16,7 +16,7 @@ use crate::kernel::{
 use crate::ring::{
     CURSOR_BYTES, Consumer, LINE_BYTES, Producer, RingLayout, RingParts, WriteCombining,
 };
-use crate::time::{Bracket, Deadline, now_ns};
+use crate::time::{Bracket, Deadline, now_ns_ordered};
 
 /// Looks at a device's answer before others get a chance to run: on a machine with few cores it may be they who give it. Some
 /// ten microseconds, which an answer over a bus takes.
@@ -380,7 +380,7 @@ impl BlockMemory {
     /// Asks the running device for its clock, and waits for the answer until the deadline.
     pub(crate) fn read_clock(&self, deadline: Deadline) -> Option<Bracket> {
         let header = self.trace_header()?;
-        let before_ns = now_ns();
+        let before_ns = now_ns_ordered();
         let number = self.control().ask_clock();
         let mut looks = 0_u32;
         while header.clock_answered() != number {
@@ -396,7 +396,7 @@ impl BlockMemory {
         Some(Bracket {
             before_ns,
             ticks: header.clock(),
-            after_ns: now_ns(),
+            after_ns: now_ns_ordered(),
         })
     }
 

@@ -19,6 +19,12 @@ use crate::time::Deadline;
 /// Between two attempts of the control plane to have the baton: whoever has it moves a few messages.
 const NAP: Duration = Duration::from_micros(20);
 
+/// Looks of a client whose time is up: some 50 us, longer than anybody who is running has the baton at a time.
+const TRIES: u32 = 1024;
+
+/// How long it waits beyond its timeout for somebody who was moved aside with the baton in hand, as callers by handle do for a side.
+const PATIENCE: Duration = Duration::from_micros(100);
+
 /// The lanes of one kernel, and who attends to them.
 pub(crate) struct Hub<P> {
     merger: Baton<Merger<P>>,
@@ -27,8 +33,10 @@ pub(crate) struct Hub<P> {
     crowded: AtomicBool,
     /// Whether the bridge is to look after it although its only client goes past the lane.
     wanted: AtomicBool,
-    /// Whether a client has gone whose lane is still there.
+    /// Whether a client has gone since the bridge last looked.
     closing: AtomicBool,
+    /// Whether a lane is still there whose client has gone, as the bridge last saw it.
+    leaving: AtomicBool,
 }
 
 impl<P> fmt::Debug for Hub<P> {
@@ -47,6 +55,7 @@ impl<P: Port> Hub<P> {
             crowded: AtomicBool::new(false),
             wanted: AtomicBool::new(false),
             closing: AtomicBool::new(false),
+            leaving: AtomicBool::new(false),
         }
     }
 
@@ -54,6 +63,18 @@ impl<P: Port> Hub<P> {
     #[inline]
     pub(crate) fn try_take(&self) -> Option<Held<'_, Merger<P>>> {
         self.merger.try_take()
+    }
+
+    /// The merger, if nobody else has it for long: for a client whose time is up.
+    pub(crate) fn take_soon(&self) -> Option<Held<'_, Merger<P>>> {
+        for _ in 0..TRIES {
+            if let Some(merger) = self.try_take() {
+                return Some(merger);
+            }
+            std::hint::spin_loop();
+        }
+        // Whoever has it is not running.
+        self.take_before(Deadline::after(PATIENCE))
     }
 
     /// The merger, for the control plane; `None` if it cannot be had before the deadline.
@@ -88,6 +109,8 @@ impl<P: Port> Hub<P> {
     pub(crate) fn use_lanes(&self, merger: &Merger<P>) {
         self.crowded.store(true, Ordering::SeqCst);
         merger.port().use_lanes();
+        // A bridge that is to spin begins now.
+        self.attention.bell.notify();
     }
 
     /// Whether messages go through the lanes.
@@ -106,7 +129,8 @@ impl<P: Port> Hub<P> {
     #[inline]
     pub(crate) fn call_bridge(&self) {
         if !self.is_crowded() {
-            self.wanted.store(true, Ordering::Relaxed);
+            // ORDERING: wanted. Pairs with `take` in `serve`: who clears it sees the message.
+            self.wanted.store(true, Ordering::Release);
         }
         self.attention.bell.notify();
     }
@@ -118,46 +142,62 @@ impl<P: Port> Hub<P> {
             merger.retire();
         }
         // In any case: a lane may be left, and with the last one the bridge lets go of the hub.
+        self.call_to_retire();
+    }
+
+    /// Has the bridge let go of lanes whose clients are gone.
+    pub(crate) fn call_to_retire(&self) {
+        // ORDERING: wanted. See `call_bridge`.
         self.closing.store(true, Ordering::Release);
         self.attention.bell.notify();
     }
 }
 
+/// Clears a flag; whether it was set.
+fn take(flag: &AtomicBool) -> bool {
+    // ORDERING: wanted. A read-modify-write: whoever sets the flag from now on does so after it.
+    flag.load(Ordering::Relaxed) && flag.swap(false, Ordering::AcqRel)
+}
+
 impl<P: Port + 'static> Station for Hub<P> {
     fn serve(&self) -> Service {
-        let is_closing = self.closing.load(Ordering::Acquire);
-        if !(self.is_crowded() || is_closing || self.wanted.load(Ordering::Relaxed)) {
+        let flags = [&self.wanted, &self.closing, &self.leaving];
+        let is_asked = flags.iter().any(|flag| flag.load(Ordering::Relaxed));
+        if !(is_asked || self.is_crowded()) {
             return Service::IDLE;
         }
         let Some(mut merger) = self.try_take() else {
             return Service::CONTENDED;
         };
+        // Before the lanes are looked at: who leaves something in one, or goes, from now on sets them again.
+        take(&self.wanted);
+        let is_closing = take(&self.closing) || self.leaving.load(Ordering::Relaxed);
         let moved = merger.pass();
-        if is_closing {
-            // Cleared first: a client that goes now sets it again.
-            self.closing.store(false, Ordering::Release);
-            if merger.retire() {
-                self.closing.store(true, Ordering::Release);
-            }
-        }
+        let is_any_left = is_closing && merger.retire();
+        self.leaving.store(is_any_left, Ordering::Relaxed);
         if merger.is_over() {
             return Service::DONE;
         }
-        let has_work = merger.has_work();
-        if !has_work {
-            self.wanted.store(false, Ordering::Relaxed);
+        let has_backlog = merger.has_any_backlog();
+        if has_backlog && !self.is_crowded() {
+            self.wanted.store(true, Ordering::Release);
         }
+        // While the kernel takes nothing there is nothing to be done; whoever changes that rings.
+        let is_active = merger.port().is_active();
         Service {
             moved,
-            is_waiting: has_work || is_closing,
-            is_crowded: self.is_crowded() && merger.port().is_active(),
+            is_waiting: is_active && (has_backlog || is_any_left),
+            is_crowded: is_active && self.is_crowded(),
             ..Service::IDLE
         }
     }
 
     fn is_ready(&self) -> bool {
+        if self.closing.load(Ordering::Relaxed) {
+            return true;
+        }
         if !(self.is_crowded() || self.wanted.load(Ordering::Relaxed)) {
-            return self.closing.load(Ordering::Relaxed);
+            return false;
         }
         // Whoever has it may have looked before the last message came.
         self.try_take().is_none_or(|mut merger| {

@@ -83,6 +83,9 @@ pub(crate) trait Port: Send {
 
     /// From now on replies go to lanes.
     fn use_lanes(&self);
+
+    /// Counts the lanes that the kernel has had, for their numbers; modulo 256.
+    fn next_generation(&self) -> u16;
 }
 
 /// Whose the requests are that a block has not settled yet.
@@ -107,6 +110,16 @@ enum Step {
     NoRoom,
 }
 
+/// What one turn of each lane came to.
+#[derive(Clone, Copy, Debug, Default)]
+struct Round {
+    moved: u32,
+    /// Whether a lane has requests left because its turn was over.
+    has_more: bool,
+    /// Whether any request was held up.
+    is_blocked: bool,
+}
+
 /// The lanes of one kernel.
 #[derive(Debug)]
 pub(crate) struct Merger<P> {
@@ -123,12 +136,12 @@ pub(crate) struct Merger<P> {
     outstanding: Box<[Outstanding]>,
     /// Most replies that can lie in the kernel's rings at a time.
     all_replies: u32,
-    /// Counts lanes, for their numbers.
-    generation: u16,
     /// Places of the lanes that replies were put into and whose clients have not been told.
     touched: [u64; MAX_LANES.div_ceil(64)],
     /// Whether clients may sleep.
     clients_park: bool,
+    /// Whether the requests in the lanes have been given back, because the kernel has ended.
+    gave_back: bool,
     /// Whether it has given the kernel's rings back, because there are no lanes any more.
     is_over: bool,
 }
@@ -159,9 +172,9 @@ impl<P: Port> Merger<P> {
             left: [0; LEVELS],
             outstanding,
             all_replies: capacity.saturating_mul(positions.len() as u32),
-            generation: 0,
             touched: [0; MAX_LANES.div_ceil(64)],
             clients_park,
+            gave_back: false,
             is_over: false,
         }
     }
@@ -188,8 +201,7 @@ impl<P: Port> Merger<P> {
     pub(crate) fn add(&mut self, mut lane: Box<Lane>) -> Option<u16> {
         let place = self.lanes.iter().position(Option::is_none)?;
         // The number tells apart whose place it was before.
-        self.generation = (self.generation + 1) & 0xff;
-        lane.number = (self.generation << 8) | (place as u16 + 1);
+        lane.number = (self.port.next_generation() << 8) | (place as u16 + 1);
         let number = lane.number;
         self.lanes[place] = Some(lane);
         self.order.push(place as u8);
@@ -209,14 +221,18 @@ impl<P: Port> Merger<P> {
         self.lane(number).is_some_and(Lane::has_any_request)
     }
 
+    /// Whether any lane has requests that have not been forwarded.
+    pub(crate) fn has_any_backlog(&mut self) -> bool {
+        let Self { lanes, order, .. } = self;
+        order.iter().any(|place| {
+            let lane = lanes[usize::from(*place)].as_deref_mut();
+            lane.is_some_and(Lane::has_any_request)
+        })
+    }
+
     /// Whether any lane has requests that the kernel could be given.
     pub(crate) fn has_work(&mut self) -> bool {
-        let Self { lanes, order, .. } = self;
-        self.port.is_active()
-            && order.iter().any(|place| {
-                let lane = lanes[usize::from(*place)].as_deref_mut();
-                lane.is_some_and(Lane::has_any_request)
-            })
+        self.port.is_active() && self.has_any_backlog()
     }
 
     /// Sends a request of this lane straight to the kernel: for a client that is alone and has none in its lane.
@@ -297,12 +313,16 @@ impl<P: Port> Merger<P> {
             if used & (1 << level) == 0 {
                 continue;
             }
-            let (count, blocked) = self.round(level, most - moved);
+            let Round {
+                moved: count,
+                has_more,
+                is_blocked,
+            } = self.round(level, most - moved);
             moved += count;
-            if count > 0 {
+            if count > 0 && (has_more || is_blocked || used >> level > 1) {
                 // Something more urgent may have come meanwhile.
                 level = LEVELS;
-            } else if blocked && may_settle {
+            } else if is_blocked && may_settle {
                 // Once a pass: it reads what the kernel writes with every message.
                 may_settle = false;
                 if self.settle() {
@@ -313,10 +333,10 @@ impl<P: Port> Merger<P> {
         moved
     }
 
-    /// One turn for each lane that has requests of this level. How many were moved, and whether any was held up.
-    fn round(&mut self, level: usize, most: u32) -> (u32, bool) {
+    /// One turn for each lane that has requests of this level.
+    fn round(&mut self, level: usize, most: u32) -> Round {
         let lanes = self.order.len();
-        let (mut moved, mut blocked) = (0, false);
+        let mut round = Round::default();
         for _ in 0..lanes {
             if self.left[level] == 0 {
                 let turn = &mut self.turn[level];
@@ -328,23 +348,30 @@ impl<P: Port> Merger<P> {
             while self.left[level] > 0 {
                 match self.forward(place, level) {
                     Step::Moved => {
-                        moved += 1;
+                        round.moved += 1;
                         self.left[level] -= 1;
+                        if self.left[level] == 0 {
+                            let lane = self.lanes[usize::from(place)].as_deref_mut();
+                            round.has_more |= lane.is_some_and(|lane| lane.has_request(level));
+                        }
                     }
                     // For nobody: the rest of its turn is still the lane's.
-                    Step::NoRoom => return (moved, true),
+                    Step::NoRoom => {
+                        round.is_blocked = true;
+                        return round;
+                    }
                     Step::None => self.left[level] = 0,
                     Step::HeldUp => {
-                        blocked = true;
+                        round.is_blocked = true;
                         self.left[level] = 0;
                     }
                 }
-                if moved == most {
-                    return (moved, blocked);
+                if round.moved == most {
+                    return round;
                 }
             }
         }
-        (moved, blocked)
+        round
     }
 
     #[inline]
@@ -382,7 +409,7 @@ impl<P: Port> Merger<P> {
         {
             self.port.lose_request(
                 DeadLetterReason::Expired,
-                &next.header,
+                &next.header.on_lane(number),
                 next.extension,
                 next.payload,
             );
@@ -407,7 +434,7 @@ impl<P: Port> Merger<P> {
             Err(_) if newest_only => {
                 self.port.lose_request(
                     DeadLetterReason::Full,
-                    &next.header,
+                    &next.header.on_lane(number),
                     next.extension,
                     next.payload,
                 );
@@ -488,9 +515,16 @@ impl<P: Port> Merger<P> {
         self.port.release(block);
     }
 
-    /// The block whose next reply belongs to this lane; replies of other lanes are routed on the way. Looks up to `polls` times.
+    /// The block whose next reply belongs to this lane; replies of other lanes are routed on the way, a bounded number of them, but as many as
+    /// there can be if it `looks_at_all`. Looks up to `polls` times.
     #[inline]
-    pub(crate) fn next_reply_of(&mut self, number: u16, polls: u32) -> Option<usize> {
+    pub(crate) fn next_reply_of(
+        &mut self,
+        number: u16,
+        polls: u32,
+        looks_at_all: bool,
+    ) -> Option<usize> {
+        let most = if looks_at_all { self.all_replies } else { PASS };
         let mut routed = 0;
         let found = loop {
             let Some(block) = self.port.next_reply(polls) else {
@@ -501,7 +535,7 @@ impl<P: Port> Merger<P> {
             }
             self.route_one(block);
             routed += 1;
-            if routed == PASS {
+            if routed == most {
                 break None;
             }
         };
@@ -555,8 +589,8 @@ impl<P: Port> Merger<P> {
         true
     }
 
-    /// Lets go of the lanes whose clients are gone and whose requests have all been settled, or never will be; with the last lane, of the
-    /// kernel's rings. Whether there are any left whose clients are gone.
+    /// Lets go of the lanes whose clients are gone and whose requests have all been settled, or never will be and have been given back; with
+    /// the last lane, of the kernel's rings. Whether there are any left whose clients are gone.
     pub(crate) fn retire(&mut self) -> bool {
         let closed = |lane: &Option<Box<Lane>>| lane.as_ref().is_some_and(|lane| lane.is_closed());
         if !self.lanes.iter().any(closed) {
@@ -564,6 +598,7 @@ impl<P: Port> Merger<P> {
         }
         self.settle();
         let ended = self.port.has_ended();
+        let gave_back = self.gave_back;
         let Self { lanes, order, .. } = self;
         let mut is_any_left = false;
         order.retain(|place| {
@@ -571,7 +606,9 @@ impl<P: Port> Merger<P> {
             let Some(lane) = slot.as_deref_mut().filter(|lane| lane.is_closed()) else {
                 return true;
             };
-            let is_done = ended || (lane.forwarded == lane.settled && !lane.has_any_request());
+            // What is in the lane of an ended kernel is on its accounts' way back.
+            let is_done =
+                (ended || lane.forwarded == lane.settled) && (gave_back || !lane.has_any_request());
             if is_done {
                 lane.shared.retired.store(true, Ordering::Release);
                 *slot = None;
@@ -593,6 +630,7 @@ impl<P: Port> Merger<P> {
         &mut self,
         mut give_back: impl FnMut(&P, u16, &MessageHeader, Option<Extension>, &[u8]),
     ) {
+        self.gave_back = true;
         for lane in self.lanes.iter_mut().flatten() {
             for level in (0..LEVELS).rev() {
                 // No more than there can be, whatever the client does meanwhile.

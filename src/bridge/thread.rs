@@ -29,6 +29,10 @@ const ROUNDS_PER_COMMAND: u32 = 64;
 /// ring has work for longer.
 const BLOCKED_NAP: Duration = Duration::from_micros(50);
 
+/// How often the nap may double while other threads do the work and nobody rings: 1.6 ms at most, as a thread that is moved aside with the
+/// work in hand may need to come back. Whoever leaves work for this thread rings.
+const DOUBLINGS: u32 = 5;
+
 /// How long a stop waits for the thread, which does nothing that blocks.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -206,6 +210,7 @@ impl Bridge {
             load: Arc::clone(&self.load),
             stations: Vec::with_capacity(MAX_STATIONS),
             wait,
+            naps: 0,
             permit: None,
             _lease: self.settings.core.map(CoreLease::of),
         };
@@ -291,6 +296,8 @@ struct Worker {
     load: Arc<LoadMeter>,
     stations: Vec<Arc<dyn Station>>,
     wait: WaitStrategy,
+    /// Naps in a row while other threads did the work and nobody rang.
+    naps: u32,
     /// Held while it spins by `Auto`, or because it was told to.
     permit: Option<SpinPermit>,
     _lease: Option<CoreLease>,
@@ -342,6 +349,7 @@ impl Worker {
             }
             if round.moved > 0 {
                 empty = 0;
+                self.naps = 0;
                 continue;
             }
             empty = empty.wrapping_add(1);
@@ -439,16 +447,18 @@ impl Worker {
         match wait.idle(empty) {
             IdleStep::Poll => {}
             // Another thread does the work, and may end any time: looked at again after a nap.
-            IdleStep::Sleep | IdleStep::SleepFor(_) => {
-                self.sleep(round.is_waiting || round.is_contended);
-            }
+            IdleStep::Sleep | IdleStep::SleepFor(_) => self.sleep(round),
         }
     }
 
-    fn sleep(&self, is_waiting: bool) {
+    fn sleep(&mut self, round: &Round) {
+        let is_waiting = round.is_waiting || round.is_contended;
         let interval = self.settings.poll_interval;
+        if round.is_waiting || !round.is_contended {
+            self.naps = 0;
+        }
         let longest = match (is_waiting, interval.is_zero()) {
-            (true, true) => BLOCKED_NAP,
+            (true, true) => BLOCKED_NAP * (1 << self.naps.min(DOUBLINGS)),
             (true, false) => interval,
             (false, _) => self.settings.sample_interval,
         };
@@ -461,7 +471,8 @@ impl Worker {
         let is_ready = !self.commands.is_empty()
             || (!is_waiting && self.stations.iter().any(|station| station.is_ready()));
         if !is_ready {
-            prepared.wait(longest);
+            let rung = prepared.wait(longest);
+            self.naps = if rung { 0 } else { self.naps + 1 };
             self.load.slept();
         }
     }

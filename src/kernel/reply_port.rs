@@ -41,7 +41,7 @@ pub(crate) struct ReplyPort<'a> {
     may_nap: bool,
     /// Position up to which replies have been written, modulo 2^32, wherever they went.
     produced: u32,
-    /// A quarter of the own reply ring less one: as often replies are routed to lanes although nobody waits for them.
+    /// A quarter of the own reply ring less one: so often it is asked whether replies are to be routed to lanes although nobody waits for them.
     due_mask: u32,
     /// Replies written and their payload bytes.
     pub(crate) replies: u64,
@@ -146,9 +146,17 @@ impl<'a> ReplyPort<'a> {
         let length = write(reservation.body_mut())?;
         reservation.commit(length).map_err(too_large)?;
         self.count(length);
-        self.signals
-            .reply_written(self.produced & self.due_mask == 0);
+        let is_due = self.produced & self.due_mask == 0 && self.is_half_full();
+        self.signals.reply_written(is_due);
         Ok(())
+    }
+
+    /// Whether nobody seems to fetch replies. Who does so gives slots back by the quarter ring.
+    #[cold]
+    fn is_half_full(&mut self) -> bool {
+        let capacity = self.producer.layout().capacity();
+        let unread = capacity - self.producer.free_slots(capacity);
+        2 * unread >= capacity
     }
 
     #[inline]

@@ -261,6 +261,10 @@ impl KernelSignals {
             self.lanes.reply_written(is_due);
         } else if self.callers_park {
             self.replied.notify();
+            // Looked at again, behind the fence of that: who has just begun to use lanes sleeps for another sign.
+            if self.lanes.in_use.load(Ordering::Relaxed) {
+                self.lanes.reply_written(is_due);
+            }
         }
     }
 }

@@ -2,11 +2,12 @@
 
 use std::fmt;
 use std::marker::PhantomData;
-use std::sync::Arc;
 use std::time::Duration;
 
-use super::client_lane::{ClientLane, Wanted};
+use super::client_inbox::Wanted;
+use super::client_lane::ClientLane;
 use super::client_options::ClientStats;
+use super::link::KernelLink;
 use super::receive::{read_reply, read_reply_bytes};
 use super::send::{Address, SendOptions, write_bytes, write_message};
 use crate::error::{CallError, RecvTimeoutError, SendTimeoutError, TryRecvError, TrySendError};
@@ -56,7 +57,7 @@ pub struct Client<Req, Resp> {
 impl<Req, Resp> fmt::Debug for Client<Req, Resp> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Client")
-            .field("kernel", &self.lane.instance)
+            .field("kernel", &self.lane.instance())
             .field("lane", &self.lane.number)
             .finish_non_exhaustive()
     }
@@ -76,7 +77,7 @@ impl<Req, Resp> Client<Req, Resp> {
     /// Name of the kernel.
     #[must_use]
     pub fn kernel(&self) -> &str {
-        &self.lane.instance.signals.name
+        &self.lane.instance().signals.name
     }
 
     /// Number of the client's lane, as handlers see it in a request's header; never 0.
@@ -145,8 +146,9 @@ impl<Req, Resp> Client<Req, Resp> {
     /// [`TryRecvError`], but never `Busy`. A message that `buffer` is too small for stays where it is.
     #[inline]
     pub fn try_recv_bytes(&mut self, buffer: &mut [u8]) -> Result<usize, TryRecvError> {
-        let read =
-            |header: &MessageHeader, payload: &[u8]| read_reply_bytes(buffer, header, payload);
+        let read = |_: &KernelLink, header: &MessageHeader, payload: &[u8]| {
+            read_reply_bytes(buffer, header, payload)
+        };
         Ok(self.lane.find(Wanted::ANY, 1, read)??)
     }
 
@@ -160,8 +162,9 @@ impl<Req, Resp> Client<Req, Resp> {
         buffer: &mut [u8],
         timeout: Duration,
     ) -> Result<usize, RecvTimeoutError> {
-        let read =
-            |header: &MessageHeader, payload: &[u8]| read_reply_bytes(buffer, header, payload);
+        let read = |_: &KernelLink, header: &MessageHeader, payload: &[u8]| {
+            read_reply_bytes(buffer, header, payload)
+        };
         Ok(self.lane.find_until(Wanted::ANY, timeout, read)??)
     }
 
@@ -181,7 +184,7 @@ impl<Req, Resp> Client<Req, Resp> {
             address,
             timeout,
             |body| write_bytes(request, body),
-            |header, payload| read_reply_bytes(reply, header, payload),
+            |_, header, payload| read_reply_bytes(reply, header, payload),
         )
     }
 }
@@ -235,7 +238,7 @@ impl<Req: RingMessage, Resp: RingMessage> Client<Req, Resp> {
     /// As [`send_timeout`](Self::send_timeout).
     #[inline]
     pub fn send(&mut self, message: &Req) -> Result<(), SendTimeoutError> {
-        let timeout = self.lane.instance.default_timeout;
+        let timeout = self.lane.instance().default_timeout;
         self.send_timeout(message, timeout)
     }
 
@@ -245,16 +248,21 @@ impl<Req: RingMessage, Resp: RingMessage> Client<Req, Resp> {
     /// [`TryRecvError`], but never `Busy`. A message of another type stays where it is.
     #[inline]
     pub fn try_recv(&mut self) -> Result<Resp, TryRecvError> {
-        let (kind, instance) = (self.reply_kind, Arc::clone(&self.lane.instance));
-        let read = |header: &MessageHeader, payload: &[u8]| {
+        self.try_find(Wanted::ANY)
+    }
+
+    #[inline]
+    pub(super) fn try_find(&mut self, wanted: Wanted) -> Result<Resp, TryRecvError> {
+        let kind = self.reply_kind;
+        let read = |link: &KernelLink, header: &MessageHeader, payload: &[u8]| {
             read_reply::<Resp>(
                 kind,
-                || instance.types.type_id_of(header.kind()),
+                || link.types.type_id_of(header.kind()),
                 header,
                 payload,
             )
         };
-        Ok(self.lane.find(Wanted::ANY, 1, read)??)
+        Ok(self.lane.find(wanted, 1, read)??)
     }
 
     /// Receives a reply, waiting for `timeout` at most. One that comes before the deadline is never missed.
@@ -263,16 +271,25 @@ impl<Req: RingMessage, Resp: RingMessage> Client<Req, Resp> {
     /// [`RecvTimeoutError`]. A message of another type stays where it is.
     #[inline]
     pub fn recv_timeout(&mut self, timeout: Duration) -> Result<Resp, RecvTimeoutError> {
-        let (kind, instance) = (self.reply_kind, Arc::clone(&self.lane.instance));
-        let read = |header: &MessageHeader, payload: &[u8]| {
+        self.find_until(Wanted::ANY, timeout)
+    }
+
+    #[inline]
+    pub(super) fn find_until(
+        &mut self,
+        wanted: Wanted,
+        timeout: Duration,
+    ) -> Result<Resp, RecvTimeoutError> {
+        let kind = self.reply_kind;
+        let read = |link: &KernelLink, header: &MessageHeader, payload: &[u8]| {
             read_reply::<Resp>(
                 kind,
-                || instance.types.type_id_of(header.kind()),
+                || link.types.type_id_of(header.kind()),
                 header,
                 payload,
             )
         };
-        Ok(self.lane.find_until(Wanted::ANY, timeout, read)??)
+        Ok(self.lane.find_until(wanted, timeout, read)??)
     }
 
     /// Receives a reply, waiting for `RuntimeConfig::default_timeout` at most.
@@ -281,7 +298,7 @@ impl<Req: RingMessage, Resp: RingMessage> Client<Req, Resp> {
     /// As [`recv_timeout`](Self::recv_timeout).
     #[inline]
     pub fn recv(&mut self) -> Result<Resp, RecvTimeoutError> {
-        let timeout = self.lane.instance.default_timeout;
+        let timeout = self.lane.instance().default_timeout;
         self.recv_timeout(timeout)
     }
 
@@ -293,13 +310,13 @@ impl<Req: RingMessage, Resp: RingMessage> Client<Req, Resp> {
     #[inline]
     pub fn call(&mut self, request: &Req, timeout: Duration) -> Result<Resp, CallError> {
         let address = self.plain_address();
-        let (kind, instance) = (self.reply_kind, Arc::clone(&self.lane.instance));
+        let kind = self.reply_kind;
         self.lane.call(
             address,
             timeout,
             |body| write_message(request, body),
-            |header, payload| {
-                let found = || instance.types.type_id_of(header.kind());
+            |link, header, payload| {
+                let found = || link.types.type_id_of(header.kind());
                 read_reply::<Resp>(kind, found, header, payload)
             },
         )

@@ -5,69 +5,40 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::calls::CALL_BIT;
+use super::client_inbox::{ClientInbox, Fit, Wanted};
 use super::client_options::{Backpressure, ClientOptions, ClientStats};
 use super::instance::KernelInstance;
+use super::link::KernelLink;
 use super::port::KernelPort;
-use super::receive::{Miss, WaitEnd, uselessness};
+use super::receive::{Miss, WaitEnd};
 use super::send::{Address, SendOptions, refused, until_sent};
 use crate::bridge::{ClientEnds, Hub, Outbox, Port};
 use crate::error::{CallError, MessageError, Rejection, SendTimeoutError, TrySendError};
-use crate::kernel::{DeadLetterReason, Lost};
+use crate::kernel::DeadLetterReason;
 use crate::message::{EXTENSION_BYTES, Extension, MessageHeader};
-use crate::ring::Peek;
+use crate::thread::{CallerStep, Waiter};
 use crate::time::Deadline;
 
-/// Which reply is looked for.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Wanted {
-    /// Correlation of a call; 0 for any reply that is no call's.
-    call: u32,
-}
-
-impl Wanted {
-    pub(super) const ANY: Self = Self { call: 0 };
-}
-
-/// What is to be done with a reply that was found in a ring.
+/// How much a look for a reply may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fit {
-    /// It is wanted.
-    Wanted,
-    /// It is for `recv`, and a call goes on looking.
-    Aside,
-    /// Its call has timed out, or had its reply.
-    Late,
-}
-
-impl Wanted {
-    #[inline]
-    fn fit(self, header: &MessageHeader) -> Fit {
-        let correlation = header.correlation();
-        if self.call != 0 {
-            match correlation {
-                own if own == self.call => Fit::Wanted,
-                other if other & CALL_BIT != 0 => Fit::Late,
-                _ => Fit::Aside,
-            }
-        } else if correlation & CALL_BIT != 0 {
-            Fit::Late
-        } else {
-            Fit::Wanted
-        }
-    }
+enum Effort {
+    /// No more than for the client itself.
+    Glance,
+    /// The client waits: it has the time to merge other clients' requests.
+    Waiting,
+    /// Its time is up. What the kernel has written it shall find, whoever is just moving messages.
+    Last,
 }
 
 /// A client but for the types of its messages.
 pub(super) struct ClientLane {
-    pub(super) instance: Arc<KernelInstance>,
     pub(super) hub: Arc<Hub<KernelPort>>,
     pub(super) number: u16,
-    ends: ClientEnds,
+    outbox: Outbox,
+    inbox: ClientInbox,
     pub(super) options: ClientOptions,
     /// Whether requests may lie in the lane that the kernel has not been given.
     is_dirty: bool,
-    /// Replies that a call put aside.
-    aside: usize,
     /// Whether it is one of those who route replies.
     is_watching: bool,
     /// Whether it is one of those who sleep until others do.
@@ -89,13 +60,12 @@ impl ClientLane {
         options: ClientOptions,
     ) -> Self {
         Self {
-            instance,
             hub,
             number,
-            ends,
+            outbox: ends.outbox,
+            inbox: ClientInbox::new(instance, ends.shared, ends.replies, ends.aside),
             options,
             is_dirty: false,
-            aside: 0,
             is_watching: false,
             is_asleep: false,
             calls: 0,
@@ -103,6 +73,10 @@ impl ClientLane {
             waited: 0,
             refused: 0,
         }
+    }
+
+    pub(super) fn instance(&self) -> &KernelInstance {
+        &self.inbox.instance
     }
 
     /// Address of a message that is sent without options.
@@ -118,7 +92,7 @@ impl ClientLane {
     }
 
     pub(super) fn stats(&self) -> ClientStats {
-        let shared = &self.ends.shared;
+        let shared = &self.inbox.shared;
         ClientStats {
             sent: self.direct + shared.pushed.get(),
             received: shared.delivered.get(),
@@ -137,21 +111,22 @@ impl ClientLane {
         address: &Address,
         write: impl FnOnce(&mut [u8]) -> Result<usize, Rejection>,
     ) -> Result<(), TrySendError> {
-        self.instance.signals.gate.check_send()?;
-        if address.has_deadline() && !self.instance.checks_deadlines && !self.hub.is_crowded() {
-            // Deadlines are looked at where lanes are merged, if not by the kernel.
-            match self.hub.try_take() {
-                Some(merger) => self.hub.use_lanes(&merger),
-                // Taken by whoever adds a client, or by the bridge, for nanoseconds.
-                None => return Err(TrySendError::Full),
-            }
+        self.inbox.instance.signals.gate.check_send()?;
+        // Deadlines are looked at where lanes are merged, if not by the kernel.
+        let needs_lane = address.has_deadline() && !self.inbox.instance.checks_deadlines;
+        if needs_lane
+            && !self.hub.is_crowded()
+            && let Some(merger) = self.hub.try_take()
+        {
+            self.hub.use_lanes(&merger);
         }
-        let extension = address.extension_now(&self.instance);
-        let route = address.route_in_lane(self.instance.blocks.len());
-        if let Outbox::Mailbox(_) = self.ends.outbox {
+        let extension = address.extension_now(&self.inbox.instance);
+        let route = address.route_in_lane(self.inbox.instance.blocks.len());
+        if let Outbox::Mailbox(_) = self.outbox {
             return self.replace(address, route, extension, write);
         }
-        if !self.hub.is_crowded()
+        if !needs_lane
+            && !self.hub.is_crowded()
             && let Some(mut merger) = self.hub.try_take()
         {
             if self.is_dirty {
@@ -183,18 +158,18 @@ impl ClientLane {
     ) -> Result<(), TrySendError> {
         let head = address.head().on_lane(route);
         let level = head.level();
-        let Outbox::Queues(queues) = &mut self.ends.outbox else {
+        let Outbox::Queues(queues) = &mut self.outbox else {
             return Err(TrySendError::Full);
         };
         if queues[level].free_slots(1) == 0 {
             self.hand_on(true);
         }
-        let Outbox::Queues(queues) = &mut self.ends.outbox else {
+        let Outbox::Queues(queues) = &mut self.outbox else {
             return Err(TrySendError::Full);
         };
-        let used = self.ends.shared.levels.load(Ordering::Relaxed);
+        let used = self.inbox.shared.levels.load(Ordering::Relaxed);
         if used & (1 << level) == 0 {
-            self.ends
+            self.inbox
                 .shared
                 .levels
                 .store(used | (1 << level), Ordering::Relaxed);
@@ -208,7 +183,7 @@ impl ClientLane {
             });
         match pushed {
             Ok(()) => {
-                self.ends.shared.pushed.add(1);
+                self.inbox.shared.pushed.add(1);
                 self.is_dirty = true;
                 self.hand_on(false);
             }
@@ -227,7 +202,7 @@ impl ClientLane {
         extension: Option<Extension>,
         write: impl FnOnce(&mut [u8]) -> Result<usize, Rejection>,
     ) -> Result<(), TrySendError> {
-        let Outbox::Mailbox(writer) = &mut self.ends.outbox else {
+        let Outbox::Mailbox(writer) = &mut self.outbox else {
             return Err(TrySendError::Full);
         };
         let letter = writer.buffer_mut();
@@ -245,21 +220,22 @@ impl ClientLane {
         letter.extension = extension;
         letter.length = length;
         // Counted before it can be taken.
-        self.ends.shared.pushed.add(1);
+        self.inbox.shared.pushed.add(1);
         if let Some(displaced) = writer.publish() {
-            self.ends.shared.displaced.add(1);
-            let lost = self.instance.lost(
+            self.inbox.shared.displaced.add(1);
+            let lost = self.inbox.instance.lost(
                 &displaced.header(),
                 displaced.extension,
                 displaced.payload(),
             );
-            self.instance
+            self.inbox
+                .instance
                 .signals
                 .dead_letters
                 .request(DeadLetterReason::Full, &lost);
         }
         // A mailbox has one level.
-        self.ends.shared.levels.store(u32::MAX, Ordering::Relaxed);
+        self.inbox.shared.levels.store(u32::MAX, Ordering::Relaxed);
         self.is_dirty = true;
         self.hand_on(false);
         Ok(())
@@ -316,9 +292,9 @@ impl ClientLane {
         if timeout.is_zero() {
             return Err(SendTimeoutError::Timeout);
         }
-        let refused = self.refused - 1;
+        let refused = self.refused.saturating_sub(1);
         self.waited += 1;
-        let instance = Arc::clone(&self.instance);
+        let instance = Arc::clone(&self.inbox.instance);
         let sent = until_sent(&instance, timeout, || self.try_send(address, &write));
         // One send that waited is not many that failed.
         self.refused = refused + u64::from(sent.is_err());
@@ -330,14 +306,13 @@ impl ClientLane {
         address: Address,
         timeout: Duration,
         write: impl Fn(&mut [u8]) -> Result<usize, Rejection>,
-        read: impl FnOnce(&MessageHeader, &[u8]) -> Result<R, MessageError>,
+        read: impl FnOnce(&KernelLink, &MessageHeader, &[u8]) -> Result<R, MessageError>,
     ) -> Result<R, CallError> {
         // 31 bits of a counter: an earlier call's reply that is late by 2^31 calls is taken for one in time.
         self.calls = self.calls.wrapping_add(1);
-        let wanted = Wanted {
-            call: CALL_BIT | self.calls,
-        };
-        let address = address.for_call(wanted.call);
+        let correlation = CALL_BIT | self.calls;
+        let wanted = Wanted::call(correlation);
+        let address = address.for_call(correlation);
         let mut left = timeout;
         match self.try_send(&address, &write) {
             Ok(()) => {}
@@ -362,17 +337,16 @@ impl ClientLane {
         &mut self,
         wanted: Wanted,
         timeout: Duration,
-        read: impl FnOnce(&MessageHeader, &[u8]) -> Result<R, MessageError>,
+        read: impl FnOnce(&KernelLink, &MessageHeader, &[u8]) -> Result<R, MessageError>,
     ) -> Result<Result<R, MessageError>, WaitEnd> {
         let mut read = Some(read);
-        match self.look(wanted, 1, &mut read) {
+        match self.look(wanted, 1, Effort::Glance, &mut read) {
             Err(Miss::Empty | Miss::Busy) if !timeout.is_zero() => {}
             Err(Miss::Empty | Miss::Busy) => return Err(WaitEnd::Timeout),
             Err(Miss::Unavailable(unavailable)) => return Err(WaitEnd::Unavailable(unavailable)),
             Ok(outcome) => return Ok(outcome),
         }
-        let instance = Arc::clone(&self.instance);
-        let mut waiter = instance.waiter(timeout);
+        let mut waiter = self.inbox.instance.waiter(timeout);
         if self.hub.is_crowded() {
             waiter = waiter.among_others();
         }
@@ -381,7 +355,8 @@ impl ClientLane {
             if !self.is_watching && self.hub.is_crowded() {
                 self.start_watching();
             }
-            match self.look(wanted, waiter.polls(), &mut read) {
+            let effort = if last { Effort::Last } else { Effort::Waiting };
+            match self.look(wanted, waiter.polls(), effort, &mut read) {
                 Ok(outcome) => break Ok(outcome),
                 Err(Miss::Unavailable(unavailable)) => {
                     break Err(WaitEnd::Unavailable(unavailable));
@@ -389,28 +364,38 @@ impl ClientLane {
                 Err(Miss::Empty | Miss::Busy) if last => break Err(WaitEnd::Timeout),
                 Err(Miss::Empty | Miss::Busy) => {}
             }
-            // In a crowd it is woken by whoever routes, alone by the kernel.
-            last = if self.is_watching {
-                let event = Arc::clone(&self.ends.shared.replied);
-                !waiter.pause(&event, || self.may_go_on())
-            } else {
-                !waiter.pause(&instance.signals.replied, || {
-                    self.hub.is_crowded() || self.may_have_reply()
-                })
+            last = match waiter.step() {
+                CallerStep::Poll => false,
+                CallerStep::Expired => true,
+                CallerStep::Sleep => !self.sleep(&mut waiter),
             };
         };
         if self.is_watching {
             self.is_watching = false;
-            let is_last = self.instance.signals.lanes.watch.leave();
+            let is_last = self.inbox.instance.signals.lanes.watch.leave();
             self.look_once_more(is_last);
         }
         end
     }
 
+    /// Sleeps until woken, unless there is a reply after all. False once the time is up.
+    fn sleep(&mut self, waiter: &mut Waiter) -> bool {
+        // In a crowd it is woken by whoever routes, alone by the kernel.
+        if self.is_watching {
+            let event = Arc::clone(&self.inbox.shared.replied);
+            waiter.sleep(&event, || self.may_go_on())
+        } else {
+            let instance = Arc::clone(&self.inbox.instance);
+            waiter.sleep(&instance.signals.replied, || {
+                self.hub.is_crowded() || self.may_have_reply()
+            })
+        }
+    }
+
     /// Routes replies from now on.
     #[inline]
     fn start_watching(&mut self) {
-        let watch = &self.instance.signals.lanes.watch;
+        let watch = &self.inbox.instance.signals.lanes.watch;
         if self.is_asleep {
             watch.wake_up();
         } else {
@@ -428,7 +413,14 @@ impl ClientLane {
         }
         match self.hub.try_take() {
             // Nobody else would notice what came in this very moment.
-            Some(mut merger) => merger.port_mut().has_reply() && merger.pass() > 0,
+            Some(mut merger) => {
+                let moved = merger.port_mut().has_reply() && merger.pass() > 0;
+                if merger.port_mut().has_reply() {
+                    // More than one pass moves.
+                    self.hub.call_bridge();
+                }
+                moved
+            }
             // Whoever has it may have looked before.
             None => {
                 self.hub.call_bridge();
@@ -441,11 +433,9 @@ impl ClientLane {
     fn may_go_on(&mut self) -> bool {
         self.is_watching = false;
         self.is_asleep = true;
-        let is_last = self.instance.signals.lanes.watch.fall_asleep();
+        let is_last = self.inbox.instance.signals.lanes.watch.fall_asleep();
         let moved = self.look_once_more(is_last);
-        moved
-            || !matches!(self.ends.replies.peek(), Peek::Empty)
-            || self.instance.signals.gate.check_receive().is_err()
+        moved || self.inbox.has_reply() || self.inbox.instance.signals.gate.check_receive().is_err()
     }
 
     /// A reply that is there, handed to `read`.
@@ -454,64 +444,54 @@ impl ClientLane {
         &mut self,
         wanted: Wanted,
         polls: u32,
-        read: impl FnOnce(&MessageHeader, &[u8]) -> Result<R, MessageError>,
+        read: impl FnOnce(&KernelLink, &MessageHeader, &[u8]) -> Result<R, MessageError>,
     ) -> Result<Result<R, MessageError>, Miss> {
-        self.look(wanted, polls, &mut Some(read))
+        self.look(wanted, polls, Effort::Glance, &mut Some(read))
     }
 
-    /// Looks for a reply, first among those put aside, then in the lane, then in the kernel's rings.
+    /// Looks for a reply, first among those put aside, then in the lane, then in the kernel's rings. Looks up to `polls` times.
     #[inline]
     fn look<R, F>(
         &mut self,
         wanted: Wanted,
         polls: u32,
+        effort: Effort,
         read: &mut Option<F>,
     ) -> Result<Result<R, MessageError>, Miss>
     where
-        F: FnOnce(&MessageHeader, &[u8]) -> Result<R, MessageError>,
+        F: FnOnce(&KernelLink, &MessageHeader, &[u8]) -> Result<R, MessageError>,
     {
-        if wanted.call == 0 && self.aside > 0 {
-            let consumer = &mut self.ends.aside.1;
-            if let Peek::Ready = consumer.peek() {
-                let Some(read) = read.take() else {
-                    return Err(Miss::Empty);
-                };
-                let outcome = read(consumer.header(), consumer.payload());
-                let is_taken = self.settle(wanted, &outcome, |lane| {
-                    let (aside, instance) = (&lane.ends.aside.1, &lane.instance);
-                    instance.lost(aside.header(), aside.extension(), aside.payload())
-                });
-                if is_taken {
-                    self.ends.aside.1.release();
-                    self.aside -= 1;
-                }
-                return Ok(outcome);
-            }
+        let Self { hub, inbox, .. } = self;
+        if let Some(outcome) = inbox.look_aside(wanted, read) {
+            return Ok(outcome);
         }
         // Looked at before everything else: what the kernel wrote until it ended is found below.
-        let ended = self.instance.signals.gate.check_receive();
-        let helps = !self.hub.is_attended() || ended.is_err();
-        if let Some(outcome) = self.look_in_lane(wanted, if helps { 1 } else { polls }, read) {
+        let ended = inbox.instance.signals.gate.check_receive();
+        let helps = !hub.is_attended() || ended.is_err() || effort == Effort::Last;
+        if let Some(outcome) = inbox.look_in_lane(wanted, if helps { 1 } else { polls }, read) {
             return Ok(outcome);
         }
         if !helps {
             return Err(Miss::Empty);
         }
-        let hub = Arc::clone(&self.hub);
-        let Some(mut merger) = hub.try_take() else {
-            // Whoever has it finds our replies too.
+        let taken = match effort {
+            Effort::Glance | Effort::Waiting => hub.try_take(),
+            Effort::Last => hub.take_soon(),
+        };
+        let Some(mut merger) = taken else {
             return Err(Miss::Empty);
         };
-        if self.is_dirty || hub.is_crowded() {
+        if self.is_dirty || effort != Effort::Glance && hub.is_crowded() {
             merger.merge_some();
             self.is_dirty = self.is_dirty && merger.has_backlog(self.number);
         }
         // With the baton in hand nobody puts anything into the lane; what is there was there first.
         loop {
-            if let Some(outcome) = self.look_in_lane(wanted, 1, read) {
+            if let Some(outcome) = inbox.look_in_lane(wanted, 1, read) {
                 return Ok(outcome);
             }
-            let Some(block) = merger.next_reply_of(self.number, polls) else {
+            let looks_at_all = effort == Effort::Last;
+            let Some(block) = merger.next_reply_of(self.number, polls, looks_at_all) else {
                 return match ended {
                     Ok(()) => Err(Miss::Empty),
                     Err(unavailable) => Err(Miss::Unavailable(unavailable)),
@@ -525,10 +505,10 @@ impl ClientLane {
             let Some(read) = read.take() else {
                 return Err(Miss::Empty);
             };
-            let outcome = read(header, payload);
-            let is_taken = self.settle(wanted, &outcome, |lane| {
+            let outcome = read(&inbox.instance, header, payload);
+            let is_taken = inbox.settle(wanted, &outcome, |inbox| {
                 let (header, extension, payload) = merger.port().reply(block);
-                lane.instance.lost(header, extension, payload)
+                inbox.instance.lost(header, extension, payload)
             });
             if is_taken {
                 merger.port_mut().release(block);
@@ -539,99 +519,16 @@ impl ClientLane {
         }
     }
 
-    /// A reply in the lane, handed to `read`. Those that are of no use are cleared away.
-    #[inline]
-    fn look_in_lane<R, F>(
-        &mut self,
-        wanted: Wanted,
-        polls: u32,
-        read: &mut Option<F>,
-    ) -> Option<Result<R, MessageError>>
-    where
-        F: FnOnce(&MessageHeader, &[u8]) -> Result<R, MessageError>,
-    {
-        let mut polls = polls;
-        loop {
-            let consumer = &mut self.ends.replies;
-            // The lane's rings are this process's own: what is there is what was put there.
-            let Peek::Ready = consumer.peek_spinning(polls) else {
-                return None;
-            };
-            polls = 1;
-            match wanted.fit(consumer.header()) {
-                Fit::Wanted => {
-                    let outcome = read.take()?(consumer.header(), consumer.payload());
-                    let is_taken = self.settle(wanted, &outcome, Self::lost_in_lane);
-                    if is_taken {
-                        self.ends.replies.release();
-                    }
-                    return Some(outcome);
-                }
-                Fit::Aside => self.put_aside(),
-                Fit::Late => {
-                    let lost = self.lost_in_lane();
-                    let letters = &self.instance.signals.dead_letters;
-                    letters.reply(DeadLetterReason::LateReply, &lost);
-                    self.ends.replies.release();
-                }
-            }
-        }
-    }
-
-    /// Moves the reply at hand from the lane to those put aside.
-    #[cold]
-    fn put_aside(&mut self) {
-        let consumer = &self.ends.replies;
-        let envelope = consumer.header().envelope(consumer.extension());
-        self.ends.aside.1.publish_cursor();
-        match self.ends.aside.0.try_push(&envelope, consumer.payload()) {
-            Ok(()) => self.aside += 1,
-            Err(_) => {
-                let lost = self.lost_in_lane();
-                let letters = &self.instance.signals.dead_letters;
-                letters.reply(DeadLetterReason::InboxFull, &lost);
-            }
-        }
-        self.ends.replies.release();
-    }
-
-    fn lost_in_lane(&self) -> Lost<'_> {
-        let consumer = &self.ends.replies;
-        self.instance
-            .lost(consumer.header(), consumer.extension(), consumer.payload())
-    }
-
-    /// Counts what was made of a reply; false if it is to stay where it is.
-    #[inline]
-    fn settle<'a, R>(
-        &'a self,
-        wanted: Wanted,
-        outcome: &Result<R, MessageError>,
-        lost: impl FnOnce(&'a Self) -> Lost<'a>,
-    ) -> bool {
-        match uselessness(outcome) {
-            None => self.ends.shared.delivered.add(1),
-            Some(DeadLetterReason::Mismatch) if wanted.call == 0 => return false,
-            Some(reason) => self
-                .instance
-                .signals
-                .dead_letters
-                .reply(reason, &lost(self)),
-        }
-        true
-    }
-
     /// Whether a client that is alone, about to sleep, should look once more instead.
     pub(super) fn may_have_reply(&mut self) -> bool {
-        if !matches!(self.ends.replies.peek(), Peek::Empty)
-            || self.instance.signals.gate.check_receive().is_err()
-        {
+        if self.inbox.instance.signals.gate.check_receive().is_err() {
             return true;
         }
         match self.hub.try_take() {
             // Whoever has it may just be handing something over.
             None => true,
-            Some(mut merger) => merger.port_mut().has_reply(),
+            // With the baton in hand, and not before: somebody may have routed the reply since.
+            Some(mut merger) => self.inbox.has_reply() || merger.port_mut().has_reply(),
         }
     }
 }
@@ -641,21 +538,16 @@ impl Drop for ClientLane {
     fn drop(&mut self) {
         if self.is_watching {
             // Only after a panic. Who sleeps is woken by the bridge, which is called below.
-            self.instance.signals.lanes.watch.leave();
+            self.inbox.instance.signals.lanes.watch.leave();
         }
-        let shared = &self.ends.shared;
-        self.instance.signals.lanes.remove_client(&shared.replied);
+        let shared = &self.inbox.shared;
+        self.inbox
+            .instance
+            .signals
+            .lanes
+            .remove_client(&shared.replied);
         shared.closed.store(true, Ordering::Release);
-        let letters = &self.instance.signals.dead_letters;
-        for consumer in [&mut self.ends.aside.1, &mut self.ends.replies] {
-            while let Peek::Ready = consumer.peek() {
-                let lost =
-                    self.instance
-                        .lost(consumer.header(), consumer.extension(), consumer.payload());
-                letters.reply(DeadLetterReason::Shutdown, &lost);
-                consumer.release();
-            }
-        }
+        self.inbox.give_up();
         self.hub.close_lane();
     }
 }

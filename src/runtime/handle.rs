@@ -792,6 +792,41 @@ mod tests {
         kernel
     }
 
+    /// Clients find out as well, and the bridge does not look at what does not go away again and again.
+    #[test]
+    fn a_bad_sequence_leaves_the_bridge_asleep() {
+        let config = crate::RuntimeConfig {
+            bridge_wait: crate::WaitStrategy::Park,
+            heartbeat_interval: Duration::from_millis(10),
+            ..crate::RuntimeConfig::default()
+        };
+        let runtime = RingKernelRuntime::builder().config(config).build().unwrap();
+        let kernel = echo(&runtime);
+        let mut clients = [kernel.client_bytes(), kernel.client_bytes()].map(Result::unwrap);
+        clients[0].try_send_bytes(b"ok").unwrap();
+        clients[0].try_send_bytes(b"bad").unwrap();
+        let begin = std::time::Instant::now();
+        while kernel.metrics().produced < 2 {
+            assert!(begin.elapsed() < LONG);
+        }
+        kernel.instance.blocks[0].overwrite_reply_word(1, 0, 17);
+        let mut buffer = [0; 64];
+        assert_eq!(clients[0].recv_bytes_timeout(&mut buffer, LONG), Ok(2));
+        for client in &mut clients {
+            assert_eq!(
+                client.recv_bytes_timeout(&mut buffer, LONG),
+                Err(RecvTimeoutError::Unavailable(Unavailable::Failed))
+            );
+        }
+        let bridge = runtime.bridge(0).unwrap();
+        let before = bridge.load().unwrap().sleeps;
+        let begin = std::time::Instant::now();
+        while bridge.load().unwrap().sleeps < before + 3 {
+            assert!(begin.elapsed() < LONG, "it does not sleep");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// What a device may get wrong in the header of a reply that it has published or is about to.
     #[test]
     fn a_reply_that_no_correct_kernel_writes_is_counted_and_quarantines() {

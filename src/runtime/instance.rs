@@ -279,9 +279,11 @@ impl KernelInstance {
             .iter()
             .map(|block| u64::from(block.control().dropped()))
             .sum();
-        let counts = letters.counts();
+        // In this order: what expired in a lane has its letter before it is counted.
         let in_lanes = self.lanes.totals().expired;
-        for _ in counts.corrupt_requests + counts.expired - in_lanes..refused {
+        let counts = letters.counts();
+        let known = (counts.corrupt_requests + counts.expired).saturating_sub(in_lanes);
+        for _ in known..refused {
             letters.request(DeadLetterReason::Corrupt, &Lost::default());
         }
         for (block, counter) in self.blocks.iter().zip(&*self.accepted) {
@@ -330,15 +332,17 @@ impl KernelInstance {
     /// Takes back what no kernel will see any more of what its clients had sent, and closes the lanes' accounts.
     fn give_lanes_back(&self, returned: &mut Vec<UndeliveredMessage>, requests: &mut MessageTally) {
         let before = returned.len();
-        if let Some(hub) = self.clients.lock().upgrade() {
+        let hub = self.clients.lock().upgrade();
+        if let Some(hub) = &hub {
             match hub.take_before(Deadline::after(self.termination_timeout)) {
                 Some(mut merger) => merger.give_back(|port, lane, header, extension, payload| {
-                    port.lose_request(DeadLetterReason::Shutdown, header, extension, payload);
+                    let on_lane = header.on_lane(lane);
+                    port.lose_request(DeadLetterReason::Shutdown, &on_lane, extension, payload);
                     returned.push(UndeliveredMessage {
                         kernel: self.signals.name.clone(),
                         // In a lane it says which block, if that matters.
                         block: u32::from(header.lane()).saturating_sub(1),
-                        header: header.on_lane(lane),
+                        header: on_lane,
                         extension,
                         payload: payload.to_vec(),
                     });
@@ -348,6 +352,8 @@ impl KernelInstance {
                     self.signals.name
                 ),
             }
+            // Lanes whose clients had gone before are of no use any more.
+            hub.call_to_retire();
         }
         let returned = (returned.len() - before) as u64;
         let dead_lettered = self.lanes.totals().dead();

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::client::Client;
+use super::client_inbox::Wanted;
 use super::client_options::ClientStats;
 use crate::error::{RecvTimeoutError, TryRecvError, TrySendError};
 use crate::message::RingMessage;
@@ -49,28 +50,42 @@ impl<Req: RingMessage, Resp: RingMessage> Latest<Req, Resp> {
     /// The newest reply of those that are there; the others are received and dropped. Does not wait.
     ///
     /// # Errors
-    /// [`TryRecvError`], if there is not a single one.
+    /// [`TryRecvError`]: there is none, or the newest is an error. One that is not of this type goes to the dead letters.
     #[inline]
     pub fn newest(&mut self) -> Result<Resp, TryRecvError> {
-        let mut newest = self.client.try_recv()?;
+        let mut newest = self.client.try_find(Wanted::ANY_OF_USE);
         // As many as there can be, so that a fast kernel cannot keep the caller here.
         for _ in 0..MOST_REPLIES {
-            match self.client.try_recv() {
-                Ok(newer) => newest = newer,
-                Err(_) => break,
+            if let Err(TryRecvError::Empty | TryRecvError::Busy | TryRecvError::Unavailable(_)) =
+                newest
+            {
+                break;
+            }
+            match self.client.try_find(Wanted::ANY_OF_USE) {
+                Err(TryRecvError::Empty | TryRecvError::Busy | TryRecvError::Unavailable(_)) => {
+                    break;
+                }
+                newer => newest = newer,
             }
         }
-        Ok(newest)
+        newest
     }
 
     /// As [`newest`](Self::newest), waiting for `timeout` at most until there is one.
     ///
     /// # Errors
-    /// [`RecvTimeoutError`].
+    /// [`RecvTimeoutError`]: as for `newest`.
     #[inline]
     pub fn newest_timeout(&mut self, timeout: Duration) -> Result<Resp, RecvTimeoutError> {
-        let first = self.client.recv_timeout(timeout)?;
-        Ok(self.newest().unwrap_or(first))
+        let first = self.client.find_until(Wanted::ANY_OF_USE, timeout);
+        if let Err(RecvTimeoutError::Timeout | RecvTimeoutError::Unavailable(_)) = first {
+            return first;
+        }
+        match self.newest() {
+            Ok(newest) => Ok(newest),
+            Err(TryRecvError::Message(error)) => Err(RecvTimeoutError::Message(error)),
+            Err(_) => first,
+        }
     }
 
     /// What it has done so far.

@@ -70,6 +70,8 @@ pub(crate) struct KernelLink {
 pub(super) struct Lanes {
     /// The highest number that a lane has had.
     highest: AtomicU32,
+    /// Counts lanes.
+    generation: AtomicU32,
     book: Mutex<LaneBook>,
 }
 
@@ -115,12 +117,32 @@ impl Lanes {
 
     pub(super) fn add(&self, number: u16, lane: Arc<LaneShared>) {
         self.highest.fetch_max(number.into(), Ordering::Relaxed);
-        self.book.lock().live.push(lane);
+        let mut book = self.book.lock();
+        book.settle();
+        book.live.push(lane);
+    }
+
+    /// Tells apart the lanes that follow one another in a place: 8 bits.
+    pub(super) fn next_generation(&self) -> u16 {
+        let before = self.generation.fetch_add(1, Ordering::Relaxed);
+        (before.wrapping_add(1) & 0xff) as u16
     }
 
     pub(super) fn totals(&self) -> LaneTotals {
         let mut book = self.book.lock();
-        let LaneBook { live, gone } = &mut *book;
+        book.settle();
+        let mut totals = book.gone;
+        for lane in &book.live {
+            totals.add(lane);
+        }
+        totals
+    }
+}
+
+impl LaneBook {
+    /// Closes the accounts of lanes that are gone.
+    fn settle(&mut self) {
+        let Self { live, gone } = self;
         live.retain(|lane| {
             let is_gone = lane.retired.load(Ordering::Acquire);
             if is_gone {
@@ -128,11 +150,6 @@ impl Lanes {
             }
             !is_gone
         });
-        let mut totals = *gone;
-        for lane in live {
-            totals.add(lane);
-        }
-        totals
     }
 }
 

@@ -4,6 +4,7 @@
 mod builder;
 mod calls;
 mod client;
+mod client_inbox;
 mod client_lane;
 mod client_options;
 mod clients;

@@ -175,6 +175,10 @@ impl Port for KernelPort {
         self.instance.signals.lanes.watch.is_unwatched()
     }
 
+    fn next_generation(&self) -> u16 {
+        self.instance.lanes.next_generation()
+    }
+
     fn use_lanes(&self) {
         let signals = &self.instance.signals;
         signals.lanes.in_use.store(true, Ordering::SeqCst);

@@ -26,6 +26,8 @@ pub(super) struct ReceiveSide {
     inbox_in: HostProducer,
     /// Messages in the inbox.
     inbox_depth: usize,
+    /// Whether a sequence has been found in a ring that no correct kernel writes.
+    is_corrupt: bool,
 }
 
 /// Marks endpoints of raw bytes.
@@ -83,6 +85,7 @@ impl ReceiveSide {
             inbox_in: inbox.0,
             inbox: inbox.1,
             inbox_depth: 0,
+            is_corrupt: false,
         }
     }
 
@@ -186,11 +189,16 @@ impl ReceiveSide {
         self.inbox_depth > 0 || self.has_reply()
     }
 
-    /// Whether a look at the rings would find anything.
+    /// Whether a look at the rings would find anything. What lies behind a bad sequence, which does not go away, it would not.
     pub(super) fn has_reply(&mut self) -> bool {
+        let is_corrupt = self.is_corrupt;
         self.replies
             .iter_mut()
-            .any(|consumer| !matches!(consumer.peek(), Peek::Empty))
+            .any(|consumer| match consumer.peek() {
+                Peek::Empty => false,
+                Peek::Ready | Peek::Corrupt(Corruption::Length { .. }) => true,
+                Peek::Corrupt(_) => !is_corrupt,
+            })
     }
 
     #[inline]
@@ -272,8 +280,10 @@ impl ReceiveSide {
                         );
                         self.skip_corrupt(link, block, &corruption.to_string());
                     }
+                    // Nothing behind a bad sequence can be trusted, and it does not go away.
+                    Peek::Corrupt(_) if self.is_corrupt => break,
                     Peek::Corrupt(corruption) => {
-                        // Nothing behind a bad sequence can be trusted, and it does not go away.
+                        self.is_corrupt = true;
                         link.quarantine(block, &format!("reply ring: {corruption}"));
                         break;
                     }

@@ -3,7 +3,9 @@
 //! Who finds it taken goes on with something else. That makes it no lock: it cannot block, and the holder needs to wake nobody.
 
 use crate::sync::{AtomicU32, Ordering, UnsafeCell};
+use std::cell::Cell;
 use std::fmt;
+use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
 const FREE: u32 = 0;
@@ -47,7 +49,10 @@ impl<T> Baton<T> {
         self.taken
             .compare_exchange(FREE, TAKEN, Ordering::Acquire, Ordering::Relaxed)
             .ok()
-            .map(|_| Held { baton: self })
+            .map(|_| Held {
+                baton: self,
+                one_thread: PhantomData,
+            })
     }
 }
 
@@ -55,6 +60,8 @@ impl<T> Baton<T> {
 #[derive(Debug)]
 pub(crate) struct Held<'a, T> {
     baton: &'a Baton<T>,
+    /// For one thread: `T` need not be `Sync`.
+    one_thread: PhantomData<Cell<()>>,
 }
 
 impl<T> Deref for Held<'_, T> {

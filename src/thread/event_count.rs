@@ -72,18 +72,18 @@ impl EventCount {
 }
 
 impl Prepared<'_> {
-    /// Sleeps until the next notification or for `timeout`. May return early for no reason.
-    pub(crate) fn wait(self, timeout: Duration) {
-        let guard = self.event.lock();
+    /// Sleeps until the next notification or for `timeout`. May return early for no reason. Whether there was a notification.
+    pub(crate) fn wait(self, timeout: Duration) -> bool {
+        let mut guard = self.event.lock();
         // One check is enough: an early return only makes the caller look at its condition again.
         if *guard == self.epoch {
-            drop(
-                self.event
-                    .changed
-                    .wait_timeout(guard, timeout)
-                    .unwrap_or_else(PoisonError::into_inner),
-            );
+            (guard, _) = self
+                .event
+                .changed
+                .wait_timeout(guard, timeout)
+                .unwrap_or_else(PoisonError::into_inner);
         }
+        *guard != self.epoch
     }
 }
 

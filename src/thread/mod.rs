@@ -31,4 +31,4 @@ pub use mailbox::{MailboxReader, MailboxWriter, mailbox};
 #[cfg(not(loom))]
 pub use wait::WaitStrategy;
 #[cfg(not(loom))]
-pub(crate) use wait::{IdleStep, KernelWait, POLLS_PER_STEP, Waiter};
+pub(crate) use wait::{CallerStep, IdleStep, KernelWait, POLLS_PER_STEP, Waiter};

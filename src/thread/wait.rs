@@ -19,6 +19,13 @@ const STEPS_BEFORE_YIELD: u32 = 32;
 /// Empty steps before `Park` sleeps, about as long as the wake-up that sleeping costs (5 us).
 const STEPS_BEFORE_PARK: u32 = 16;
 
+/// Empty steps before a caller among others asks whether it may go on spinning: 1 us, in which the reply of an idle CPU kernel comes.
+const STEPS_AMONG_OTHERS: u32 = 4;
+
+/// Times that a caller among others offers its core before it sleeps. A yield to nobody takes half a microsecond; one to another caller as long
+/// as that needs the core, and what comes meanwhile is found in one piece.
+const YIELDS_BEFORE_SLEEP: u32 = 64;
+
 /// Empty steps before `Auto` asks whether it may go on spinning: 50 to 100 us, an order of magnitude above a wake-up.
 const STEPS_BEFORE_AUTO: u32 = 256;
 
@@ -33,7 +40,8 @@ const STEPS_BEFORE_AUTO: u32 = 256;
 ///
 /// `Auto` for a kernel is decided at launch, for all blocks of its grid together: they spin if every one of them gets
 /// a core that no other spinning kernel of this process has, and one core is left for the callers. `Auto` for a caller
-/// is decided during each wait that lasts longer than some 50 us.
+/// is decided during each wait that lasts longer than some 50 us. A [`Client`](crate::Client) beside others asks after some 1 us, because others can do its work
+/// meanwhile; without a core it offers its own to them (`sched_yield`, up to 64 times) before it sleeps.
 ///
 /// The side that wakes a sleeper pays for it: `try_send` to a kernel that may park has a memory fence, and a system
 /// call if the kernel sleeps. To a kernel that spins it has neither.
@@ -116,7 +124,7 @@ pub(crate) struct Waiter {
 
 /// What a waiting caller does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum CallerStep {
+pub(crate) enum CallerStep {
     Poll,
     Sleep,
     Expired,
@@ -164,18 +172,21 @@ impl Waiter {
         match self.step() {
             CallerStep::Poll => true,
             CallerStep::Expired => false,
-            CallerStep::Sleep => {
-                let remaining = self.remaining();
-                if remaining.is_zero() {
-                    return false;
-                }
-                let prepared = event.prepare();
-                if !is_ready() {
-                    prepared.wait(remaining.min(self.longest_sleep));
-                }
-                true
-            }
+            CallerStep::Sleep => self.sleep(event, is_ready),
         }
+    }
+
+    /// What [`pause`](Self::pause) does when it is time to sleep.
+    pub(crate) fn sleep(&mut self, event: &EventCount, is_ready: impl FnOnce() -> bool) -> bool {
+        let remaining = self.remaining();
+        if remaining.is_zero() {
+            return false;
+        }
+        let prepared = event.prepare();
+        if !is_ready() {
+            prepared.wait(remaining.min(self.longest_sleep));
+        }
+        true
     }
 
     /// As [`pause`](Self::pause), for a condition that no notification announces: sleeps for at most `nap`.
@@ -209,8 +220,9 @@ impl Waiter {
             .map_or(self.timeout, Deadline::remaining)
     }
 
+    /// What follows after an empty step; passes the time itself, but for a sleep.
     #[inline]
-    fn step(&mut self) -> CallerStep {
+    pub(crate) fn step(&mut self) -> CallerStep {
         let Some(deadline) = self.deadline else {
             if self.timeout.is_zero() {
                 return CallerStep::Expired;
@@ -236,7 +248,7 @@ impl Waiter {
     #[inline]
     fn auto_step(&mut self) -> CallerStep {
         let steps = if self.is_among_others {
-            STEPS_BEFORE_PARK
+            STEPS_AMONG_OTHERS
         } else {
             STEPS_BEFORE_AUTO
         };
@@ -250,6 +262,9 @@ impl Waiter {
             SpinPermit::for_caller()
         };
         if self.permit.is_some() {
+            CallerStep::Poll
+        } else if self.is_among_others && self.steps < STEPS_AMONG_OTHERS + YIELDS_BEFORE_SLEEP {
+            std::thread::yield_now();
             CallerStep::Poll
         } else {
             CallerStep::Sleep

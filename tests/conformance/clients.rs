@@ -6,7 +6,8 @@ use std::thread;
 use std::time::Duration;
 
 use ringkernel::error::{
-    CallError, RecvTimeoutError, SendTimeoutError, TryRecvError, TrySendError, Unavailable,
+    CallError, MessageError, RecvTimeoutError, SendTimeoutError, TryRecvError, TrySendError,
+    Unavailable,
 };
 use ringkernel::kernel::{DeadLetter, DeadLetterReason};
 use ringkernel::{
@@ -879,4 +880,85 @@ pub fn a_failure_reaches_every_client<S: Subject>() {
         report.requests.adds_up() && report.replies.adds_up(),
         "{report}"
     );
+}
+
+/// The newest value waits in its lane while the kernel does, and is handled when that goes on, though nobody calls again.
+pub fn the_newest_value_survives_a_pause<S: Subject>() {
+    let handled = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&handled);
+    let slow = KernelRegistration::new("test.slow").cpu_handler(move |request, _| {
+        thread::sleep(Duration::from_millis(5));
+        seen.lock().unwrap().push(request.payload().to_vec());
+        Ok(())
+    });
+    let runtime = runtime_from(S::builder().register(slow));
+    let kernel = active(&runtime, "test.slow", small());
+    let mut newest = kernel
+        .client_bytes_with(ClientOptions {
+            backpressure: Backpressure::DropOldest,
+            ..ClientOptions::default()
+        })
+        .unwrap();
+    for round in 0..20 {
+        newest.try_send_bytes(b"first").unwrap();
+        // The handler is at the first one, and there is credit for one.
+        newest.try_send_bytes(b"second").unwrap();
+        kernel.deactivate().unwrap();
+        // The bridge comes by, and finds a kernel that takes nothing.
+        thread::sleep(Duration::from_millis(2));
+        kernel.activate().unwrap();
+        eventually("the second value", || {
+            handled.lock().unwrap().len() == 2 * (round + 1)
+        });
+    }
+}
+
+/// What a client sent before it went is on the accounts of a kernel that fails, whoever clears the lane away.
+pub fn what_a_client_left_behind_is_accounted_for<S: Subject>() {
+    let failing = KernelRegistration::new("test.failing").cpu_handler(|_, _| {
+        while !GATE_OPEN.load(Ordering::Acquire) {
+            thread::sleep(Duration::from_micros(100));
+        }
+        panic!("as it should")
+    });
+    let runtime = runtime_from(S::builder().register(failing));
+    let kernel = active(&runtime, "test.failing", small());
+    let mut client = kernel.client_bytes_with(laned(4)).unwrap();
+    for _ in 0..8 {
+        eventually("room", || client.try_send_bytes(b"x").is_ok());
+    }
+    eventually("a full lane", || client.stats().queued == 4);
+    let _open = Opened::new(&GATE_OPEN);
+    eventually("a failure", || {
+        client.try_send_bytes(b"x") == Err(TrySendError::Unavailable(Unavailable::Failed))
+    });
+    drop(client);
+    let report = runtime.complete_shutdown().unwrap();
+    assert_eq!(report.requests.accepted, 8, "{report}");
+    assert!(report.requests.adds_up(), "{report}");
+    assert_eq!(
+        (report.requests.dead_lettered, report.requests.returned),
+        (1, 7)
+    );
+}
+
+/// A reply of another type is in the way of no newer one.
+pub fn the_newest_reply_is_found_behind_one_of_another_type<S: Subject>() {
+    let runtime = runtime::<S>();
+    let kernel = active(&runtime, "test.add", LaunchOptions::default());
+    let mut latest = kernel.latest::<Add, Add>().unwrap();
+    let value = Add {
+        left: 1,
+        right: 2,
+        negate: false,
+    };
+    for _ in 0..3 {
+        latest.publish(&value).unwrap();
+        assert!(matches!(
+            latest.newest_timeout(LONG),
+            Err(RecvTimeoutError::Message(MessageError::TypeMismatch { .. }))
+        ));
+        assert_eq!(latest.newest(), Err(TryRecvError::Empty));
+    }
+    assert_eq!(letters(&runtime, DeadLetterReason::Mismatch).len(), 3);
 }

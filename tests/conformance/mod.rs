@@ -138,6 +138,8 @@ macro_rules! conformance {
                     lanes_get_their_turns_by_weight,
                     a_late_reply_to_a_client_becomes_a_dead_letter,
                     a_failure_reaches_every_client,
+                    the_newest_value_survives_a_pause,
+                    what_a_client_left_behind_is_accounted_for,
                 }
                 letters::{
                     a_late_reply_is_kept,
@@ -283,6 +285,7 @@ macro_rules! conformance {
                 a_call_of_a_client_puts_other_replies_aside,
                 a_client_that_reads_nothing_holds_up_nobody,
                 credit_comes_back_whatever_the_kernel_replies,
+                the_newest_reply_is_found_behind_one_of_another_type,
                 urgent_messages_overtake_at_the_merge,
                 without_room_a_client_does_what_its_policy_says,
                 the_newest_value_wins,

@@ -4,7 +4,7 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use ringkernel::time::{HlcTimestamp, now_ns};
+use ringkernel::time::{HlcTimestamp, now_ns, now_ns_ordered};
 use ringkernel::{
     Bytes, Hlc, KernelHandle, LaunchOptions, MessageTrace, Receiver, RingKernelRuntime,
     SendOptions, Sender,
@@ -121,11 +121,11 @@ pub fn a_trace_tells_when_a_message_was_sent_seen_and_done<S: Subject>() {
                 .then_some([correlation as u8; 16]),
             ..SendOptions::default()
         };
-        let before = now_ns();
+        let before = now_ns_ordered();
         sender.try_send_bytes_with(b"payload", &options).unwrap();
         let reply = receiver.recv_ref_timeout(LONG).unwrap();
         let sent = reply.extension().map(|extension| extension.timestamp_ns);
-        bounds.push((before, sent.filter(|sent| *sent != 0), now_ns()));
+        bounds.push((before, sent.filter(|sent| *sent != 0), now_ns_ordered()));
     }
     let traces = traces(&kernel, 100);
     assert_eq!(traces.len(), 100);

@@ -357,7 +357,10 @@ impl BlockLoop<'_> {
 
     #[inline]
     fn handle(&mut self) {
-        let begin = if self.setup.telemetry || self.tracer.is_some() {
+        let begin = if self.tracer.is_some() {
+            // Not before the message was there.
+            time::ticks_ordered()
+        } else if self.setup.telemetry {
             time::ticks()
         } else {
             0
@@ -397,7 +400,7 @@ impl BlockLoop<'_> {
                 self.requests.header().correlation(),
                 extension.as_ref(),
                 time::epoch_ns(begin),
-                time::now_ns(),
+                time::now_ns_ordered(),
             );
         }
     }

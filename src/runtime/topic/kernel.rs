@@ -13,8 +13,10 @@ use crate::bridge::{Service, Station};
 use crate::error::{MessageError, TrySendError};
 use crate::kernel::{DeadLetterReason, KernelState};
 use crate::message::{MessageHeader, RAW_KIND};
-use crate::runtime::client_lane::{ClientLane, Wanted};
+use crate::runtime::client_inbox::Wanted;
+use crate::runtime::client_lane::ClientLane;
 use crate::runtime::instance::KernelInstance;
+use crate::runtime::link::KernelLink;
 use crate::runtime::receive::Miss;
 use crate::runtime::send::write_bytes;
 use crate::thread::baton::Baton;
@@ -124,7 +126,7 @@ impl Pump {
         if replies.as_mut().is_some_and(|replies| !replies.has_room()) {
             return Step::HeldUp;
         }
-        let publish = |header: &MessageHeader, payload: &[u8]| {
+        let publish = |_: &KernelLink, header: &MessageHeader, payload: &[u8]| {
             if header.is_error() {
                 self.errors.fetch_add(1, Ordering::Relaxed);
             } else if let Some(replies) = replies.as_mut() {
