@@ -12,7 +12,7 @@ mod control;
 #[cfg(feature = "std")]
 pub use control::Error;
 
-/// Why a kernel does not take or give messages at the moment.
+/// Why a kernel or a topic does not take or give messages at the moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Unavailable {
@@ -35,6 +35,10 @@ pub enum Unavailable {
     Connected,
     /// The kernels of a call through a pipeline are connected no more, or never were.
     NotConnected,
+    /// The topic is closed: its runtime has shut down.
+    Closed,
+    /// The topic had publishers and has none any more. May change at any time.
+    NoPublisher,
 }
 
 impl fmt::Display for Unavailable {
@@ -49,6 +53,8 @@ impl fmt::Display for Unavailable {
             Self::Split => "the kernel's endpoints are split off",
             Self::Connected => "the kernel is connected to another one",
             Self::NotConnected => "the kernels are not connected",
+            Self::Closed => "the topic is closed",
+            Self::NoPublisher => "the topic has no publisher any more",
         })
     }
 }
@@ -281,10 +287,11 @@ channel_error! {
     TrySendError {
         /// Every slot is taken. May change at any time.
         Full => "the request ring is full",
-        /// Another thread holds the handle's sending side. Never returned by an exclusive endpoint.
+        /// Another thread holds the handle's sending side, or stands still in the middle of publishing to the topic. Never returned by an
+        /// exclusive endpoint of a kernel.
         Busy => "another thread is sending",
         @
-        /// The kernel takes nothing at the moment.
+        /// The kernel, or the topic, takes nothing at the moment.
         Unavailable(Unavailable),
         /// The message itself is refused.
         Rejected(Rejection),
@@ -324,10 +331,11 @@ channel_error! {
     TryRecvError {
         /// There is no message. May change at any time.
         Empty => "no message is waiting",
-        /// Another thread holds the handle's receiving side. Never returned by an exclusive endpoint.
+        /// Another thread holds the handle's receiving side, or a publisher makes room in a subscriber's lane. Never returned by an exclusive
+        /// endpoint of a kernel.
         Busy => "another thread is receiving",
         @
-        /// The kernel has ended. On request: every message it wrote has been received. By a failure: every message that
+        /// The topic gives nothing any more. Or the kernel has ended. On request: every message it wrote has been received. By a failure: every message that
         /// was there when it was found to have failed.
         Unavailable(Unavailable),
         /// The next message is not what was asked for.
@@ -341,7 +349,7 @@ channel_error! {
         /// No message came within the timeout.
         Timeout => "no message came within the timeout",
         @
-        /// The kernel has ended. On request: every message it wrote has been received. By a failure: every message that
+        /// The topic gives nothing any more. Or the kernel has ended. On request: every message it wrote has been received. By a failure: every message that
         /// was there when it was found to have failed.
         Unavailable(Unavailable),
         /// The next message is not what was asked for.

@@ -45,15 +45,19 @@
 //! | [`Receiver::recv_timeout`] with [`WaitStrategy::Spin`] | [no](#nothing_is_allocated_per_message) | [no](#no_system_call_is_made_per_message) | [no](#no_system_call_is_made_per_message) | [the timeout](#every_strategy_honours_its_timeout) |
 //! | [`Client::try_send`], [`try_recv`](Client::try_recv) | [no](#nothing_is_allocated_per_message_of_a_client) | [no](#no_system_call_is_made_per_message_of_a_client) | [no](#no_system_call_is_made_per_message_of_a_client) ¹ | [wait-free](#a_client_that_reads_nothing_holds_up_nobody) ¹ ² |
 //! | [`Client::recv_timeout`], [`call`](Client::call) with [`WaitStrategy::Spin`] | [no](#nothing_is_allocated_per_message_of_a_client) | [no](#no_system_call_is_made_per_message_of_a_client) | [no](#no_system_call_is_made_per_message_of_a_client) ¹ | [the timeout](#every_strategy_honours_its_timeout) |
+//! | [`Publisher::publish`], [`Subscriber::try_recv`] | [no](#nothing_is_allocated_per_message_of_a_topic) | [no](#no_system_call_is_made_per_message_of_a_topic) | [no](#no_system_call_is_made_per_message_of_a_topic) ¹ | [wait-free](#a_subscriber_that_stands_still_holds_up_nobody) ³ |
+//! | [`Subscriber::recv_timeout`] with [`WaitStrategy::Spin`] | [no](#nothing_is_allocated_per_message_of_a_topic) | [no](#no_system_call_is_made_per_message_of_a_topic) | [no](#no_system_call_is_made_per_message_of_a_topic) | [the timeout](#every_strategy_honours_its_timeout) |
 //! | [`KernelHandle::send`], [`recv_timeout`](KernelHandle::recv_timeout) | [no](#nothing_is_allocated_per_message) | [one, uncontended](#no_system_call_is_made_per_message) | [none while spinning](#no_system_call_is_made_per_message) ¹ | [the timeout](#every_strategy_honours_its_timeout) |
 //! | [`KernelHandle::call`] | [no](#nothing_is_allocated_per_message) | [one a direction, uncontended](#no_system_call_is_made_per_message) | [none while spinning](#no_system_call_is_made_per_message) ¹ | [the timeout](#every_strategy_honours_its_timeout) |
 //! | [`launch`](RingKernelRuntime::launch), [`activate`](KernelHandle::activate), [`terminate`](KernelHandle::terminate) | yes | yes | yes | [`termination_timeout`](#a_handler_that_never_returns_is_reported_in_time) |
 //!
-//! ¹ To a kernel that spins. Waking a kernel that sleeps ([`WaitStrategy::Park`], or `Auto` on a machine without a core
+//! ¹ To a kernel, or a subscriber, that spins. Waking a kernel that sleeps ([`WaitStrategy::Park`], or `Auto` on a machine without a core
 //! for it) is one system call and takes the lock under its condition variable; likewise for a kernel that wakes callers.
 //!
 //! ² A client that finds the lanes in nobody's hands moves up to 64 messages each way, for all clients of its kernel, before it returns, and where
 //! credit is used up all the replies that lie in the kernel's rings; neither while a bridge spins ([`RuntimeConfig::bridge_wait`]).
+//!
+//! ³ For the only publisher of a topic. One of several is lock-free: it publishes what the others leave to it meanwhile.
 //!
 //! Messages whose own type allocates (a `Vec`) allocate when they are received by value; read in place they do not.
 //! No wait outlives what it waits for: [`terminate_wakes_blocked_senders_and_receivers`](#terminate_wakes_blocked_senders_and_receivers).
@@ -78,6 +82,18 @@
 //! ### `no_system_call_is_made_per_message_of_a_client`
 //!
 //! `cargo test --test hot_path -- --nocapture`: the same for clients, in all three ways.
+//!
+//! ### `nothing_is_allocated_per_message_of_a_topic`
+//!
+//! `cargo test --test hot_path`: the same around two publishers and lanes of every kind, full ones too; then with a kernel that subscribes.
+//!
+//! ### `no_system_call_is_made_per_message_of_a_topic`
+//!
+//! `cargo test --test hot_path -- --nocapture`: the same for topics.
+//!
+//! ### `a_subscriber_that_stands_still_holds_up_nobody`
+//!
+//! `cargo test --test topics`: one is stopped in the middle of taking a message, and publishing goes on.
 //!
 //! ### `a_full_ring_gives_the_message_back_and_frees_its_slots`
 //!
@@ -155,9 +171,11 @@ pub use crate::{
     },
     runtime::{
         Backpressure, Bytes, Client, ClientOptions, ClientStats, Connection, ConnectionKind,
-        DrainReport, KernelHandle, KernelMetrics, KernelStatus, Latest, LifecycleState,
-        MessageTally, Received, Receiver, RingKernelRuntime, RuntimeBuilder, RuntimeConfig,
-        SendBatch, SendOptions, SendSlot, Sender, ShutdownReport,
+        DrainReport, KernelHandle, KernelMetrics, KernelStatus, KernelSubscription,
+        KernelSubscriptionStats, Latest, LifecycleState, MessageTally, Overflow, Publisher,
+        PublisherStats, Received, Receiver, RingKernelRuntime, RuntimeBuilder, RuntimeConfig,
+        SendBatch, SendOptions, SendSlot, Sender, ShutdownReport, Subscriber, SubscriberOptions,
+        SubscriberStats, Topic, TopicOptions, TopicStats,
     },
     thread::WaitStrategy,
     time::Hlc,

@@ -8,9 +8,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use ringkernel::error::TrySendError;
 use ringkernel::{
-    Bytes, Client, ClientOptions, KernelRegistration, LaunchOptions, RingKernelRuntime,
-    RuntimeConfig, WaitStrategy,
+    Bytes, Client, ClientOptions, KernelRegistration, LaunchOptions, Overflow, Publisher,
+    RingKernelRuntime, RuntimeConfig, SubscriberOptions, TopicOptions, WaitStrategy,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -351,6 +352,115 @@ fn clients_in_steady_state(way: Way, messages: u64, mark: impl Fn()) {
     assert_eq!(clients[0].is_direct(), way == Way::Direct);
 }
 
+/// Publishes a message, whatever the other publisher does.
+fn publish(publisher: &mut Publisher<Quote>, number: u64) {
+    let quote = Quote {
+        number,
+        bid: 100,
+        firm: true,
+    };
+    while let Err(error) = publisher.publish(&quote) {
+        assert_eq!(error, TrySendError::Busy);
+        std::hint::spin_loop();
+    }
+}
+
+/// `messages` of this thread through a topic with lanes of each kind, some of which are full all the time, after a warm-up, while another
+/// thread publishes too; `mark` is called when the steady state begins and when it ends. With a kernel that subscribes and publishes its
+/// replies, if that is wanted. Messages that were left to the other publisher.
+fn topics_in_steady_state(with_kernel: bool, messages: u64, mark: impl Fn()) -> u64 {
+    let runtime = spinning();
+    let topic = runtime
+        .topic::<Quote>("quotes", TopicOptions::default())
+        .unwrap();
+    let replies = runtime
+        .topic::<Quote>("replies", TopicOptions::default())
+        .unwrap();
+    let kernel = with_kernel.then(|| {
+        let options = LaunchOptions {
+            // Lest it starves the other threads.
+            wait: Some(WaitStrategy::Park),
+            ..LaunchOptions::default()
+        };
+        let kernel = runtime.launch("test.watched_echo", 1, 1, options).unwrap();
+        kernel.activate().unwrap();
+        let options = SubscriberOptions::default();
+        let subscription = runtime
+            .subscribe_kernel_publishing(&topic, &kernel, &replies, options)
+            .unwrap();
+        (kernel, subscription)
+    });
+    let lane = |capacity, overflow| SubscriberOptions {
+        capacity,
+        overflow,
+        ..SubscriberOptions::default()
+    };
+    let mut reading = [
+        lane(Some(64), Overflow::DropOldest),
+        lane(Some(64), Overflow::DropNewest),
+        lane(None, Overflow::Latest),
+    ]
+    .map(|options| topic.subscribe(options).unwrap());
+    // Nobody reads from these.
+    let full = [
+        lane(Some(2), Overflow::DropOldest),
+        lane(Some(2), Overflow::DropNewest),
+        lane(None, Overflow::Latest),
+    ]
+    .map(|options| topic.subscribe(options).unwrap());
+    let mut replied = replies.subscribe(SubscriberOptions::latest()).unwrap();
+    let (mut own, mut other) = (topic.publisher().unwrap(), topic.publisher().unwrap());
+    let end = AtomicBool::new(false);
+    let (begun, wait) = (AtomicBool::new(false), Duration::from_secs(60));
+    std::thread::scope(|scope| {
+        let publishing = scope.spawn(|| {
+            WATCHED.with(|watched| watched.set(true));
+            let mut number = 0;
+            while !end.load(Ordering::Acquire) {
+                publish(&mut other, number);
+                begun.store(true, Ordering::Release);
+                number += 1;
+            }
+            other.stats()
+        });
+        while !begun.load(Ordering::Acquire) {
+            std::hint::spin_loop();
+        }
+        let mut received = 0;
+        for phase in 0..2 {
+            let rounds = if phase == 0 { 1000 } else { messages };
+            if phase == 1 {
+                mark();
+            }
+            for number in 0..rounds {
+                publish(&mut own, number);
+                for subscriber in &mut reading {
+                    // The other publisher goes on all the time.
+                    subscriber.recv_timeout(wait).unwrap();
+                    received += 1;
+                    while subscriber.try_recv().is_ok() && received % 64 != 0 {
+                        received += 1;
+                    }
+                }
+                let _ = replied.try_recv();
+            }
+            if phase == 1 {
+                mark();
+            }
+        }
+        end.store(true, Ordering::Release);
+        let stats = publishing.join().unwrap();
+        assert!(received >= 3 * messages);
+        for lane in &full {
+            assert!(lane.stats().dropped > messages, "{lane:?}");
+        }
+        if let Some((_, subscription)) = &kernel {
+            assert!(subscription.stats().published > 0, "{subscription:?}");
+        }
+        own.stats().handed_over + stats.handed_over
+    })
+}
+
 /// Page faults of the process so far.
 #[cfg(target_os = "linux")]
 fn page_faults() -> i64 {
@@ -375,7 +485,24 @@ fn nothing_is_allocated_per_message_of_a_client() {
     }
 }
 
-/// Else the test above shows nothing about bridges.
+#[test]
+fn nothing_is_allocated_per_message_of_a_topic() {
+    let _one = one_at_a_time();
+    WATCHED.with(|watched| watched.set(true));
+    for with_kernel in [false, true] {
+        let before = ALLOCATIONS.load(Ordering::SeqCst);
+        topics_in_steady_state(with_kernel, 20_000, || {
+            COUNTING.fetch_xor(true, Ordering::SeqCst);
+        });
+        assert_eq!(
+            ALLOCATIONS.load(Ordering::SeqCst),
+            before,
+            "with a kernel: {with_kernel}"
+        );
+    }
+}
+
+/// Else the tests above show nothing about bridges.
 #[test]
 #[cfg(target_os = "linux")]
 fn what_a_bridge_allocates_and_frees_is_counted() {
@@ -408,6 +535,14 @@ const TRACED_ROUNDS: u64 = 125_000;
 #[cfg(target_os = "linux")]
 const TRACED_MESSAGES: u64 = 1_000_000_u64.next_multiple_of(WINDOW);
 
+/// Messages that one of two publishers of the traced run publishes, each to six subscribers.
+#[cfg(target_os = "linux")]
+const TRACED_PUBLISHED: u64 = 50_000;
+
+/// What the child below is told to run topics.
+#[cfg(target_os = "linux")]
+const TOPICS: &str = "Topics";
+
 /// Names the variable by which the test below tells its child what to run.
 #[cfg(target_os = "linux")]
 const TRACED: &str = "RINGKERNEL_TRACED";
@@ -432,6 +567,11 @@ fn traced_child() {
             faults.set((0, false));
         }
     };
+    if what == TOPICS {
+        let left = topics_in_steady_state(false, TRACED_PUBLISHED, mark);
+        println!("{left} messages were left to the other publisher");
+        return;
+    }
     match Way::ALL.iter().find(|way| what == *format!("{way:?}")) {
         Some(way) => clients_in_steady_state(*way, TRACED_MESSAGES, mark),
         None => steady_state(TRACED_ROUNDS, mark),
@@ -531,4 +671,22 @@ fn no_system_call_is_made_per_message_of_a_client() {
         }
         assert!(*faults <= FEW, "{way:?}: {faults} page faults");
     }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn no_system_call_is_made_per_message_of_a_topic() {
+    let _one = one_at_a_time();
+    let Some(states) = trace(TOPICS) else {
+        return;
+    };
+    let [(calls, faults)] = &states[..] else {
+        panic!("one steady state");
+    };
+    println!(
+        "{} system calls and {faults} page faults in {TRACED_PUBLISHED} messages",
+        calls.len()
+    );
+    assert!(calls.is_empty(), "{:?}", &calls[..calls.len().min(10)]);
+    assert!(*faults <= FEW, "{faults} page faults");
 }

@@ -87,7 +87,7 @@ impl LaneShared {
     }
 }
 
-/// A request in a mailbox.
+/// A message in a mailbox.
 #[derive(Debug)]
 pub(crate) struct Letter {
     pub(crate) head: Head,
@@ -98,7 +98,8 @@ pub(crate) struct Letter {
 }
 
 impl Letter {
-    fn new(bytes: usize) -> Self {
+    /// One with room for so many bytes of payload.
+    pub(crate) fn new(bytes: usize) -> Self {
         Self {
             head: Head::of_kind(0),
             extension: None,

@@ -16,7 +16,7 @@ use crate::thread::event_count::EventCount;
 use crate::thread::{CoreLease, IdleStep, KernelWait, SpinPermit, WaitStrategy, affinity};
 use crate::time::{self, Deadline};
 
-/// Kernels and connections that one bridge looks after at most.
+/// Kernels, connections and subscriptions of kernels that one bridge looks after at most.
 const MAX_STATIONS: usize = 1024;
 
 /// Commands that may wait for the thread.

@@ -64,6 +64,38 @@ pub enum Error {
         /// Why.
         reason: &'static str,
     },
+    /// The topic is there already, with other messages.
+    TopicMismatch {
+        /// The topic's name.
+        topic: String,
+        /// What it has, and what was asked for.
+        reason: String,
+    },
+    /// There are as many publishers, subscribers or topics as there may be.
+    TopicFull {
+        /// The topic's name.
+        topic: String,
+        /// What there are too many of.
+        what: &'static str,
+        /// How many there may be.
+        max: usize,
+    },
+    /// A publisher of the topic stands still in the middle of publishing.
+    TopicBusy {
+        /// The topic's name.
+        topic: String,
+        /// For how long it was waited for.
+        after: Duration,
+    },
+    /// The kernel cannot subscribe to the topic.
+    CannotSubscribe {
+        /// The topic's name.
+        topic: String,
+        /// The kernel's name.
+        kernel: String,
+        /// Why.
+        reason: &'static str,
+    },
     /// An option or configuration value is out of range.
     InvalidOption {
         /// Name of the option.
@@ -227,6 +259,24 @@ impl fmt::Display for Error {
             Self::CannotConnect { from, to, reason } => write!(
                 f,
                 "the replies of kernel '{from}' cannot become requests of kernel '{to}': {reason}"
+            ),
+            Self::TopicMismatch { topic, reason } => {
+                write!(f, "topic '{topic}' has other messages: {reason}")
+            }
+            Self::TopicFull { topic, what, max } => {
+                write!(f, "topic '{topic}': there are {max} {what} already")
+            }
+            Self::TopicBusy { topic, after } => write!(
+                f,
+                "topic '{topic}': a publisher stood still in the middle of publishing for {after:?}"
+            ),
+            Self::CannotSubscribe {
+                topic,
+                kernel,
+                reason,
+            } => write!(
+                f,
+                "kernel '{kernel}' cannot subscribe to topic '{topic}': {reason}"
             ),
             Self::InvalidOption { option, reason } => write!(f, "invalid {option}: {reason}"),
             Self::UnknownType { kernel, type_name } => {

@@ -25,15 +25,15 @@ pub enum DeadLetterReason {
     /// An uncorrelated reply that came while calls were pending and nobody received: the kernel's inbox, as large as
     /// its reply ring, was full.
     InboxFull,
-    /// A call's reply that the call could not take: of another type, or larger than its buffer.
+    /// A call's reply that the call could not take: of another type, or larger than its buffer; a kernel's reply that a topic could not take.
     Mismatch,
     /// A request whose deadline had passed before its handler saw it.
     Expired,
-    /// A request of a client that keeps only the newest one, replaced by a newer one or without room in its block's ring; a reply that
-    /// found its client's lane full (of a kernel that answers a request more than once).
+    /// A request of a client that keeps only the newest one, replaced by a newer one or without room in its block's ring; a message of a topic
+    /// that a subscriber's lane had no room for; a reply that found its client's lane full (of a kernel that answers a request more than once).
     Full,
-    /// A request that was still queued when its kernel ended, or a reply that nobody had received when its last handle went. The reports
-    /// count both as returned.
+    /// A request that was still queued when its kernel ended, a reply that nobody had received when its last handle went, or a message of a
+    /// topic that its subscriber had not received when it went. The reports count all of them as returned.
     Shutdown,
 }
 
@@ -63,11 +63,11 @@ impl fmt::Display for DeadLetterReason {
 /// A message that could not be delivered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeadLetter {
-    /// Name of the kernel instance that it was for, or from; cut after 64 bytes.
+    /// Name of the kernel instance that it was for, or from, or of the topic that it was published to; cut after 64 bytes.
     pub kernel: String,
     /// Why.
     pub reason: DeadLetterReason,
-    /// Whether it is a reply; a request otherwise.
+    /// Whether it is a reply; a request, or a topic's message, otherwise.
     pub is_reply: bool,
     /// Block of the kernel's grid, if it is known.
     pub block: Option<u32>,
@@ -125,7 +125,7 @@ pub struct DeadLetterCounts {
     pub mismatched: u64,
     /// [`DeadLetterReason::Expired`]; requests.
     pub expired: u64,
-    /// [`DeadLetterReason::Full`]; requests.
+    /// [`DeadLetterReason::Full`]; requests, and messages of topics.
     pub full_requests: u64,
     /// [`DeadLetterReason::Full`]; replies.
     pub full_replies: u64,

@@ -27,8 +27,8 @@ pub(crate) use control_block::CONTROL_VALUES;
 pub(crate) use control_block::NextRing;
 pub(crate) use control_block::{BlockState, HostCommands};
 pub use control_block::{CONTROL_BLOCK_BYTES, ControlBlock, DeviceLines, HostLine};
-pub(crate) use dead_letters::Lost;
 pub use dead_letters::{DeadLetter, DeadLetterCounts, DeadLetterQueue, DeadLetterReason};
+pub(crate) use dead_letters::{DeadLetters, Lost};
 #[cfg(feature = "cuda")]
 pub(crate) use device_code::CudaSource;
 pub use device_code::{CudaCode, MetalCode, PortableCode};

@@ -148,6 +148,10 @@ impl LaneWatch {
         for event in self.clients.lock().iter() {
             event.notify();
         }
+        // What carries messages to the kernel has to know as well.
+        if let Some(bell) = self.bell.get() {
+            bell.notify();
+        }
     }
 }
 

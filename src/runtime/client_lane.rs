@@ -520,7 +520,7 @@ impl ClientLane {
     }
 
     /// Whether a client that is alone, about to sleep, should look once more instead.
-    fn may_have_reply(&mut self) -> bool {
+    pub(super) fn may_have_reply(&mut self) -> bool {
         if self.inbox.instance.signals.gate.check_receive().is_err() {
             return true;
         }

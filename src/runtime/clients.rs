@@ -73,7 +73,8 @@ impl KernelHandle {
         Ok(Latest::new(self.client_with(options)?))
     }
 
-    fn lane(&self, options: ClientOptions) -> Result<ClientLane, Error> {
+    /// A client but for the types of its messages.
+    pub(super) fn lane(&self, options: ClientOptions) -> Result<ClientLane, Error> {
         let instance = &self.instance;
         let plan = LanePlan {
             capacity: options.checked_capacity()?,

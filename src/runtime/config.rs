@@ -36,7 +36,7 @@ pub struct RuntimeConfig {
     pub termination_timeout: Duration,
     /// How the thread of a device's bridge waits ([`RingBufferBridge`](crate::RingBufferBridge)). While it spins, clients leave the moving of
     /// messages between lanes and kernels to it; else those who wait for replies do so themselves. It only ever spins while several clients
-    /// share a kernel; with `Auto`, the default, if there is a core for it then.
+    /// share a kernel, or one is subscribed to a topic; with `Auto`, the default, if there is a core for it then.
     pub bridge_wait: WaitStrategy,
     /// The core that the bridges' threads run on; `None`, the default, lets them run on any that is not reserved.
     pub bridge_core: Option<usize>,

@@ -42,16 +42,16 @@ impl fmt::Display for LifecycleState {
     }
 }
 
-/// What became of the messages of one direction. `accepted = delivered + dead_lettered + returned`.
+/// What became of the messages of one direction, or of topics. `accepted = delivered + dead_lettered + returned`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MessageTally {
-    /// Requests that a send accepted; replies that a kernel wrote.
+    /// Requests that a send accepted; replies that a kernel wrote; messages that were published, counted once for each subscriber.
     pub accepted: u64,
-    /// Requests that a handler saw to its end; replies that a caller received.
+    /// Requests that a handler saw to its end; replies that a caller received; messages that a subscriber received.
     pub delivered: u64,
     /// Messages that could not be delivered; see [`DeadLetterCounts`](crate::kernel::DeadLetterCounts).
     pub dead_lettered: u64,
-    /// Requests given back in the report; replies that nobody has received yet.
+    /// Requests given back in the report; replies, and messages of topics, that nobody has received yet.
     pub returned: u64,
 }
 
@@ -94,6 +94,8 @@ pub struct ShutdownReport {
     pub requests: MessageTally,
     /// What became of the replies.
     pub replies: MessageTally,
+    /// What became of the messages of topics, up to the moment of the report: subscribers can still receive what they have.
+    pub topics: MessageTally,
     /// The requests counted as returned: accepted, but no handler saw them.
     pub returned: Vec<UndeliveredMessage>,
     /// What went wrong during the shutdown, if anything did.
@@ -118,6 +120,7 @@ impl fmt::Display for ShutdownReport {
         )?;
         tally(f, "requests", &self.requests)?;
         tally(f, "replies", &self.replies)?;
+        tally(f, "topics", &self.topics)?;
         for error in &self.errors {
             writeln!(f, "error: {error}")?;
         }

@@ -25,6 +25,7 @@ mod relay;
 mod replay;
 mod ring_kernel_runtime;
 mod send;
+mod topic;
 mod traces;
 
 pub use builder::RuntimeBuilder;
@@ -41,3 +42,7 @@ pub use pipeline::ConnectionKind;
 pub use receive::{Bytes, Received};
 pub use ring_kernel_runtime::RingKernelRuntime;
 pub use send::{SendBatch, SendOptions, SendSlot};
+pub use topic::{
+    KernelSubscription, KernelSubscriptionStats, Overflow, Publisher, PublisherStats, Subscriber,
+    SubscriberOptions, SubscriberStats, Topic, TopicOptions, TopicStats,
+};

@@ -16,6 +16,7 @@ use super::launch;
 use super::lifecycle::{DrainReport, LifecycleState, ShutdownReport};
 use super::metrics::KernelStatus;
 use super::pipeline::{self, Settling};
+use super::topic::Topics;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, BackendType, Device, DeviceInfo, ExecutionMode};
 use crate::bridge::{Bridge, BridgeSettings, RingBufferBridge};
@@ -67,6 +68,7 @@ pub struct RingKernelRuntime {
     dead_letters: Arc<DeadLetterQueue>,
     /// One a device that kernels were launched on.
     bridges: Mutex<BTreeMap<usize, Arc<Bridge>>>,
+    pub(super) topics: Topics,
     inner: Mutex<Inner>,
 }
 
@@ -147,6 +149,7 @@ impl RingKernelRuntime {
             prepared: Mutex::new(BTreeSet::new()),
             built: Instant::now(),
             bridges: Mutex::new(BTreeMap::new()),
+            topics: Topics::default(),
             inner: Mutex::new(Inner {
                 state: LifecycleState::Initializing,
                 kernels: Vec::new(),
@@ -161,7 +164,7 @@ impl RingKernelRuntime {
     }
 
     /// An open device, whose kernels' code is ready.
-    fn device(&self, index: usize) -> Result<Arc<dyn Device>, Error> {
+    pub(super) fn device(&self, index: usize) -> Result<Arc<dyn Device>, Error> {
         let device = self.devices.get(self.backend, index)?;
         if self.prepared.lock().insert(index) {
             let registry = self.registry.lock();
@@ -232,10 +235,14 @@ impl RingKernelRuntime {
         Ok(self.device(device)?.memory_in_use())
     }
 
-    /// The messages of its kernels that could not be delivered, and how many there were; also of those that have ended.
+    /// The messages of its kernels and topics that could not be delivered, and how many there were; also of kernels that have ended.
     #[must_use]
     pub fn dead_letters(&self) -> &DeadLetterQueue {
         &self.dead_letters
+    }
+
+    pub(super) fn letter_queue(&self) -> Arc<DeadLetterQueue> {
+        Arc::clone(&self.dead_letters)
     }
 
     /// The configuration as built.
@@ -406,6 +413,26 @@ impl RingKernelRuntime {
             .map(|instance| KernelHandle::new(Arc::clone(instance)))
     }
 
+    /// Fails once the runtime drains.
+    pub(super) fn check_running(&self, operation: &'static str) -> Result<(), Error> {
+        match self.state() {
+            LifecycleState::Initializing | LifecycleState::Running => Ok(()),
+            state => Err(Error::InvalidLifecycle {
+                state: state.name(),
+                operation,
+            }),
+        }
+    }
+
+    /// Whether a kernel is one of this runtime's, and has not been terminated.
+    pub(super) fn has_kernel(&self, instance: &Arc<KernelInstance>) -> bool {
+        let inner = self.inner.lock();
+        inner
+            .kernels
+            .iter()
+            .any(|other| Arc::ptr_eq(other, instance))
+    }
+
     /// Where the runtime is in its life.
     #[must_use]
     pub fn state(&self) -> LifecycleState {
@@ -420,8 +447,8 @@ impl RingKernelRuntime {
         self.inner.lock().advance(LifecycleState::Running, "start")
     }
 
-    /// Refuses new launches and messages, and waits until active kernels have handled all that they had accepted, at
-    /// most for `timeout`. Replies stay receivable. A drain cannot be undone; a second one waits again.
+    /// Refuses new launches and messages, and waits until active kernels have handled all that they had accepted, and what had been
+    /// published to topics that they subscribe to, at most for `timeout`. Replies, and messages of topics, stay receivable. A drain cannot be undone; a second one waits again.
     ///
     /// # Errors
     /// [`Error::InvalidLifecycle`] unless the runtime is running or draining.
@@ -442,6 +469,8 @@ impl RingKernelRuntime {
             // In this order, so that what a kernel has passed on is seen behind it.
             pipeline::upstream_first(&inner.kernels)
         };
+        // What was published before reaches the kernels that subscribe.
+        self.topics.drain(deadline);
         for kernel in &kernels {
             kernel.signals.gate.set_draining();
             kernel.bridge.attention.bell.notify();
@@ -467,7 +496,7 @@ impl RingKernelRuntime {
         })
     }
 
-    /// Terminates all kernels, joins their threads, and closes the accounts. Without a drain before it, queued requests
+    /// Closes all topics, terminates all kernels, joins their threads, and closes the accounts. Without a drain before it, queued requests
     /// come back in the report. Blocks for `termination_timeout` at most for each kernel whose handler does not
     /// return; what goes wrong is in the report's `errors`.
     ///
@@ -481,6 +510,7 @@ impl RingKernelRuntime {
         };
         // Not under the lock: status calls must not wait for a stuck handler.
         let mut errors = Vec::new();
+        self.topics.close(&mut errors);
         for kernel in &kernels {
             match kernel.terminate() {
                 Ok(()) => {}
@@ -500,6 +530,7 @@ impl RingKernelRuntime {
         let mut report = std::mem::take(&mut inner.totals);
         report.kernels = inner.launches;
         report.uptime = self.built.elapsed();
+        report.topics = self.topics.tally(&mut errors);
         report.errors = errors;
         log::info!("runtime stopped after {:?}", report.uptime);
         Ok(report)

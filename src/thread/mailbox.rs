@@ -134,11 +134,12 @@ impl<T: Send> MailboxReader<T> {
         Some(self.shared.buffers[self.index as usize].with_mut(|buffer| unsafe { &mut *buffer }))
     }
 
-    /// Whether there is a value to take. May become true at any time.
+    /// Whether there is a value to take. May become true at any time. If it is true, what the writer did before it published is visible.
     #[inline]
     #[must_use]
     pub fn is_pending(&self) -> bool {
-        self.shared.between.load(Ordering::Relaxed) & FRESH != 0
+        // ORDERING: mailbox. Pairs with the release in `MailboxWriter::publish`, for those who look at something else before they take.
+        self.shared.between.load(Ordering::Acquire) & FRESH != 0
     }
 }
 

@@ -5,6 +5,9 @@
 pub(crate) mod baton;
 // Under loom only its own model uses it.
 #[cfg_attr(loom, allow(dead_code))]
+pub(crate) mod errands;
+// Under loom only its own model uses it.
+#[cfg_attr(loom, allow(dead_code))]
 pub(crate) mod event_count;
 mod mailbox;
 // Under loom only its own model uses it.

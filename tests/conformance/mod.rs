@@ -14,6 +14,7 @@ pub mod pipelines;
 pub mod shared;
 pub mod sharing;
 pub mod time;
+pub mod topics;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -339,6 +340,12 @@ macro_rules! conformance {
                 bad_client_options_are_refused,
                 every_way_to_wait_serves_clients,
                 the_bridge_merges_for_those_who_do_not_wait,
+            }
+            topics::{
+                a_kernel_may_subscribe_to_a_topic,
+                what_a_kernel_does_not_take_waits_in_its_subscription,
+                a_drain_delivers_what_was_published,
+                typed_topics_go_to_kernels_of_their_types,
             }
             letters::{
                 what_is_queued_at_the_end_can_be_sent_again,
