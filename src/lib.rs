@@ -181,10 +181,13 @@ pub use crate::{
     time::Hlc,
 };
 
-// The merger's promises, checked over rings of the tests' own; the bridge itself is not built under loom.
+// The promises of mergers and of topics' lanes, checked over rings of the tests' own; bridge and runtime are not built under loom.
 #[cfg(all(test, loom))]
 #[path = "bridge/model.rs"]
 mod bridge_model;
+#[cfg(all(test, loom))]
+#[path = "runtime/topic/model.rs"]
+mod topic_model;
 #[cfg(all(test, loom))]
 extern crate self as ringkernel;
 #[cfg(all(test, loom))]
