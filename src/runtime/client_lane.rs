@@ -224,7 +224,7 @@ impl ClientLane {
         if let Some(displaced) = writer.publish() {
             self.inbox.shared.displaced.add(1);
             let lost = self.inbox.instance.lost(
-                &displaced.header(),
+                &displaced.header().on_lane(self.number),
                 displaced.extension,
                 displaced.payload(),
             );

@@ -63,7 +63,15 @@ impl Port for KernelPort {
     }
 
     fn has_room(&mut self) -> bool {
-        self.sides.as_mut().is_some_and(|(send, _)| send.has_room())
+        let Some((send, _)) = &mut self.sides else {
+            return false;
+        };
+        let has_room = send.has_room();
+        if !has_room {
+            // It may be a kernel's bad cursor that says so: that fails the kernel.
+            let _ = send.full(&self.instance);
+        }
+        has_room
     }
 
     #[inline]

@@ -301,7 +301,7 @@ impl SendSide {
 
     /// A ring that looks full because the kernel published an impossible cursor is a ring that cannot be trusted.
     #[cold]
-    fn full(&self, link: &KernelLink) -> TrySendError {
+    pub(super) fn full(&self, link: &KernelLink) -> TrySendError {
         if let Some(block) = self
             .producers
             .iter()
