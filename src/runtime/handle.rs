@@ -805,9 +805,8 @@ mod tests {
         let kernel = echo(&runtime);
         let mut clients = [kernel.client_bytes(), kernel.client_bytes()].map(Result::unwrap);
         clients[0].try_send_bytes(b"ok").unwrap();
-        clients[0].try_send_bytes(b"bad").unwrap();
         let begin = std::time::Instant::now();
-        while kernel.metrics().produced < 2 {
+        while kernel.metrics().produced < 1 {
             assert!(begin.elapsed() < LONG);
         }
         kernel.instance.blocks[0].overwrite_reply_word(1, 0, 17);
