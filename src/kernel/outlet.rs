@@ -272,9 +272,13 @@ impl Outlet {
     /// Adds what a device has passed on, and tells the next kernel of it if that may sleep.
     pub(crate) fn look(&self, last: &mut u64) {
         let accepted = self.accepted[0].get();
-        if std::mem::replace(last, accepted) != accepted && self.needs_wake {
+        if std::mem::replace(last, accepted) == accepted {
+            return;
+        }
+        if self.needs_wake {
             self.next.work[0].notify();
         }
+        self.next.request_written();
     }
 
     /// Lets the guest, if there is one, do something if it may have something to do.

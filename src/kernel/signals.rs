@@ -102,6 +102,8 @@ pub(crate) struct LaneWatch {
     pub(crate) watch: Watch,
     /// Whether replies go to lanes at all.
     pub(crate) in_use: AtomicBool,
+    /// Whether the bridge is told of requests: it carries the replies of a device, which says nothing of them.
+    pub(crate) tells_bridge: AtomicBool,
     /// What wakes the bridge.
     bell: OnceLock<Arc<EventCount>>,
     /// What wakes each client.
@@ -113,6 +115,7 @@ impl LaneWatch {
         Self {
             watch: Watch::new(),
             in_use: AtomicBool::new(false),
+            tells_bridge: AtomicBool::new(false),
             bell: OnceLock::new(),
             clients: Mutex::new(Vec::new()),
         }
@@ -251,6 +254,16 @@ impl KernelSignals {
     /// How the kernel failed, if it did.
     pub(crate) fn failure(&self) -> Option<KernelFailure> {
         self.failure.lock().clone()
+    }
+
+    /// Tells whoever has to look for it that there will be a reply, if the kernel will not.
+    #[inline]
+    pub(crate) fn request_written(&self) {
+        if self.lanes.tells_bridge.load(Ordering::Relaxed)
+            && let Some(bell) = self.lanes.bell.get()
+        {
+            bell.notify();
+        }
     }
 
     /// Tells callers of a reply that was just written, or handed over. `is_due` says that it is time to route replies to lanes even if

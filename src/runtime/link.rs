@@ -170,6 +170,11 @@ impl Drop for Waiting<'_> {
 }
 
 impl KernelLink {
+    /// Whether nobody is told of its replies.
+    pub(super) fn is_silent(&self) -> bool {
+        self.longest_sleep != Duration::MAX
+    }
+
     /// A wait of a caller, to be used for `timeout` at most.
     #[inline]
     pub(super) fn waiter(&self, timeout: Duration) -> Waiter {
@@ -183,6 +188,7 @@ impl KernelLink {
         if self.needs_wake {
             self.signals.work[block].notify();
         }
+        self.signals.request_written();
     }
 
     /// Counts a reply that has reached its caller.

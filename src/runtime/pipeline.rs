@@ -482,6 +482,8 @@ impl Exit {
         // From now on the kernel rings for the bridge.
         from.signals.lanes.watch.begin_carrying();
         from.signals.lanes.in_use.store(true, Ordering::SeqCst);
+        let tells_bridge = &from.signals.lanes.tells_bridge;
+        tells_bridge.store(from.is_silent(), Ordering::SeqCst);
         Self {
             relay,
             place: Some(place),

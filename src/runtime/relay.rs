@@ -6,7 +6,6 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -402,6 +401,10 @@ impl Relay {
             flow.at_hand = None;
             flow.given = 0;
             from.signals.lanes.in_use.store(false, Ordering::SeqCst);
+            from.signals
+                .lanes
+                .tells_bridge
+                .store(false, Ordering::SeqCst);
             from.signals.lanes.watch.end_carrying();
             *from.receive.lock() = Some(replies);
             from.receiver_split.store(false, Ordering::Release);
@@ -464,17 +467,21 @@ impl Relay {
         if gone != 0 {
             self.drop_targets(flow, |index, _| gone & (1 << index) != 0);
         }
-        // A device says nothing of its replies: as long as it owes some, somebody must look. Its kernel has no clients now.
-        let owes = from.longest_sleep != Duration::MAX && {
-            let (accepted, processed) = from.request_counts();
-            accepted > processed
-        };
         Service {
             moved,
-            is_waiting: is_full || gone != 0 || owes,
+            is_waiting: is_full || gone != 0 || owes_silently(from),
             is_crowded: from.state() == KernelState::Active,
             ..Service::IDLE
         }
+    }
+}
+
+/// Whether a kernel has requests of which it will not say that there are replies: a device says nothing of them, so that somebody must look.
+/// The kernel has no clients.
+fn owes_silently(from: &KernelInstance) -> bool {
+    from.is_silent() && {
+        let (accepted, processed) = from.request_counts();
+        accepted > processed
     }
 }
 
@@ -500,6 +507,7 @@ impl Station for Relay {
         // Whoever has it may have looked before the last reply came.
         let flow = self.flow.try_take();
         flow.is_none_or(|mut flow| flow.has_reply())
+            || self.from.upgrade().is_some_and(|from| owes_silently(&from))
     }
 
     fn sample(&self, _now_ns: u64) {

@@ -352,6 +352,7 @@ macro_rules! conformance {
                 letters_beyond_the_bound_are_counted,
                 replies_that_nobody_takes_are_kept,
             }
+            shared::{ a_bridge_that_sleeps_wakes_for_every_message }
             numbers::{
                 many_launches_leave_nothing_behind,
                 a_default_echo_takes_little_memory,

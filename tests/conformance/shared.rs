@@ -1,13 +1,14 @@
 //! Rings that two kernels share, and when they do not.
 
 use std::thread;
+use std::time::{Duration, Instant};
 
 use ringkernel::{
     ConnectionKind, KernelHandle, KernelRegistration, LaunchOptions, PortableCode,
-    RingKernelRuntime, ShaderCode,
+    RingKernelRuntime, RuntimeConfig, ShaderCode, WaitStrategy,
 };
 
-use super::{LONG, Subject, eventually, runtime, small};
+use super::{LONG, Subject, eventually, runtime, runtime_from, small};
 
 /// Messages that the bridge of a kernel's device has moved.
 fn carried(runtime: &RingKernelRuntime, kernel: &KernelHandle) -> u64 {
@@ -199,4 +200,32 @@ pub fn every_connection_is_carried<S: Subject>() {
     exchange(&a, &b, 100);
     eventually("the count", || carried(&runtime, &a) == 100);
     assert_eq!(connection.delivered(), 100);
+}
+
+/// A bridge that sleeps between messages is there for each of them, although a device says nothing of its replies.
+pub fn a_bridge_that_sleeps_wakes_for_every_message<S: Subject>() {
+    let config = RuntimeConfig {
+        bridge_wait: WaitStrategy::Park,
+        // Else it looks that often anyhow.
+        heartbeat_interval: LONG,
+        ..RuntimeConfig::default()
+    };
+    let runtime = runtime_from(S::builder_with(config));
+    let kernels = ["echo"; 4].map(|id| runtime.launch(id, 1, 1, small()).unwrap());
+    let [other, a, b, c] = &kernels;
+    for (from, to) in [(a, b), (b, c), (other, b)] {
+        runtime.connect(from, to).unwrap();
+    }
+    for kernel in &kernels {
+        kernel.activate().unwrap();
+    }
+    for message in 0..20_u32 {
+        // Long enough for it to fall asleep.
+        thread::sleep(Duration::from_millis(2));
+        let begin = Instant::now();
+        let mut buffer = [0; 4];
+        let length = a.call_bytes_through(c, &message.to_ne_bytes(), &mut buffer, LONG);
+        assert_eq!(length, Ok(4));
+        assert!(begin.elapsed() < LONG / 2, "{:?}", begin.elapsed());
+    }
 }
