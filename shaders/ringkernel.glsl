@@ -492,7 +492,10 @@ void rk_trace() {
         rk_d2h[slot + RK_TRACE_SEEN + 1u] = rk_seen_at.y;
         rk_d2h[slot + RK_TRACE_DONE] = rk_done_at.x;
         rk_d2h[slot + RK_TRACE_DONE + 1u] = rk_done_at.y;
-        for (uint word = 0u; word < 4u; word++) rk_d2h[slot + RK_TRACE_TRACE_ID + word] = id[word];
+        rk_d2h[slot + RK_TRACE_TRACE_ID] = id.x;
+        rk_d2h[slot + RK_TRACE_TRACE_ID + 1u] = id.y;
+        rk_d2h[slot + RK_TRACE_TRACE_ID + 2u] = id.z;
+        rk_d2h[slot + RK_TRACE_TRACE_ID + 3u] = id.w;
     }
     rk_store_in_order(slot + RK_TRACE_VERSION, version + 2u);
     if (rk_thread() == 0u) rk_d2h[rk_trace_header() + RK_TRACE_WRITTEN] = number + 1u;
@@ -861,6 +864,8 @@ void main() {
 #ifdef RK_TRACES
         // Before the request's slot is given back.
         if (rk_sampled) rk_trace();
+        // Nothing more may be looked at before the slice ends.
+        rk_sampled = false;
 #endif
         looks = 0u;
         stored = rk_position;

@@ -25,7 +25,8 @@ impl KernelHandle {
     /// # Errors
     /// [`Error::UnknownType`] if the kernel was not registered for one of the types; [`Error::InvalidOption`];
     /// [`Error::EndpointsBusy`] if the kernel's sides are split off, in use by another thread, or awaited by a pending call, and if there are
-    /// 255 clients already; [`Error::OutOfMemory`]; [`Error::InvalidLifecycle`] once the runtime has stopped.
+    /// 255 clients already; [`Error::DeviceBusy`] if the bridge looks after 1024 kernels and connections already; [`Error::Os`] if its thread
+    /// cannot be started; [`Error::OutOfMemory`]; [`Error::InvalidLifecycle`] once the runtime has stopped.
     pub fn client<Req: RingMessage, Resp: RingMessage>(&self) -> Result<Client<Req, Resp>, Error> {
         self.client_with(ClientOptions::default())
     }
