@@ -68,7 +68,7 @@ impl Producer {
 
     /// Goes on at this position, up to which somebody else has written meanwhile. False if that cannot be, as the consumer has not read so
     /// far: then nothing is known to be free.
-    #[cfg(feature = "std")]
+    #[cfg(all(feature = "std", not(loom)))]
     pub(crate) fn resume_at(&mut self, position: u32) -> bool {
         let capacity = self.slots.layout.capacity();
         // ORDERING: give-back. As in `reload_cursor`.
