@@ -197,8 +197,8 @@ impl Publisher<Bytes> {
     /// publish what the others leave to it. Neither allocates, locks nor (unless a subscriber sleeps) calls the system.
     ///
     /// # Errors
-    /// [`TrySendError::Rejected`] if they exceed the topic's `message_size`; [`TrySendError::Busy`] if another publisher stands still in the
-    /// middle of publishing, and this one has left 64 messages to it already; [`TrySendError::Unavailable`] once the runtime drains
+    /// [`TrySendError::Rejected`] if they exceed the topic's `message_size`; [`TrySendError::Busy`] if another publisher, or a subscriber that
+    /// comes, stands still with the topic in hand, and this one has left 64 messages to it already; [`TrySendError::Unavailable`] once the runtime drains
     /// (`Draining`) or has shut down (`Closed`). Nothing has been published then.
     #[inline]
     pub fn publish_bytes(&mut self, payload: &[u8]) -> Result<(), TrySendError> {
@@ -225,8 +225,8 @@ impl<M: RingMessage> Publisher<M> {
     /// publish what the others leave to it. Neither allocates, locks nor (unless a subscriber sleeps) calls the system.
     ///
     /// # Errors
-    /// [`TrySendError::Rejected`] if it exceeds the topic's `message_size`; [`TrySendError::Busy`] if another publisher stands still in the
-    /// middle of publishing, and this one has left 64 messages to it already; [`TrySendError::Unavailable`] once the runtime drains
+    /// [`TrySendError::Rejected`] if it exceeds the topic's `message_size`; [`TrySendError::Busy`] if another publisher, or a subscriber that
+    /// comes, stands still with the topic in hand, and this one has left 64 messages to it already; [`TrySendError::Unavailable`] once the runtime drains
     /// (`Draining`) or has shut down (`Closed`). Nothing has been published then.
     #[inline]
     pub fn publish(&mut self, message: &M) -> Result<(), TrySendError> {
