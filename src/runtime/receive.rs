@@ -675,6 +675,12 @@ pub(super) fn read_reply_bytes(
     if header.is_error() {
         return Err(MessageError::Handler(HandlerError::decode(payload)));
     }
+    copy_payload(payload, buffer)
+}
+
+/// Copies a payload; its length.
+#[inline]
+pub(super) fn copy_payload(payload: &[u8], buffer: &mut [u8]) -> Result<usize, MessageError> {
     let length = payload.len();
     buffer
         .get_mut(..length)

@@ -13,6 +13,7 @@ use super::options::{SubscriberOptions, SubscriberStats};
 use crate::error::{Error, MessageError, RecvTimeoutError, TryRecvError, Unavailable};
 use crate::kernel::DeadLetterReason;
 use crate::message::RingMessage;
+use crate::runtime::receive::copy_payload;
 use crate::thread::event_count::EventCount;
 use crate::thread::{WaitStrategy, Waiter};
 
@@ -184,7 +185,7 @@ impl<M> Subscriber<M> {
     /// to copy it; [`TryRecvError::Unavailable`]; [`TryRecvError::Message`] if `buffer` is too small: the message stays where it is.
     #[inline]
     pub fn try_recv_bytes(&mut self, buffer: &mut [u8]) -> Result<usize, TryRecvError> {
-        let mut read = |payload: &[u8]| copy(payload, buffer);
+        let mut read = |payload: &[u8]| copy_payload(payload, buffer);
         Ok(self.lane.find(1, &mut read)??)
     }
 
@@ -199,18 +200,8 @@ impl<M> Subscriber<M> {
         timeout: Duration,
     ) -> Result<usize, RecvTimeoutError> {
         self.lane
-            .find_until(timeout, |payload| copy(payload, buffer))
+            .find_until(timeout, |payload| copy_payload(payload, buffer))
     }
-}
-
-#[inline]
-fn copy(payload: &[u8], buffer: &mut [u8]) -> Result<usize, MessageError> {
-    let length = payload.len();
-    buffer
-        .get_mut(..length)
-        .ok_or(MessageError::BufferTooSmall { length })?
-        .copy_from_slice(payload);
-    Ok(length)
 }
 
 impl<M: RingMessage> Subscriber<M> {
