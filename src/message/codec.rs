@@ -2,18 +2,37 @@
 
 use core::fmt;
 use core::mem::MaybeUninit;
+use core::num::NonZeroUsize;
 
+use rkyv::api::access_with_context;
 use rkyv::api::low::{LowDeserializer, LowSerializer, LowValidator};
 use rkyv::bytecheck::CheckBytes;
 use rkyv::rancor::Failure;
 use rkyv::ser::allocator::SubAllocator;
 use rkyv::ser::writer::Buffer;
+use rkyv::validation::Validator;
+use rkyv::validation::archive::ArchiveValidator;
 use rkyv::{Archive, Deserialize, Serialize};
 
 use crate::error::HandlerError;
 
 /// Alignment of every payload, in bytes: slots are 64-byte aligned, header and extension are multiples of 16.
 pub const MAX_ALIGNMENT: usize = 16;
+
+/// How many pointers (a `Box`, `Vec`, `String`, a node of a map) may lead one into the other in an archive that is
+/// read.
+///
+/// Validating, decoding and dropping a value of a recursive type recurse once a level: without a bound the sender of
+/// the bytes would decide how much stack the receiver needs. 128 is what `serde_json` allows (protobuf: 100).
+/// Levels of 256 bytes each take some 300 KiB of stack without optimisation; a thread has 2 MiB. A type with levels
+/// of many kilobytes needs a receiver with more.
+pub const MAX_DEPTH: usize = 128;
+
+/// The validator's count goes down at every pointer and at the root, and must not reach zero.
+const DEPTH_COUNT: NonZeroUsize = match NonZeroUsize::new(MAX_DEPTH + 2) {
+    Some(count) => count,
+    None => unreachable!(),
+};
 
 /// Stack space for the serialiser's own bookkeeping, in bytes. Fixed-size messages use none of it; nested vectors
 /// use a few words for each open level, so this is some sixty levels.
@@ -25,7 +44,7 @@ const SCRATCH_BYTES: usize = 1024;
 pub enum CodecError {
     /// The archived message does not fit into the slot.
     TooLarge,
-    /// The bytes are no valid archive of the type.
+    /// The bytes are no valid archive of the type, or nested deeper than [`MAX_DEPTH`].
     Invalid,
     /// The bytes do not lie on the boundary that the archived type needs.
     Misaligned,
@@ -75,6 +94,9 @@ where
 
 /// Validates `bytes` as an archive of `T` and gives the archived value in place. Neither blocks nor allocates.
 ///
+/// Takes time in proportion to the number of bytes, because no byte may belong to two values, and stack for
+/// [`MAX_DEPTH`] levels at most, whatever the bytes are.
+///
 /// # Errors
 /// [`CodecError::Invalid`] or [`CodecError::Misaligned`].
 #[inline]
@@ -84,7 +106,9 @@ where
     T::Archived: for<'a> CheckBytes<LowValidator<'a, Failure>>,
 {
     check_alignment::<T>(bytes)?;
-    rkyv::api::low::access::<T::Archived, Failure>(bytes).map_err(|_| CodecError::Invalid)
+    let archive = ArchiveValidator::with_max_depth(bytes, Some(DEPTH_COUNT));
+    access_with_context::<T::Archived, _, Failure>(bytes, &mut Validator::new(archive, ()))
+        .map_err(|_| CodecError::Invalid)
 }
 
 /// Validates `bytes` and makes an owned `T` of them. Does not block; allocates only if `T` does.

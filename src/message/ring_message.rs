@@ -12,6 +12,12 @@ pub const RAW_KIND: u16 = 0;
 ///
 /// Both sides must agree on the layout that belongs to [`TYPE_ID`](RingMessage::TYPE_ID): change the declared name
 /// (`"orders.New.v2"`) whenever the fields change.
+///
+/// What the receiver of such a type spends on a message is bounded, whatever its bytes are: time and memory are
+/// proportional to their number, and a recursive type is read
+/// [`MAX_DEPTH`](crate::message::codec::MAX_DEPTH) levels deep. One kind of type is outside of this: a vector of
+/// elements without any archived bytes (`Vec<()>`), of which a few bytes can claim 2^32. Do not receive such a type
+/// from a sender that is not trusted.
 pub trait RingMessage: rkyv::Archive + Sized {
     /// Stable identity of the type, agreed with the kernel at launch and checked on every receive.
     const TYPE_ID: u64;

@@ -34,7 +34,7 @@ pub struct SendOptions {
     /// reads the clock.
     pub timestamp: bool,
     /// When the message stops being of use, in nanoseconds since the Unix epoch
-    /// ([`now_ns`](crate::time::now_ns) gives the present). An expired message goes to the dead letters instead of the handler: of every
+    /// ([`now_ns`](crate::time::now_ns) gives the present); `Some(0)` has passed, as any time of the past. An expired message goes to the dead letters instead of the handler: of every
     /// message on the CPU backend; elsewhere of those that a [`Client`](crate::Client) sends, until they are in the kernel's ring. Takes
     /// the extension.
     pub deadline_ns: Option<u64>,
@@ -129,7 +129,8 @@ impl Address {
         let extended = options.timestamp || deadline_ns.is_some() || options.trace_id.is_some();
         let extension = extended.then(|| Extension {
             timestamp_ns: 0,
-            deadline_ns: deadline_ns.unwrap_or(0),
+            // In a message 0 means "never": a deadline of 1970 is the nanosecond after it, which has passed as well.
+            deadline_ns: deadline_ns.map_or(0, |deadline| deadline.max(1)),
             trace_id: options.trace_id.unwrap_or_default(),
         });
         let envelope = Envelope {
@@ -404,16 +405,17 @@ pub(super) fn write_bytes(payload: &[u8], body: &mut [u8]) -> Result<usize, Reje
     Ok(payload.len())
 }
 
-/// Archives a message into a slot.
+/// Archives a message into a slot. The length is within the slot, whatever the type's `encode` says.
 #[inline]
 pub(super) fn write_message<T: RingMessage>(
     message: &T,
     body: &mut [u8],
 ) -> Result<usize, Rejection> {
     let max = body.len();
-    message
-        .encode(body)
-        .map_err(|_| Rejection::TooLarge { max })
+    match message.encode(body) {
+        Ok(length) if length <= max => Ok(length),
+        Ok(_) | Err(_) => Err(Rejection::TooLarge { max }),
+    }
 }
 
 /// A free slot of a request ring, to be written in place. Dropping it sends nothing.
