@@ -159,8 +159,9 @@ pub(super) fn launch(
             dispatch: Some(dispatch),
             permit: placement.permit,
             leases: placement.leases,
-            closing: None,
         }),
+        closing: Mutex::new(None),
+        books: Arc::default(),
         bridge: Arc::clone(bridge),
         clients: Mutex::new(LaneHub::new()),
     }))

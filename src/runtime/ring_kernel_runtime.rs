@@ -5,17 +5,18 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 
+use super::accounts::Ended;
 use super::builder::DeviceChoice;
 use super::config::RuntimeConfig;
 use super::connection::Connection;
 use super::handle::KernelHandle;
-use super::instance::{ControlPlane, KernelInstance};
+use super::instance::KernelInstance;
 use super::launch;
 use super::lifecycle::{DrainReport, LifecycleState, ShutdownReport};
 use super::metrics::KernelStatus;
-use super::pipeline::{self, Settling};
+use super::pipeline;
 use super::topic::Topics;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, BackendType, Device, DeviceInfo, ExecutionMode};
@@ -26,9 +27,6 @@ use crate::kernel::{
 };
 use crate::thread::affinity;
 use crate::time::{self, Deadline};
-
-/// Most returned messages that a report holds; beyond that they are only counted.
-const MAX_RETURNED: usize = 1 << 16;
 
 /// Between two looks whether a drain is complete.
 const DRAIN_INTERVAL: Duration = Duration::from_micros(200);
@@ -88,10 +86,10 @@ struct Inner {
     kernels: Vec<Arc<KernelInstance>>,
     /// Launches so far, for names.
     launches: u64,
-    /// Accounts of the kernels that have ended.
+    /// Accounts of the kernels that have ended, and that nothing changes any more.
     totals: ShutdownReport,
-    /// Those of their replies that kernels behind them have yet to take.
-    settling: Vec<Settling>,
+    /// The others that have ended.
+    ended: Vec<Ended>,
 }
 
 impl fmt::Debug for RingKernelRuntime {
@@ -155,7 +153,7 @@ impl RingKernelRuntime {
                 kernels: Vec::new(),
                 launches: 0,
                 totals: ShutdownReport::default(),
-                settling: Vec::new(),
+                ended: Vec::new(),
             }),
         };
         runtime.device(default_device)?;
@@ -524,10 +522,16 @@ impl RingKernelRuntime {
             bridge.stop();
         }
         let mut inner = self.inner.lock();
-        inner.book(|instance| Some(instance.control.lock()));
+        for instance in &inner.kernels {
+            // Of one that another thread terminates.
+            drop(instance.control.lock());
+        }
+        inner.sweep();
         inner.state = LifecycleState::Stopped;
-        inner.settle();
         let mut report = std::mem::take(&mut inner.totals);
+        for account in inner.ended.drain(..) {
+            account.report(&mut report);
+        }
         report.kernels = inner.launches;
         report.uptime = self.built.elapsed();
         report.topics = self.topics.tally(&mut errors);
@@ -798,44 +802,25 @@ impl Inner {
             .unwrap_or_default())
     }
 
-    /// Books the kernels that have ended into the totals, and forgets them. One that is being terminated right now is
-    /// booked next time.
+    /// Forgets the kernels that have ended, but for their accounts.
     fn sweep(&mut self) {
-        self.settle();
-        self.book(|instance| instance.control.try_lock());
-    }
-
-    /// Books replies of kernels that have ended which others have taken since.
-    fn settle(&mut self) {
-        let totals = &mut self.totals;
-        self.settling.retain_mut(|settling| {
-            settling.book(&mut totals.replies);
-            !settling.is_over()
-        });
-    }
-
-    fn book(&mut self, lock: impl Fn(&KernelInstance) -> Option<MutexGuard<'_, ControlPlane>>) {
-        let (totals, settlings) = (&mut self.totals, &mut self.settling);
-        self.kernels.retain(|instance| {
-            let Some(mut control) = lock(instance) else {
+        let Self {
+            kernels,
+            ended,
+            totals,
+            ..
+        } = self;
+        kernels.retain(|instance| {
+            let Some(account) = Ended::of(instance) else {
                 return true;
             };
-            let Some(closing) = control.closing.take() else {
-                return true;
-            };
-            if instance.state() == KernelState::Failed {
+            if instance.has_failed() {
                 totals.failed_kernels.push(instance.signals.name.clone());
             }
-            totals.requests.merge(&closing.requests);
-            let (replies, settling) = instance.closing_reply_tally();
-            totals.replies.merge(&replies);
-            settlings.extend(settling);
-            let room = MAX_RETURNED - totals.returned.len();
-            totals
-                .returned
-                .extend(closing.returned.into_iter().take(room));
+            ended.push(account);
             false
         });
+        ended.retain(|account| !account.close(totals));
     }
 }
 
