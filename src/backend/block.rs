@@ -95,6 +95,13 @@ impl BlockLayout {
         self.state_bytes.next_multiple_of(LINE_BYTES)
     }
 
+    /// Words of a block's state, the last of which may lie in it in part: what a device's accessors reach.
+    #[cfg(any(feature = "vulkan", feature = "cuda", feature = "metal"))]
+    pub(crate) fn state_words(&self) -> u32 {
+        // Registrations bound the size.
+        u32::try_from(self.state_bytes.div_ceil(4)).unwrap_or(u32::MAX)
+    }
+
     /// Bytes of device memory that a block takes.
     pub(crate) fn total(&self) -> usize {
         self.host_to_device() + self.device_to_host() + self.state()

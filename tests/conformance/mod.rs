@@ -2,6 +2,7 @@
 //! by [`conformance!`].
 
 pub mod accounts;
+pub mod bounds;
 pub mod bridged;
 pub mod clients;
 pub mod faults;
@@ -184,6 +185,13 @@ macro_rules! conformance {
 
         mod on_a_device {
             $crate::conformance! { $subject:
+                bounds::{
+                    a_read_beyond_the_end_gives_zero,
+                    a_write_beyond_the_end_is_dropped,
+                    no_block_reaches_the_state_of_another,
+                    a_kernel_without_state_has_no_state_words,
+                    a_reply_of_a_kind_that_does_not_exist_fails_its_kernel_alone,
+                }
                 faults::{ a_handler_that_replies_too_often_fails_its_kernel_and_no_other }
             }
         }
