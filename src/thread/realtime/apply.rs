@@ -3,6 +3,7 @@
 use std::hint::black_box;
 
 use super::report::{Refusal, Schedule};
+#[cfg(target_os = "linux")]
 use crate::thread::affinity;
 
 /// Step in which stack and heap are touched: the smallest page there is.
