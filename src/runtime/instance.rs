@@ -20,7 +20,7 @@ use crate::error::Error;
 use crate::kernel::{
     BlockState, FailureReason, KernelFailure, KernelState, MessageTrace, Telemetry,
 };
-use crate::thread::{CoreLease, SpinPermit};
+use crate::thread::{CoreLease, PlacedThread, SpinPermit};
 use crate::time::{self, Deadline};
 
 /// Between two looks whether all blocks have followed a command; a block that spins follows within a microsecond.
@@ -330,7 +330,12 @@ impl KernelInstance {
             telemetry,
             dead_letters: self.signals.dead_letters.counts(),
             memory_bytes: self.memory_bytes,
-            cores: self.cores.clone(),
+            cores: self
+                .places
+                .iter()
+                .map(PlacedThread::core)
+                .collect::<Option<Vec<_>>>()
+                .unwrap_or_default(),
             spins: self.spins,
         }
     }
