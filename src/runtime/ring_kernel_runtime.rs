@@ -553,7 +553,7 @@ impl Devices {
             BackendType::Vulkan => Box::new(crate::backend::vulkan::VulkanBackend::load(
                 &config.vulkan,
                 &config.reserved_cores,
-                config.termination_timeout,
+                config.stall_limits(),
             )?),
             #[cfg(not(feature = "vulkan"))]
             BackendType::Vulkan => {
@@ -566,7 +566,7 @@ impl Devices {
             BackendType::Cuda => Box::new(crate::backend::cuda::CudaBackend::load(
                 &config.cuda,
                 &config.reserved_cores,
-                config.termination_timeout,
+                config.stall_limits(),
             )?),
             #[cfg(not(feature = "cuda"))]
             BackendType::Cuda => {
@@ -579,7 +579,7 @@ impl Devices {
             BackendType::Metal => Box::new(crate::backend::metal::MetalBackend::load(
                 &config.metal,
                 &config.reserved_cores,
-                config.termination_timeout,
+                config.stall_limits(),
             )?),
             #[cfg(not(feature = "metal"))]
             BackendType::Metal => {
