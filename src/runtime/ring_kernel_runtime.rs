@@ -225,7 +225,7 @@ impl RingKernelRuntime {
         self.default_device
     }
 
-    /// Bytes that live kernels take on a device.
+    /// Bytes that live kernels, their clients, and topics take on a device.
     ///
     /// # Errors
     /// [`Error::DeviceNotFound`].

@@ -147,7 +147,7 @@ impl<M> Topic<M> {
     /// [`Error::InvalidLifecycle`] once the runtime has shut down.
     pub fn publisher(&self) -> Result<Publisher<M>, Error> {
         let lane = PublisherLane::new(Arc::clone(&self.shared), false)?;
-        Ok(Publisher::new(lane))
+        Publisher::new(lane)
     }
 
     /// A subscriber of its own for one thread, one of at most 64 at a time, kernels included. Takes its lane's memory.
@@ -239,7 +239,8 @@ impl RingKernelRuntime {
                     letters: DeadLetters::new(name, Some(self.letter_queue())),
                     type_id: Some(type_id).filter(|id| *id != 0),
                 };
-                let shared = Arc::new(TopicShared::new(name, shape, letters, pool, config));
+                let shared = TopicShared::new(name, shape, letters, pool, config)?;
+                let shared = Arc::new(shared);
                 inner.topics.insert(name.to_owned(), Arc::clone(&shared));
                 shared
             }
