@@ -16,6 +16,9 @@ const SHORTEST_CLOSING: Duration = Duration::from_secs(2);
 /// Most that one look adds. A thread that looks late had no processor time either, and the process may have been stopped.
 const MOST_PER_LOOK: Duration = Duration::from_millis(100);
 
+/// What the end of a device's thread may take beyond that.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// How long a device may show no progress.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StallLimits {
@@ -44,6 +47,13 @@ impl StallLimits {
     pub(crate) fn closing(&self, software: bool) -> Duration {
         let closing = self.termination_timeout.max(SHORTEST_CLOSING);
         closing.min(self.in_use(software))
+    }
+
+    /// How long the end of a device's thread is waited for. Far longer than the thread takes to leave a device that does nothing
+    /// behind: only a driver's call, or the destructor of a thread-local value, takes longer.
+    pub(crate) fn thread_end(&self) -> Duration {
+        let longest = self.in_use(true).max(self.in_use(false));
+        END_TIMEOUT.saturating_add(longest.saturating_mul(4))
     }
 }
 

@@ -3,7 +3,6 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
@@ -12,6 +11,7 @@ use parking_lot::Mutex;
 use super::load::{BridgeLoad, LoadMeter};
 use crate::backend::HostPool;
 use crate::error::Error;
+use crate::thread::bounded::{BoundedThread, Join};
 use crate::thread::event_count::EventCount;
 use crate::thread::{CoreLease, IdleStep, KernelWait, SpinPermit, WaitStrategy, affinity};
 use crate::time::{self, Deadline, Stopwatch};
@@ -42,6 +42,8 @@ pub(crate) struct Attention {
     pub(crate) bell: Arc<EventCount>,
     /// Whether the thread spins at the moment, so that nobody needs to do its work.
     spinning: AtomicBool,
+    /// Whether the thread is to end.
+    stopped: AtomicBool,
 }
 
 impl Attention {
@@ -49,6 +51,7 @@ impl Attention {
         Self {
             bell: Arc::new(EventCount::new()),
             spinning: AtomicBool::new(false),
+            stopped: AtomicBool::new(false),
         }
     }
 
@@ -120,10 +123,8 @@ pub(crate) struct BridgeSettings {
     pub(crate) sample_interval: Duration,
 }
 
-enum Command {
-    Add(Place, Arc<dyn Station>),
-    Stop,
-}
+/// A station to look after from now on.
+struct Command(Place, Arc<dyn Station>);
 
 /// Room for one station. Given back when dropped.
 pub(crate) struct Place {
@@ -138,7 +139,7 @@ impl Drop for Place {
 
 enum Thread {
     NotStarted(Receiver<Command>),
-    Running(JoinHandle<()>),
+    Running(BoundedThread),
     Stopped,
 }
 
@@ -203,7 +204,7 @@ impl Bridge {
     /// Starts the thread if nobody has. If that fails, the next one may try again.
     fn ensure_running(
         &self,
-        start: impl FnOnce(Receiver<Command>) -> Result<JoinHandle<()>, Error>,
+        start: impl FnOnce(Receiver<Command>) -> Result<BoundedThread, Error>,
     ) -> Result<(), Error> {
         let mut thread = self.thread.lock();
         match &*thread {
@@ -223,7 +224,7 @@ impl Bridge {
             return Err(self.stopped());
         }
         let deadline = Deadline::after(STOP_TIMEOUT);
-        let mut command = Command::Add(place, station);
+        let mut command = Command(place, station);
         loop {
             match self.commands.try_send(command) {
                 Ok(()) => break,
@@ -244,7 +245,7 @@ impl Bridge {
         }
     }
 
-    fn start(&self, commands: Receiver<Command>) -> Result<JoinHandle<()>, Error> {
+    fn start(&self, commands: Receiver<Command>) -> Result<BoundedThread, Error> {
         let wait = if self.settings.poll_interval.is_zero() {
             self.settings.wait
         } else {
@@ -264,22 +265,21 @@ impl Bridge {
         let core = self.settings.core;
         // Without a place for the answer: it reaches who waits for it, or the thread does not run.
         let (started, starting) = bounded(0);
-        let thread = std::thread::Builder::new()
-            .name(format!("rk-br-{}", self.settings.device))
-            .spawn(move || {
-                if let Some(core) = core {
-                    let pinned = affinity::pin_current_thread(core);
-                    let runs = pinned.is_ok();
-                    if started.send(pinned).is_err() || !runs {
-                        return;
-                    }
+        let name = format!("rk-br-{}", self.settings.device);
+        let mut thread = BoundedThread::spawn(name, move || {
+            if let Some(core) = core {
+                let pinned = affinity::pin_current_thread(core);
+                let runs = pinned.is_ok();
+                if started.send(pinned).is_err() || !runs {
+                    return;
                 }
-                worker.run();
-            })
-            .map_err(|source| Error::Os {
-                operation: "start a bridge",
-                source,
-            })?;
+            }
+            worker.run();
+        })
+        .map_err(|source| Error::Os {
+            operation: "start a bridge",
+            source,
+        })?;
         if core.is_none() {
             return Ok(thread);
         }
@@ -287,7 +287,7 @@ impl Bridge {
             Ok(Ok(())) => Ok(thread),
             // The user named a core that cannot be had. The thread has nothing left to do.
             Ok(Err(error)) => {
-                let _ = thread.join();
+                let _ = thread.join(Deadline::after(STOP_TIMEOUT));
                 Err(error)
             }
             Err(_) => Err(Error::Timeout {
@@ -298,25 +298,22 @@ impl Bridge {
         }
     }
 
-    /// Ends the thread, and lets go of everything that it looked after.
+    /// Ends the thread, and lets go of everything that it looked after. Does not wait on the thread itself, where the last one
+    /// to let go of a kernel, or a logger, may call it.
     pub(crate) fn stop(&self) {
         let thread = std::mem::replace(&mut *self.thread.lock(), Thread::Stopped);
-        let Thread::Running(thread) = thread else {
+        let Thread::Running(mut thread) = thread else {
             return;
         };
-        let deadline = Deadline::after(STOP_TIMEOUT);
-        while !thread.is_finished() && !deadline.has_passed() {
-            let _ = self.commands.try_send(Command::Stop);
-            self.attention.bell.notify();
-            std::thread::sleep(BLOCKED_NAP);
-        }
-        if !thread.is_finished() {
-            log::error!(
-                "the bridge of {} does not end; its thread is left behind",
+        self.attention.stopped.store(true, Ordering::SeqCst);
+        self.attention.bell.notify();
+        match thread.join(Deadline::after(STOP_TIMEOUT)) {
+            Join::Ended => {}
+            Join::Panicked => log::error!("the bridge of {} panicked", self.settings.device),
+            Join::LeftBehind(place) => log::error!(
+                "the thread of the bridge of {} is left behind: {place}",
                 self.settings.device
-            );
-        } else if thread.join().is_err() {
-            log::error!("the bridge of {} panicked", self.settings.device);
+            ),
         }
     }
 
@@ -429,14 +426,11 @@ impl Worker {
 
     /// Does what it is told; false once that is to end.
     fn obey(&mut self) -> bool {
-        while let Ok(command) = self.commands.try_recv() {
-            match command {
-                // No more than there are places.
-                Command::Add(place, station) => self.stations.push((place, station)),
-                Command::Stop => return false,
-            }
+        while let Ok(Command(place, station)) = self.commands.try_recv() {
+            // No more than there are places.
+            self.stations.push((place, station));
         }
-        true
+        !self.attention.stopped.load(Ordering::SeqCst)
     }
 
     fn round(&mut self) -> Round {
@@ -526,7 +520,8 @@ impl Worker {
             return;
         }
         let prepared = self.attention.bell.prepare();
-        let is_ready = !self.commands.is_empty()
+        let is_ready = self.attention.stopped.load(Ordering::SeqCst)
+            || !self.commands.is_empty()
             || (!is_waiting && self.stations.iter().any(|(_, station)| station.is_ready()));
         if !is_ready {
             prepared.wait(longest);

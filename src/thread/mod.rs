@@ -19,7 +19,11 @@ pub mod affinity;
 #[cfg(all(target_os = "linux", not(loom)))]
 mod core_mask;
 #[cfg(not(loom))]
+pub(crate) mod bounded;
+#[cfg(not(loom))]
 mod cores;
+#[cfg(not(loom))]
+pub(crate) mod foreign;
 #[cfg(not(loom))]
 pub mod periodic;
 #[cfg(not(loom))]

@@ -5,7 +5,6 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::CUresult;
@@ -20,7 +19,9 @@ use crate::error::Error;
 use crate::kernel::BlockState;
 use crate::kernel::outlet::Warden;
 use crate::thread::affinity;
+use crate::thread::bounded::{BoundedThread, Join};
 use crate::thread::event_count::EventCount;
+use crate::time::Deadline;
 
 /// Between two looks: how late a failure is noticed at most, and next to no time of a core.
 const LOOK_INTERVAL: Duration = Duration::from_millis(1);
@@ -67,7 +68,9 @@ impl Warden for MonitorHandle {
 #[derive(Debug)]
 pub(super) struct Monitor {
     pub(super) handle: Arc<MonitorHandle>,
-    thread: Option<JoinHandle<()>>,
+    thread: BoundedThread,
+    /// How long its end is waited for.
+    patience: Duration,
 }
 
 impl Monitor {
@@ -88,34 +91,37 @@ impl Monitor {
             kernels: Vec::new(),
             limits,
         };
-        let thread = std::thread::Builder::new()
-            .name(format!("rk-bridge-{}", context.physical.info.index))
-            .spawn(move || {
-                if let Err(error) = affinity::prefer_cores(&cores) {
-                    log::warn!("the thread of a CUDA device runs anywhere: {error}");
-                }
-                watch.run();
-            })
-            .map_err(|source| Error::Os {
-                operation: "start the thread of a CUDA device",
-                source,
-            })?;
+        let name = format!("rk-bridge-{}", context.physical.info.index);
+        let thread = BoundedThread::spawn(name, move || {
+            if let Err(error) = affinity::prefer_cores(&cores) {
+                log::warn!("the thread of a CUDA device runs anywhere: {error}");
+            }
+            watch.run();
+        })
+        .map_err(|source| Error::Os {
+            operation: "start the thread of a CUDA device",
+            source,
+        })?;
         Ok(Self {
             handle,
-            thread: Some(thread),
+            thread,
+            patience: limits.thread_end(),
         })
     }
 }
 
 impl Drop for Monitor {
-    /// Ends the thread once all kernels have: bounded, because one that does not end in time loses the device.
+    /// Ends the thread once all kernels have: bounded, because one that does not end in time loses the device, and a
+    /// thread that the driver keeps is left behind.
     fn drop(&mut self) {
         self.handle.stop.store(true, Ordering::Release);
         self.handle.doorbell.notify();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            log::error!("the thread of a CUDA device panicked");
+        match self.thread.join(Deadline::after(self.patience)) {
+            Join::Ended => {}
+            Join::Panicked => log::error!("the thread of a CUDA device panicked"),
+            Join::LeftBehind(place) => {
+                log::error!("the thread of a CUDA device is left behind: {place}");
+            }
         }
     }
 }

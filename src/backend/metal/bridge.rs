@@ -6,7 +6,6 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -19,7 +18,9 @@ use crate::backend::{DeviceInfo, ExecutionMode, Keeper};
 use crate::error::Error;
 use crate::kernel::BlockState;
 use crate::thread::affinity;
+use crate::thread::bounded::{BoundedThread, Join};
 use crate::thread::event_count::EventCount;
+use crate::time::Deadline;
 
 /// Slices of a kernel that are committed at once: one more than runs.
 const SLICES: usize = 2;
@@ -99,7 +100,9 @@ impl Keeper for BridgeHandle {
 #[derive(Debug)]
 pub(super) struct Bridge {
     pub(super) handle: Arc<BridgeHandle>,
-    thread: Option<JoinHandle<()>>,
+    thread: BoundedThread,
+    /// How long its end is waited for.
+    patience: Duration,
 }
 
 impl Bridge {
@@ -125,34 +128,37 @@ impl Bridge {
             shared: false,
             limits,
         };
-        let thread = std::thread::Builder::new()
-            .name(format!("rk-bridge-{}", info.index))
-            .spawn(move || {
-                if let Err(error) = affinity::prefer_cores(&cores) {
-                    log::warn!("the thread of a Metal device runs anywhere: {error}");
-                }
-                thread.run();
-            })
-            .map_err(|source| Error::Os {
-                operation: "start the thread of a Metal device",
-                source,
-            })?;
+        let name = format!("rk-bridge-{}", info.index);
+        let thread = BoundedThread::spawn(name, move || {
+            if let Err(error) = affinity::prefer_cores(&cores) {
+                log::warn!("the thread of a Metal device runs anywhere: {error}");
+            }
+            thread.run();
+        })
+        .map_err(|source| Error::Os {
+            operation: "start the thread of a Metal device",
+            source,
+        })?;
         Ok(Self {
             handle,
-            thread: Some(thread),
+            thread,
+            patience: limits.thread_end(),
         })
     }
 }
 
 impl Drop for Bridge {
-    /// Ends the thread once all kernels have: bounded, because a slice that does not end in time loses the device.
+    /// Ends the thread once all kernels have: bounded, because a slice that does not end in time loses the device,
+    /// and a thread that the driver keeps is left behind.
     fn drop(&mut self) {
         self.handle.stop.store(true, Ordering::Release);
         self.handle.look();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            log::error!("the thread of a Metal device panicked");
+        match self.thread.join(Deadline::after(self.patience)) {
+            Join::Ended => {}
+            Join::Panicked => log::error!("the thread of a Metal device panicked"),
+            Join::LeftBehind(place) => {
+                log::error!("the thread of a Metal device is left behind: {place}");
+            }
         }
     }
 }

@@ -10,7 +10,6 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ash::vk;
@@ -26,6 +25,8 @@ use crate::error::Error;
 use crate::kernel::outlet::Warden;
 use crate::kernel::{BlockState, FailureReason, KernelFailure};
 use crate::thread::affinity;
+use crate::thread::bounded::{BoundedThread, Join};
+use crate::time::Deadline;
 
 /// Command buffers that take turns.
 const BATCHES: usize = 2;
@@ -122,7 +123,9 @@ impl Warden for LaneHandle {
 #[derive(Debug)]
 pub(super) struct Lane {
     pub(super) handle: Arc<LaneHandle>,
-    thread: Option<JoinHandle<()>>,
+    thread: BoundedThread,
+    /// How long its end is waited for.
+    patience: Duration,
 }
 
 impl Lane {
@@ -142,37 +145,36 @@ impl Lane {
             stop: AtomicBool::new(false),
         });
         let bridge = Bridge::new(Arc::clone(&handle), queue_index, mode, limits)?;
-        let thread = std::thread::Builder::new()
-            .name(format!(
-                "rk-bridge-{}-{queue_index}",
-                context.physical.info.index
-            ))
-            .spawn(move || {
-                if let Err(error) = affinity::prefer_cores(&cores) {
-                    log::warn!("the thread of a Vulkan queue runs anywhere: {error}");
-                }
-                bridge.run();
-            })
-            .map_err(|source| Error::Os {
-                operation: "start the thread of a Vulkan queue",
-                source,
-            })?;
+        let name = format!("rk-bridge-{}-{queue_index}", context.physical.info.index);
+        let thread = BoundedThread::spawn(name, move || {
+            if let Err(error) = affinity::prefer_cores(&cores) {
+                log::warn!("the thread of a Vulkan queue runs anywhere: {error}");
+            }
+            bridge.run();
+        })
+        .map_err(|source| Error::Os {
+            operation: "start the thread of a Vulkan queue",
+            source,
+        })?;
         Ok(Self {
             handle,
-            thread: Some(thread),
+            thread,
+            patience: limits.thread_end(),
         })
     }
 }
 
 impl Drop for Lane {
-    /// Ends the thread. Bounded: a fence that never signals ends the device.
+    /// Ends the thread. Bounded: a fence that never signals ends the device, and a thread that a driver keeps is left behind.
     fn drop(&mut self) {
         self.handle.stop.store(true, Ordering::Release);
         self.handle.look();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            log::error!("the thread of a Vulkan queue panicked");
+        match self.thread.join(Deadline::after(self.patience)) {
+            Join::Ended => {}
+            Join::Panicked => log::error!("the thread of a Vulkan queue panicked"),
+            Join::LeftBehind(place) => {
+                log::error!("the thread of a Vulkan queue is left behind: {place}");
+            }
         }
     }
 }
