@@ -319,7 +319,8 @@ channel_error! {
     SendTimeoutError {
         /// The ring stayed full for the whole timeout.
         Timeout => "the request ring stayed full for the whole timeout",
-        /// There is no room, and the client's [`Backpressure`](crate::Backpressure) says not to wait for it.
+        /// There is no room, and the client's [`Backpressure`](crate::Backpressure) says not to wait for it; or the sender is a handler
+        /// of the kernel's only block, which makes none before it returns.
         Full => "there is no room",
         @
         /// The kernel takes nothing, or stopped taking messages during the wait.
@@ -367,6 +368,9 @@ channel_error! {
         Timeout => "no reply came within the timeout",
         /// More calls are pending at once than the launch allows.
         TooManyCalls => "too many calls are pending at once",
+        /// A handler calls its own kernel, or one that shares its thread: the reply could not come before the handler returns. Nothing
+        /// has been sent.
+        OwnKernel => "a handler cannot call the kernel that it belongs to, or one that shares its thread",
         @
         /// The kernel takes nothing, or ended during the wait.
         Unavailable(Unavailable),

@@ -552,8 +552,9 @@ impl BlockMemory {
     /// not given back.
     ///
     /// # Safety
-    /// The block must have ended, or be inside a handler that was given up as stuck, with its `terminate` word set:
-    /// its consumer then takes no further slot.
+    /// The block must have ended, or its thread be inside a handler that was given up as stuck, be it that of a block behind
+    /// it, with its `terminate` word set: its consumer then takes no further slot. Or the calling thread must be inside the
+    /// block's handler, whose request this is.
     pub(super) unsafe fn read_request(&self, position: u32, take: impl FnOnce(&Lost<'_>)) -> bool {
         // SAFETY: the ring is initialised, and alive as long as `self`. The caller promises that the ring's own
         // consumer reads no further, so that this one is its successor. It takes nothing, so that it publishes nothing.

@@ -17,8 +17,8 @@ impl Leftovers {
     /// Those from a position on.
     ///
     /// # Safety
-    /// The block must have ended, or be inside a handler that was given up as stuck, with its `terminate` word set: its
-    /// consumer then takes no further slot.
+    /// The block must have ended, or its thread be inside a handler that was given up as stuck, be it that of a block behind
+    /// it, with its `terminate` word set: its consumer then takes no further slot.
     pub(super) unsafe fn new(memory: Arc<BlockMemory>, position: u32) -> Self {
         Self { memory, position }
     }

@@ -63,7 +63,7 @@ pub(crate) use resident::{Keeper, Resident, ResidentDispatch};
 
 use crate::error::Error;
 use crate::kernel::{
-    CpuHandler, CudaCode, Dim3, KernelFailure, MetalCode, ShaderCode, TypeTable,
+    CpuHandler, CudaCode, Dim3, MetalCode, ShaderCode, TypeTable,
     signals::KernelSignals,
 };
 use crate::ring::WriteCombining;
@@ -260,18 +260,21 @@ pub(crate) trait Dispatch: Send + fmt::Debug {
     /// Waits for its end, but not beyond the deadline: `Running` then.
     fn join(&mut self, deadline: Deadline) -> DispatchStatus;
 
+    /// Threads that are still there after [`join`](Self::join), and where each of them is.
+    fn left_behind(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Requests of a block from a position on, in order. Only after the dispatch ended, or was given up as stuck, and once a block.
     fn leftovers(&self, block: u32, position: u32) -> Option<Leftovers>;
 }
 
 /// How a dispatch is doing.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DispatchStatus {
     Running,
     /// It ended as asked, or has reported its failure itself.
     Ended,
-    /// It ended otherwise.
-    Failed(KernelFailure),
 }
 
 /// Everything that a dispatch needs.

@@ -52,7 +52,7 @@ impl StallLimits {
     /// How long the end of a device's thread is waited for. Far longer than the thread takes to leave a device that does nothing
     /// behind: only a driver's call, or the destructor of a thread-local value, takes longer.
     pub(crate) fn thread_end(&self) -> Duration {
-        let longest = self.in_use(true).max(self.in_use(false));
+        let longest = self.closing(true).max(self.closing(false));
         END_TIMEOUT.saturating_add(longest.saturating_mul(4))
     }
 }

@@ -209,6 +209,26 @@ pub enum Error {
         /// For how long.
         after: Duration,
     },
+    /// The kernel did not follow a command in time because the handler of another kernel holds the thread that they share
+    /// ([`ConnectionKind::SharedThread`](crate::ConnectionKind::SharedThread)).
+    ThreadHeld {
+        /// What was waited for.
+        operation: &'static str,
+        /// The kernel's name.
+        kernel: String,
+        /// Name of the kernel whose handler does not return.
+        holder: String,
+        /// For how long it was waited for.
+        after: Duration,
+    },
+    /// A handler called this for its own kernel, or for one that shares its thread: it would wait for itself. Nothing has
+    /// changed.
+    CalledFromHandler {
+        /// What was called.
+        operation: &'static str,
+        /// Name of the kernel that would have to follow.
+        kernel: String,
+    },
     /// A realtime thread was refused a setting that it requires.
     RealtimeRefused {
         /// The thread's name.
@@ -337,6 +357,21 @@ impl fmt::Display for Error {
             } => write!(
                 f,
                 "{operation} of kernel '{kernel}' did not end within {after:?}"
+            ),
+            Self::ThreadHeld {
+                operation,
+                kernel,
+                holder,
+                after,
+            } => write!(
+                f,
+                "{operation} of kernel '{kernel}' did not end within {after:?}: the handler of kernel '{holder}' holds \
+                 the thread that they share"
+            ),
+            Self::CalledFromHandler { operation, kernel } => write!(
+                f,
+                "{operation} of kernel '{kernel}' was asked for by a handler that runs on the kernel's own thread, and would wait \
+                 for that handler; ask for it on another thread"
             ),
             Self::RealtimeRefused {
                 thread,

@@ -21,7 +21,9 @@ pub type HandlerResult = Result<(), HandlerError>;
 pub trait CpuHandler: Send + Sync {
     /// Handles one request. It may write any number of replies through `context`.
     ///
-    /// A panic fails the kernel; other kernels go on.
+    /// A panic fails the kernel; other kernels go on. What a handler calls must not wait for its own kernel: control calls give
+    /// [`Error::CalledFromHandler`](crate::Error::CalledFromHandler), calls
+    /// [`CallError::OwnKernel`](crate::error::CallError::OwnKernel), at once.
     ///
     /// # Errors
     /// Whatever it likes; the error becomes an error reply, which `call` returns to its caller.

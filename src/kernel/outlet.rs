@@ -125,6 +125,9 @@ pub(crate) trait Guest: Send + Sync + fmt::Debug {
 
     /// Lets it handle a request, if it has one. Whether it may have more to do.
     fn run(&self) -> bool;
+
+    /// The kernel of the block, while the thread of the block before it is in its loop.
+    fn holder(&self) -> Option<Arc<KernelSignals>>;
 }
 
 /// Kinds of the next kernel by kinds of this one; this stands for those that have not been looked up.
@@ -302,6 +305,10 @@ impl Outlet {
 #[derive(Debug, Default)]
 pub(crate) struct OutletSlot {
     exchange: Mutex<Exchange>,
+    /// The block behind the outlet that was offered, if this block runs it.
+    guest: Mutex<Option<Arc<dyn Guest>>>,
+    /// Whether the block waits for room in the middle of its own handler.
+    in_handler: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -324,6 +331,7 @@ impl OutletSlot {
 
     /// Offers an outlet to a block that has none.
     pub(crate) fn offer(&self, outlet: Outlet) {
+        self.guest.lock().clone_from(&outlet.guest);
         *self.exchange.lock() = Exchange::Offered(Box::new(outlet));
     }
 
@@ -357,7 +365,10 @@ impl OutletSlot {
     pub(crate) fn take_back(&self) -> Option<Box<Outlet>> {
         let mut exchange = self.exchange.lock();
         match std::mem::take(&mut *exchange) {
-            Exchange::Offered(outlet) | Exchange::Returned(outlet) => Some(outlet),
+            Exchange::Offered(outlet) | Exchange::Returned(outlet) => {
+                *self.guest.lock() = None;
+                Some(outlet)
+            }
             other => {
                 *exchange = other;
                 None
@@ -365,7 +376,29 @@ impl OutletSlot {
         }
     }
 
+    /// The kernel whose loop holds the block's thread, if it is that of a block behind this one: the last one of those that
+    /// share the thread.
+    pub(crate) fn holder(&self) -> Option<Arc<KernelSignals>> {
+        let mut holder = None;
+        let mut guest = self.guest.lock().clone();
+        while let Some(next) = guest.and_then(|guest| guest.holder()) {
+            guest = next.outlet.guest.lock().clone();
+            holder = Some(next);
+        }
+        holder
+    }
+
+    /// Whether the block waits for room in the middle of its own handler.
+    pub(crate) fn is_in_handler(&self) -> bool {
+        self.in_handler.load(Ordering::Acquire)
+    }
+
     // For the block.
+
+    /// The block begins, or ends, to wait for room in the middle of its own handler.
+    pub(crate) fn set_in_handler(&self, in_handler: bool) {
+        self.in_handler.store(in_handler, Ordering::Release);
+    }
 
     /// What is offered.
     pub(crate) fn take(&self) -> Option<Box<Outlet>> {

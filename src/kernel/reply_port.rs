@@ -297,6 +297,13 @@ impl<'a> ReplyPort<'a> {
     /// Back-pressure: nothing is dropped, so the block waits until a caller has read.
     #[cold]
     fn wait_for_room(&mut self) -> Result<(), HandlerError> {
+        self.signals.outlet.set_in_handler(true);
+        let waited = self.wait_until_room();
+        self.signals.outlet.set_in_handler(false);
+        waited
+    }
+
+    fn wait_until_room(&mut self) -> Result<(), HandlerError> {
         let mut looks = 0_u32;
         let mut paused = false;
         while self.producer.free_slots(1) == 0 {

@@ -185,6 +185,8 @@ pub(crate) struct KernelSignals {
     failure: Mutex<Option<KernelFailure>>,
     /// Blocks whose handler panicked: the request that it had is still the first in its ring.
     poisoned: Mutex<Vec<u32>>,
+    /// Whether the kernel has terminated as soon as its blocks have ended: its control plane is gone.
+    ends_with_blocks: AtomicBool,
 }
 
 impl KernelSignals {
@@ -213,6 +215,7 @@ impl KernelSignals {
             berth: Mutex::new(None),
             failure: Mutex::new(None),
             poisoned: Mutex::new(Vec::new()),
+            ends_with_blocks: AtomicBool::new(false),
         }
     }
 
@@ -235,6 +238,19 @@ impl KernelSignals {
             let _ = self.gate.transition(KernelState::Failed);
         }
         self.wake_all();
+    }
+
+    /// The kernel terminates as soon as its last block has ended, without its control plane.
+    pub(crate) fn end_with_blocks(&self) {
+        self.ends_with_blocks.store(true, Ordering::SeqCst);
+    }
+
+    /// To be called when the last block has ended.
+    pub(crate) fn blocks_ended(&self) {
+        if self.ends_with_blocks.load(Ordering::SeqCst) {
+            // Fails if the kernel has failed, which it then stays.
+            let _ = self.gate.transition(KernelState::Terminated);
+        }
     }
 
     /// Wakes callers and blocks, to look at the state.

@@ -30,6 +30,8 @@ pub(super) struct Closing {
     returned: Vec<UndeliveredMessage>,
     /// Where a late request may still appear.
     rings: Vec<Leftovers>,
+    /// Threads that are still there, and where each of them is.
+    left_behind: Vec<String>,
 }
 
 impl Closing {
@@ -71,6 +73,7 @@ pub(super) struct Accounts {
     requests: MessageTally,
     replies: MessageTally,
     returned: Vec<UndeliveredMessage>,
+    left_behind: Vec<String>,
     /// Replies that kernels behind it may yet take.
     settling: Option<Settling>,
 }
@@ -82,6 +85,7 @@ impl Accounts {
         for message in self.returned {
             keep_returned(&mut report.returned, || Some(message));
         }
+        report.left_behind.extend(self.left_behind);
     }
 
     /// Books what kernels behind it have taken meanwhile; whether nothing changes any more.
@@ -156,7 +160,9 @@ impl Ended {
 impl KernelInstance {
     /// Opens the accounts of a kernel that has ended. Each block's progress is read once, and what lies in its ring behind that is what
     /// no handler saw: the ring decides, so that the accounts add up whatever a handler that returns after all does meanwhile.
-    pub(super) fn close(&self, dispatch: &dyn Dispatch) {
+    ///
+    /// `is_between` says of a kernel of one block that its handler has no request, wherever its thread is.
+    pub(super) fn close(&self, dispatch: &dyn Dispatch, is_between: bool) {
         let poisoned = self.signals.poisoned_blocks();
         let letters = &self.signals.dead_letters;
         // Device code counts what it refuses; only this CPU's blocks have written letters.
@@ -176,13 +182,14 @@ impl KernelInstance {
             requests: MessageTally::default(),
             returned: Vec::new(),
             rings: Vec::new(),
+            left_behind: dispatch.left_behind(),
         };
         for (block, counter) in self.blocks.iter().zip(&*self.accepted) {
             let control = block.control();
             let position = control.processed();
             // A request that a handler panicked on, or sits on for ever, is still the first in its ring.
-            let in_hand =
-                poisoned.contains(&block.index) || control.state() != Some(BlockState::Ended);
+            let in_hand = poisoned.contains(&block.index)
+                || (control.state() != Some(BlockState::Ended) && !is_between);
             // In this order: a request that is counted only now was sent before, and lies in the ring.
             let (accepted, processed) = self.progress(counter, position);
             let refused = u64::from(control.dropped());
@@ -303,6 +310,7 @@ impl KernelInstance {
             requests,
             replies: self.reply_tally(),
             returned: std::mem::take(&mut closing.returned),
+            left_behind: std::mem::take(&mut closing.left_behind),
             settling: None,
         })
     }

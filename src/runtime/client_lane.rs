@@ -12,6 +12,7 @@ use super::link::KernelLink;
 use super::port::KernelPort;
 use super::receive::{Miss, WaitEnd};
 use super::send::{Address, SendOptions, refused, until_sent};
+use crate::backend::cpu::runs_here;
 use crate::bridge::{ClientEnds, Hub, Outbox, Port};
 use crate::error::{CallError, MessageError, Rejection, SendTimeoutError, TrySendError};
 use crate::kernel::DeadLetterReason;
@@ -308,6 +309,9 @@ impl ClientLane {
         write: impl Fn(&mut [u8]) -> Result<usize, Rejection>,
         read: impl FnOnce(&KernelLink, &MessageHeader, &[u8]) -> Result<R, MessageError>,
     ) -> Result<R, CallError> {
+        if runs_here(&self.instance().signals) {
+            return Err(CallError::OwnKernel);
+        }
         // 31 bits of a counter: an earlier call's reply that is late by 2^31 calls is taken for one in time.
         self.calls = self.calls.wrapping_add(1);
         let correlation = CALL_BIT | self.calls;

@@ -92,13 +92,17 @@ impl Connection {
     /// connected any more. Blocks for a moment, until the first kernel has brought the ring back.
     ///
     /// # Errors
-    /// [`Error::InvalidTransition`] if one of the kernels is active; [`Error::Timeout`]. They stay connected then.
+    /// [`Error::InvalidTransition`] if one of the kernels is active; [`Error::Timeout`]; [`Error::CalledFromHandler`] in a handler of one of
+    /// them. They stay connected then.
     pub fn disconnect(&self) -> Result<(), Error> {
         match self.way() {
             Way::Ring(joint) => {
                 let (Some(from), Some(to)) = (joint.from.upgrade(), joint.to.upgrade()) else {
                     return Ok(());
                 };
+                for kernel in [&from, &to] {
+                    kernel.check_not_here("disconnection")?;
+                }
                 let _controls = lock_both(&from, &to);
                 if joint.is_live() {
                     check_states(&from, &to, "Disconnected")?;
@@ -115,6 +119,9 @@ impl Connection {
                 let Some(from) = relay.from() else {
                     return Ok(());
                 };
+                for kernel in [&from, &to] {
+                    kernel.check_not_here("disconnection")?;
+                }
                 let _controls = lock_both(&from, &to);
                 if edge.is_live() {
                     check_states(&from, &to, "Disconnected")?;

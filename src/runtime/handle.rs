@@ -16,6 +16,7 @@ use super::receive::{
     until_found, uselessness,
 };
 use super::send::{Address, SendOptions, SendSide, until_sent, write_bytes, write_message};
+use crate::backend::cpu::runs_here;
 use crate::error::{
     CallError, Error, MessageError, RecvTimeoutError, Rejection, SendTimeoutError, TryRecvError,
     TrySendError, Unavailable,
@@ -82,7 +83,8 @@ impl KernelHandle {
     /// Starts polling for messages. Blocks until every block of the grid does, `termination_timeout` at most.
     ///
     /// # Errors
-    /// [`Error::InvalidTransition`] unless the kernel is launched or deactivated; [`Error::Timeout`].
+    /// [`Error::InvalidTransition`] unless the kernel is launched or deactivated; [`Error::Timeout`]; [`Error::ThreadHeld`];
+    /// [`Error::CalledFromHandler`].
     pub fn activate(&self) -> Result<(), Error> {
         self.instance.activate()
     }
@@ -91,7 +93,7 @@ impl KernelHandle {
     /// every block has finished the message at hand, `termination_timeout` at most.
     ///
     /// # Errors
-    /// [`Error::InvalidTransition`] unless the kernel is active; [`Error::Timeout`].
+    /// [`Error::InvalidTransition`] unless the kernel is active; [`Error::Timeout`]; [`Error::ThreadHeld`]; [`Error::CalledFromHandler`].
     pub fn deactivate(&self) -> Result<(), Error> {
         self.instance.deactivate()
     }
@@ -105,7 +107,11 @@ impl KernelHandle {
     ///
     /// # Errors
     /// [`Error::InvalidTransition`] if the kernel has been terminated before; [`Error::Timeout`] if a handler did not
-    /// return in time: the kernel is `Failed` then, and the handler's thread is left behind.
+    /// return in time: the kernel is `Failed` then, and the handler's thread is left behind. [`Error::CalledFromHandler`] in a handler of this
+    /// kernel, or of one that shares its thread: nothing has changed then.
+    ///
+    /// It is no error if only the thread does not end in time, because the handler of another kernel or a destructor holds it:
+    /// [`ShutdownReport::left_behind`](crate::ShutdownReport::left_behind) tells of that.
     pub fn terminate(&self) -> Result<(), Error> {
         self.instance.terminate()
     }
@@ -530,6 +536,9 @@ impl KernelHandle {
         read: impl FnOnce(&MessageHeader, &[u8]) -> Result<R, MessageError>,
     ) -> Result<R, CallError> {
         let instance = &*self.instance;
+        if runs_here(&instance.signals) || runs_here(&first.instance.signals) {
+            return Err(CallError::OwnKernel);
+        }
         // A request whose reply nobody could fetch must not be sent.
         if instance.receiver_split.load(Ordering::Acquire) {
             match self.no_receiver() {

@@ -14,6 +14,7 @@ use super::link::KernelLink;
 use super::metrics::{KernelMetrics, KernelStatus};
 use super::receive::ReceiveSide;
 use super::send::SendSide;
+use crate::backend::cpu::runs_here;
 use crate::backend::{Dispatch, DispatchStatus};
 use crate::bridge::Bridge;
 use crate::error::Error;
@@ -90,6 +91,7 @@ impl KernelInstance {
 
     /// Starts polling, and returns once every block does.
     pub(super) fn activate(&self) -> Result<(), Error> {
+        self.check_not_here("activation")?;
         let mut control = self.control.lock();
         let from = self.state();
         if !from.can_become(KernelState::Active) {
@@ -113,10 +115,23 @@ impl KernelInstance {
 
     /// Stops taking messages, then stops polling, and returns once no block does.
     pub(super) fn deactivate(&self) -> Result<(), Error> {
+        self.check_not_here("deactivation")?;
         let mut control = self.control.lock();
         self.change_state(KernelState::Deactivated)?;
         self.compare_clocks();
         self.command(&mut control, false, BlockState::Idle, "deactivation")
+    }
+
+    /// Fails on a thread that runs a handler of this kernel, which cannot follow a command until that handler returns. Takes no
+    /// lock: another thread may hold the control plane's, and wait for the same handler.
+    pub(super) fn check_not_here(&self, operation: &'static str) -> Result<(), Error> {
+        if runs_here(&self.signals) {
+            return Err(Error::CalledFromHandler {
+                operation,
+                kernel: self.signals.name.clone(),
+            });
+        }
+        Ok(())
     }
 
     fn change_state(&self, to: KernelState) -> Result<(), Error> {
@@ -176,25 +191,33 @@ impl KernelInstance {
         }
     }
 
-    /// Lets the dispatch go on, and notes if it has failed.
+    /// Lets the dispatch go on.
     fn look_after(&self, control: &mut ControlPlane) {
-        if let Some(dispatch) = &mut control.dispatch
-            && let DispatchStatus::Failed(failure) = dispatch.keep_alive()
-        {
-            self.signals.fail(failure);
+        if let Some(dispatch) = &mut control.dispatch {
+            let _ = dispatch.keep_alive();
         }
     }
 
     fn timeout(&self, operation: &'static str) -> Error {
-        Error::Timeout {
-            operation,
-            kernel: self.signals.name.clone(),
-            after: self.termination_timeout,
+        let (kernel, after) = (self.signals.name.clone(), self.termination_timeout);
+        match self.signals.outlet.holder() {
+            Some(holder) => Error::ThreadHeld {
+                operation,
+                kernel,
+                holder: holder.name.clone(),
+                after,
+            },
+            None => Error::Timeout {
+                operation,
+                kernel,
+                after,
+            },
         }
     }
 
     /// Ends the kernel. A failed one keeps its state and gives its threads and cores back.
     pub(super) fn terminate(&self) -> Result<(), Error> {
+        self.check_not_here("termination")?;
         let mut control = self.control.lock();
         if self.state() == KernelState::Active {
             self.compare_clocks();
@@ -216,15 +239,45 @@ impl KernelInstance {
         self.end(&mut control)
     }
 
+    /// Tells the kernel to end once its handler returns, which the calling thread is in; does not wait for it. What is left in
+    /// its rings is not reported.
+    pub(super) fn end_after_handler(&self) {
+        // Whoever holds it ends the kernel, as soon as the handler returns.
+        let Some(mut control) = self.control.try_lock() else {
+            return;
+        };
+        self.signals.end_with_blocks();
+        if self
+            .signals
+            .gate
+            .transition(KernelState::Terminating)
+            .is_ok()
+        {
+            log::debug!(
+                "kernel '{}' ends once its handler returns",
+                self.signals.name
+            );
+        }
+        self.signals.wake_all();
+        if let Some(mut dispatch) = control.dispatch.take() {
+            dispatch.request_stop();
+        }
+        control.permit = None;
+        control.leases.clear();
+    }
+
     fn end(&self, control: &mut ControlPlane) -> Result<(), Error> {
         let Some(mut dispatch) = control.dispatch.take() else {
             return Ok(());
         };
         dispatch.request_stop();
+        // Whether the kernel is between two messages although its thread is not done.
+        let mut is_between = false;
         let outcome = match dispatch.join(Deadline::after(self.termination_timeout)) {
             DispatchStatus::Ended => Ok(()),
-            DispatchStatus::Failed(failure) => {
-                self.signals.fail(failure);
+            // Not this kernel's handler keeps the thread: the kernel itself has ended.
+            DispatchStatus::Running if self.signals.outlet.holder().is_some() => {
+                is_between = !self.signals.outlet.is_in_handler();
                 Ok(())
             }
             DispatchStatus::Running => {
@@ -243,7 +296,7 @@ impl KernelInstance {
         };
         // Fails if the kernel has failed, which it then stays.
         let _ = self.signals.gate.transition(KernelState::Terminated);
-        self.close(dispatch.as_ref());
+        self.close(dispatch.as_ref(), is_between);
         drop(dispatch);
         control.permit = None;
         control.leases.clear();

@@ -99,6 +99,9 @@ pub struct ShutdownReport {
     pub topics: MessageTally,
     /// The requests counted as returned: accepted, but no handler saw them.
     pub returned: Vec<UndeliveredMessage>,
+    /// Threads of kernels that could not be joined in time: the name of each, and where it is (in a handler, whose kernel is named, or in a
+    /// destructor). Each ends by itself should that return.
+    pub left_behind: Vec<String>,
     /// What went wrong during the shutdown, if anything did.
     pub errors: Vec<Error>,
 }
@@ -122,6 +125,9 @@ impl fmt::Display for ShutdownReport {
         tally(f, "requests", &self.requests)?;
         tally(f, "replies", &self.replies)?;
         tally(f, "topics", &self.topics)?;
+        for thread in &self.left_behind {
+            writeln!(f, "left behind: thread {thread}")?;
+        }
         for error in &self.errors {
             writeln!(f, "error: {error}")?;
         }

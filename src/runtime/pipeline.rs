@@ -39,6 +39,11 @@ pub enum ConnectionKind {
     /// As `SharedRing`, and the first kernel's thread runs the second one's handler between its own messages: both have the
     /// same core, or none of their own, so that two threads would wait for the scheduler with every message. A handler that
     /// takes long holds the other up. The second kernel's own thread takes over while the first one is not active.
+    ///
+    /// If the second kernel's handler does not return, only the second kernel has failed. The first one can be terminated all the same; its
+    /// thread is left behind then, which [`ShutdownReport::left_behind`](crate::ShutdownReport::left_behind) tells, and ends when that handler
+    /// returns. A command to the first kernel that is not followed in time gives [`Error::ThreadHeld`], with the second one's name. If the
+    /// first kernel's handler does not return, the second one's own thread goes on with the second kernel.
     SharedThread,
     /// The bridge of the first kernel's device carries each message: between devices, kernels of several blocks, wherever a kernel feeds
     /// several others or is fed by several, and on devices whose kernels cannot write into one another's rings (Metal, Vulkan in

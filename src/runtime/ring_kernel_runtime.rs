@@ -18,14 +18,15 @@ use super::lifecycle::{DrainReport, LifecycleState, ShutdownReport};
 use super::metrics::KernelStatus;
 use super::pipeline;
 use super::topic::Topics;
-use crate::backend::cpu::CpuBackend;
+use crate::backend::cpu::{CpuBackend, running_here};
 use crate::backend::{Backend, BackendType, Device, DeviceInfo, ExecutionMode};
 use crate::bridge::{Bridge, BridgeSettings, RingBufferBridge};
 use crate::error::Error;
+use crate::kernel::signals::KernelSignals;
 use crate::kernel::{
     DeadLetterQueue, Dim3, KernelRegistration, KernelState, LaunchOptions, registered_kernels,
 };
-use crate::thread::affinity;
+use crate::thread::{affinity, foreign};
 use crate::time::{self, Deadline};
 
 /// Between two looks whether a drain is complete.
@@ -36,7 +37,9 @@ const DEVICE_VARIABLE: &str = "RINGKERNEL_VULKAN_DEVICE";
 
 /// A runtime of persistent kernels on the devices of one backend.
 ///
-/// Dropping it terminates its kernels and joins their threads, as [`complete_shutdown`](Self::complete_shutdown) does.
+/// Dropping it terminates its kernels and joins their threads, as [`complete_shutdown`](Self::complete_shutdown) does. In a handler of one of
+/// them, that kernel ends once the handler returns. Then it drops what the handlers of registered kernels captured, on this thread; a panic of
+/// theirs goes no further.
 ///
 /// ```
 /// use std::time::Duration;
@@ -326,6 +329,9 @@ impl RingKernelRuntime {
     /// Makes the replies of `from` the requests of `to`. Chains of any length can be made so; a kernel may feed up to 32 others, each of which
     /// gets every reply, and be fed by any number.
     ///
+    /// Kernels that share a thread share its time: see [`ConnectionKind::SharedThread`](crate::ConnectionKind::SharedThread) for what that
+    /// means when a handler does not return.
+    ///
     /// Kernels of one block on one device that have no other connection in that direction share a ring: no host thread lies between them.
     /// So it is on the CPU, on CUDA, and on Vulkan but in staged mode, if `to` has at least as many slots as one run of `from`'s handler may
     /// write replies. All others are connected by the bridge of `from`'s device ([`ConnectionKind`](crate::ConnectionKind)). A ring gives way
@@ -350,6 +356,7 @@ impl RingKernelRuntime {
     ///
     /// # Errors
     /// [`Error::InvalidTransition`] unless both kernels are launched or deactivated; [`Error::Cycle`];
+    /// [`Error::CalledFromHandler`] in a handler of one of them;
     /// [`Error::ConnectedAlready`] if they are;
     /// [`Error::EndpointsBusy`] if a side is split off, or `from` has pending calls or replies that nobody has received;
     /// [`Error::CannotConnect`] unless both are kernels of this runtime; [`Error::DeviceBusy`] if the bridge looks after 1024 kernels with
@@ -376,6 +383,9 @@ impl RingKernelRuntime {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn connect(&self, from: &KernelHandle, to: &KernelHandle) -> Result<Connection, Error> {
+        for kernel in [from, to] {
+            kernel.instance.check_not_here("connection")?;
+        }
         let inner = self.inner.lock();
         if inner.state > LifecycleState::Running {
             return Err(Error::InvalidLifecycle {
@@ -449,12 +459,14 @@ impl RingKernelRuntime {
     /// published to topics that they subscribe to, at most for `timeout`. Replies, and messages of topics, stay receivable. A drain cannot be undone; a second one waits again.
     ///
     /// # Errors
-    /// [`Error::InvalidLifecycle`] unless the runtime is running or draining.
+    /// [`Error::InvalidLifecycle`] unless the runtime is running or draining; [`Error::CalledFromHandler`] in a handler of one of its
+    /// kernels, whose request would never be done meanwhile.
     pub fn drain(&self, timeout: Duration) -> Result<DrainReport, Error> {
         let begin = Instant::now();
         let deadline = Deadline::after(timeout);
         let kernels = {
             let mut inner = self.inner.lock();
+            inner.check_none_here("drain")?;
             if inner.state != LifecycleState::Draining {
                 if inner.state != LifecycleState::Running {
                     return Err(Error::InvalidLifecycle {
@@ -499,8 +511,15 @@ impl RingKernelRuntime {
     /// return; what goes wrong is in the report's `errors`.
     ///
     /// # Errors
-    /// [`Error::InvalidLifecycle`] if the runtime has been shut down before.
+    /// [`Error::InvalidLifecycle`] if the runtime has been shut down before; [`Error::CalledFromHandler`] in a handler of one of its kernels:
+    /// nothing has changed then.
     pub fn complete_shutdown(&self) -> Result<ShutdownReport, Error> {
+        self.inner.lock().check_none_here("shutdown")?;
+        self.shut_down()
+    }
+
+    /// As `complete_shutdown`. A kernel whose handler the calling thread is in ends once that returns.
+    fn shut_down(&self) -> Result<ShutdownReport, Error> {
         let kernels = {
             let mut inner = self.inner.lock();
             inner.advance(LifecycleState::ShuttingDown, "shut down")?;
@@ -514,6 +533,7 @@ impl RingKernelRuntime {
                 Ok(()) => {}
                 // Somebody else has terminated it.
                 Err(Error::InvalidTransition { .. }) => {}
+                Err(Error::CalledFromHandler { .. }) => kernel.end_after_handler(),
                 Err(error) => errors.push(error),
             }
         }
@@ -772,6 +792,18 @@ impl Inner {
         })
     }
 
+    /// Fails on a thread that runs a handler of one of the kernels, which would wait for itself.
+    fn check_none_here(&self, operation: &'static str) -> Result<(), Error> {
+        let is_ours = |signals: &Arc<KernelSignals>| {
+            let mut kernels = self.kernels.iter();
+            kernels.any(|kernel| Arc::ptr_eq(&kernel.signals, signals))
+        };
+        match running_here(is_ours) {
+            Some(kernel) => Err(Error::CalledFromHandler { operation, kernel }),
+            None => Ok(()),
+        }
+    }
+
     /// A name that no live kernel has.
     fn name_for(&self, id: &str, asked: Option<&str>) -> Result<String, Error> {
         let taken = |name: &str| {
@@ -827,11 +859,16 @@ impl Inner {
 impl Drop for RingKernelRuntime {
     fn drop(&mut self) {
         if self.state() < LifecycleState::ShuttingDown
-            && let Ok(report) = self.complete_shutdown()
+            && let Ok(report) = self.shut_down()
         {
             for error in report.errors {
                 log::warn!("shutdown: {error}");
             }
+        }
+        // What handlers captured may panic when it is dropped, and this may be the drop of an unwinding thread.
+        let registry = std::mem::take(&mut *self.registry.lock());
+        for registration in registry.into_values() {
+            let _ = foreign::contain(|| drop(registration));
         }
     }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::calls::CALL_BIT;
 use super::link::KernelLink;
 use crate::backend::HostProducer;
+use crate::backend::cpu::runs_here;
 use crate::error::{Rejection, SendTimeoutError, TrySendError, Unavailable};
 use crate::message::{Envelope, Extension, Head, Priority, RingMessage};
 use crate::ring::{Batch, PushError, Reservation};
@@ -362,6 +363,8 @@ pub(super) fn until_sent<R>(
 ) -> Result<R, SendTimeoutError> {
     let mut waiter = link.waiter(timeout);
     let mut last = false;
+    // The kernel's only block makes no room while its own handler waits for it.
+    let is_vain = link.blocks.len() == 1 && runs_here(&link.signals);
     loop {
         match attempt() {
             Ok(sent) => return Ok(sent),
@@ -371,6 +374,7 @@ pub(super) fn until_sent<R>(
             Err(TrySendError::Rejected(rejection)) => {
                 return Err(SendTimeoutError::Rejected(rejection));
             }
+            Err(TrySendError::Full) if is_vain => return Err(SendTimeoutError::Full),
             Err(TrySendError::Full | TrySendError::Busy) if last => {
                 return Err(SendTimeoutError::Timeout);
             }

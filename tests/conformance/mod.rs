@@ -6,6 +6,7 @@ pub mod bounds;
 pub mod bridged;
 pub mod clients;
 pub mod faults;
+pub mod foreign;
 pub mod kernels;
 pub mod letters;
 pub mod life;
@@ -168,6 +169,18 @@ macro_rules! conformance {
                     a_panic_in_any_stage_fails_that_kernel_alone,
                     replies_taken_after_the_end_count_as_delivered,
                     a_stuck_stage_holds_no_other_up,
+                }
+                foreign::{
+                    a_panic_payload_whose_destructor_panics_fails_the_kernel_at_once,
+                    a_panic_payload_whose_destructor_blocks_holds_nobody_up,
+                    a_thread_local_destructor_that_blocks_does_not_delay_a_termination,
+                    a_captured_value_that_panics_when_dropped_harms_nobody,
+                    control_calls_from_a_kernels_own_handler_fail_at_once,
+                    control_calls_from_a_handler_on_a_shared_thread_do_not_wait,
+                    a_handler_may_drop_the_last_runtime,
+                    a_handler_that_calls_its_own_kernel_is_told_at_once,
+                    a_thread_local_destructor_may_terminate_its_own_kernel,
+                    a_stuck_handler_is_the_failure_of_its_own_kernel_alone,
                 }
                 faults::{
                     a_panic_fails_its_kernel_and_no_other,

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::{Mutex, MutexGuard};
 
+use super::on_thread::Entry;
 use crate::kernel::outlet::Guest;
 use crate::kernel::signals::KernelSignals;
 
@@ -49,6 +50,8 @@ impl Lent {
 pub(crate) struct Berth {
     lent: Mutex<Option<Lent>>,
     hosted: AtomicBool,
+    /// Whether the other thread is in the block's loop. On the line of the lock that it holds then.
+    in_turn: AtomicBool,
     signals: Arc<KernelSignals>,
 }
 
@@ -67,6 +70,7 @@ impl Berth {
         Self {
             lent: Mutex::new(None),
             hosted: AtomicBool::new(false),
+            in_turn: AtomicBool::new(false),
             signals,
         }
     }
@@ -90,10 +94,23 @@ impl Guest for Berth {
     }
 
     fn run(&self) -> bool {
-        match self.lent.try_lock() {
-            // SAFETY: the lock is held.
-            Some(lent) => lent.is_none_or(|lent| unsafe { lent.turn() }),
-            None => true,
-        }
+        let Some(place) = self.lent.try_lock() else {
+            return true;
+        };
+        let Some(lent) = *place else {
+            return true;
+        };
+        self.in_turn.store(true, Ordering::Relaxed);
+        // SAFETY: the lock is held.
+        let more = Entry::run(&self.signals, || unsafe { lent.turn() });
+        self.in_turn.store(false, Ordering::Relaxed);
+        more
+    }
+
+    fn holder(&self) -> Option<Arc<KernelSignals>> {
+        // The flag alone is of interest: nothing is read that it would publish.
+        self.in_turn
+            .load(Ordering::Relaxed)
+            .then(|| Arc::clone(&self.signals))
     }
 }

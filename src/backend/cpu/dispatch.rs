@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
+use super::on_thread::runs_here;
 use super::worker::{Worker, WorkerSetup};
 use crate::backend::{
     Account, BackendType, BlockMemory, Dispatch, DispatchRequest, DispatchStatus, Handler,
@@ -12,8 +12,9 @@ use crate::backend::{
 };
 use crate::error::Error;
 use crate::kernel::signals::KernelSignals;
-use crate::kernel::{BlockState, FailureReason, KernelFailure};
+use crate::kernel::{BlockState, FailureReason};
 use crate::thread::affinity;
+use crate::thread::bounded::{BoundedThread, Join};
 use crate::time::Deadline;
 
 /// How long a thread may take to start and to pin itself. Milliseconds are usual; only an overloaded machine needs more.
@@ -27,8 +28,12 @@ const JOIN_INTERVAL: Duration = Duration::from_micros(100);
 pub(super) struct CpuDispatch {
     signals: Arc<KernelSignals>,
     blocks: Arc<[Arc<BlockMemory>]>,
-    /// `None` once joined.
-    threads: Vec<Option<JoinHandle<()>>>,
+    /// One a block, in their order.
+    threads: Vec<BoundedThread>,
+    /// Whether `join` has been called.
+    was_joined: bool,
+    /// Which were still there then, and where.
+    left_behind: Vec<String>,
 }
 
 impl CpuDispatch {
@@ -61,6 +66,8 @@ impl CpuDispatch {
             signals: Arc::clone(&request.signals),
             blocks,
             threads: Vec::new(),
+            was_joined: false,
+            left_behind: Vec::new(),
         };
         let (started, startings) = sync_channel(request.blocks.len());
         for (index, ends) in request.blocks.into_iter().enumerate() {
@@ -72,28 +79,27 @@ impl CpuDispatch {
             let places = Arc::clone(&request.places);
             let (setup, signals) = (Arc::clone(&setup), Arc::clone(&request.signals));
             let started = started.clone();
-            let thread = std::thread::Builder::new()
-                .name(format!("rk-{}-{index}", request.signals.name))
-                .spawn(move || {
-                    let pinned = pin.apply();
-                    let failed = pinned.is_err();
-                    let core = pinned.as_ref().map_or(None, |pinned| pinned.core);
-                    let _running = places.get(index).map(|place| place.run(core));
-                    if failed {
-                        ends.memory.control().store_state(BlockState::Ended);
-                    } else {
-                        ends.memory.control().store_state(BlockState::Idle);
-                    }
-                    // The receiver lives until every thread has answered, or gives all of them up.
-                    if started.send(pinned).is_ok() && !failed {
-                        Worker::new(ends, setup, signals).run();
-                    }
-                })
-                .map_err(|source| Error::Os {
-                    operation: "start a kernel thread",
-                    source,
-                })?;
-            dispatch.threads.push(Some(thread));
+            let name = format!("rk-{}-{index}", request.signals.name);
+            let thread = BoundedThread::spawn(name, move || {
+                let memory = Arc::clone(&ends.memory);
+                let control = memory.control();
+                let pinned = pin.apply();
+                let failed = pinned.is_err();
+                let core = pinned.as_ref().map_or(None, |pinned| pinned.core);
+                let _running = places.get(index).map(|place| place.run(core));
+                control.store_state(BlockState::Idle);
+                // The receiver lives until every thread has answered, or gives all of them up.
+                if started.send(pinned).is_ok() && !failed {
+                    Worker::new(ends, setup, signals).run();
+                } else {
+                    control.store_state(BlockState::Ended);
+                }
+            })
+            .map_err(|source| Error::Os {
+                operation: "start a kernel thread",
+                source,
+            })?;
+            dispatch.threads.push(thread);
         }
         let deadline = Deadline::after(START_TIMEOUT);
         let mut refused = None;
@@ -118,32 +124,53 @@ impl CpuDispatch {
         Ok(dispatch)
     }
 
-    /// Joins what has ended. A thread that panicked outside its handler is a failure of its block.
-    fn reap(&mut self) -> Option<KernelFailure> {
-        let mut failure = None;
-        for (block, slot) in self.threads.iter_mut().enumerate() {
-            if slot.as_ref().is_some_and(JoinHandle::is_finished)
-                && let Some(thread) = slot.take()
-                && thread.join().is_err()
-            {
-                failure = Some(KernelFailure {
-                    reason: FailureReason::Panic,
-                    message: "the kernel's thread panicked outside its handler".into(),
-                    block: u32::try_from(block).ok(),
-                    request: None,
-                });
-            }
+    /// Whether the thread is in the handler of another kernel that was given up as stuck.
+    fn is_held_for_ever(&self) -> bool {
+        let failure = self
+            .signals
+            .outlet
+            .holder()
+            .and_then(|holder| holder.failure());
+        failure.is_some_and(|failure| failure.reason == FailureReason::Stuck)
+    }
+
+    /// Joins the threads of blocks that have ended, and notes which ones are left, and where.
+    fn join_threads(&mut self, deadline: Deadline) {
+        let mut left_behind = Vec::new();
+        for (block, thread) in self.blocks.iter().zip(&mut self.threads) {
+            let place = if block.control().state() == Some(BlockState::Ended) {
+                match thread.join(deadline) {
+                    Join::Ended | Join::Panicked => continue,
+                    Join::LeftBehind(_) if !thread.is_done() => {
+                        "in the destructor of what its handler captured or panicked with".into()
+                    }
+                    Join::LeftBehind(place) => place.to_owned(),
+                }
+            } else {
+                let holder = self.signals.outlet.holder();
+                let name = holder
+                    .as_ref()
+                    .map_or(&self.signals.name, |holder| &holder.name);
+                format!("in the handler of kernel '{name}'")
+            };
+            left_behind.push(format!("{}: {place}", thread.name()));
         }
-        failure
+        self.left_behind = left_behind;
+        self.was_joined = true;
+    }
+
+    /// Whether every block has ended, which each tells before its thread runs destructors of the crate's user.
+    fn has_ended(&self) -> bool {
+        // Fewer threads than blocks if not all could be started.
+        let mut blocks = self.threads.iter().zip(self.blocks.iter());
+        blocks.all(|(_, block)| block.control().state() == Some(BlockState::Ended))
     }
 }
 
 impl Dispatch for CpuDispatch {
     fn keep_alive(&mut self) -> DispatchStatus {
-        if let Some(failure) = self.reap() {
-            return DispatchStatus::Failed(failure);
-        }
-        if self.threads.iter().all(Option::is_none) {
+        // A block reports its failure itself.
+        if self.has_ended() {
             DispatchStatus::Ended
         } else {
             DispatchStatus::Running
@@ -158,36 +185,43 @@ impl Dispatch for CpuDispatch {
     }
 
     fn join(&mut self, deadline: Deadline) -> DispatchStatus {
-        loop {
-            let status = self.keep_alive();
-            if !matches!(status, DispatchStatus::Running) || deadline.has_passed() {
-                return status;
-            }
+        // No handler waits for itself.
+        let deadline = if runs_here(&self.signals) {
+            Deadline::after(Duration::ZERO)
+        } else {
+            deadline
+        };
+        while !self.has_ended() && !deadline.has_passed() && !self.is_held_for_ever() {
             std::thread::sleep(JOIN_INTERVAL);
         }
+        self.join_threads(deadline);
+        self.keep_alive()
+    }
+
+    fn left_behind(&self) -> Vec<String> {
+        self.left_behind.clone()
     }
 
     fn leftovers(&self, block: u32, position: u32) -> Option<Leftovers> {
         let block = self.blocks.get(block as usize)?;
-        // SAFETY: the caller promises that the dispatch ended, or is stuck in a handler; `request_stop` has set every
-        // `terminate` word before either.
+        // SAFETY: the caller promises that the dispatch ended, or that its thread is stuck in a handler, be it that of a
+        // block behind this one; `request_stop` has set every `terminate` word before.
         Some(unsafe { Leftovers::new(Arc::clone(block), position) })
     }
 }
 
 impl Drop for CpuDispatch {
-    /// Asks the threads to end and joins those that do so promptly. One that sits in a handler that never returns
-    /// cannot be joined; it keeps its own memory alive and ends by itself should the handler ever return.
+    /// Asks the threads to end and joins those that do so promptly, unless they have been joined. One that sits in a handler or
+    /// a destructor that does not return cannot be joined; it keeps its own memory alive, and ends by itself should that
+    /// return.
     fn drop(&mut self) {
-        if self.threads.iter().all(Option::is_none) {
-            return;
+        if !self.was_joined {
+            self.request_stop();
+            let _ = self.join(Deadline::after(Duration::from_millis(100)));
         }
-        self.request_stop();
-        let _ = self.join(Deadline::after(Duration::from_millis(100)));
-        let abandoned = self.threads.iter().flatten().count();
-        if abandoned > 0 {
+        for thread in &self.left_behind {
             log::warn!(
-                "kernel '{}': {abandoned} threads are stuck in their handler and were left behind",
+                "kernel '{}': a thread was left behind: {thread}",
                 self.signals.name
             );
         }

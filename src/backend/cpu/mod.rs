@@ -3,7 +3,9 @@
 mod berth;
 mod device;
 mod dispatch;
+mod on_thread;
 mod worker;
 
 pub(crate) use berth::Berth;
 pub(crate) use device::CpuBackend;
+pub(crate) use on_thread::{running_here, runs_here};

@@ -4,9 +4,11 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
 use super::berth::{Berth, Lent, Turn};
+use super::on_thread::Entry;
 use crate::backend::block::DeviceEnds;
 use crate::backend::{Account, BlockMemory};
 use crate::error::HandlerError;
@@ -17,7 +19,7 @@ use crate::kernel::{
 };
 use crate::message::RAW_KIND;
 use crate::ring::{Consumer, Corruption, Peek};
-use crate::thread::{IdleStep, KernelWait, POLLS_PER_STEP};
+use crate::thread::{IdleStep, KernelWait, POLLS_PER_STEP, foreign};
 use crate::time::{self, Stopwatch};
 
 /// Empty steps between two heartbeats: a few microseconds.
@@ -73,27 +75,54 @@ impl Worker {
         }
     }
 
-    /// Runs until the block is told to end, or fails.
+    /// Runs until the block is told to end, or fails. Whatever happens, the block's end is announced before code of the
+    /// crate's user runs that may not return: destructors of a panic's payload, and of what the handler captured.
     pub(super) fn run(self) {
         let Self {
             ends,
             setup,
             signals,
         } = self;
+        Entry::run(&signals, || {
+            let panic = Self::run_block(ends, &setup, &signals);
+            if let Some(panic) = panic {
+                foreign::dispose(panic);
+            }
+            drop(setup);
+        });
+    }
+
+    /// What the handler panicked with, if it did.
+    fn run_block(
+        ends: DeviceEnds,
+        setup: &WorkerSetup,
+        signals: &Arc<KernelSignals>,
+    ) -> Option<Box<dyn Any + Send>> {
         let DeviceEnds {
             requests,
             replies,
             mut state,
             memory,
         } = ends;
-        let handler = &setup.handler;
+        // Before the loop, so that it is dropped after it: the consumer publishes its cursor when it is dropped.
+        let mut ending = Ending {
+            signals,
+            memory: &memory,
+            blocks: &setup.blocks,
+            failure: Some(KernelFailure {
+                reason: FailureReason::Panic,
+                message: "the kernel's thread panicked outside its handler".into(),
+                block: Some(memory.index),
+                request: None,
+            }),
+        };
         let mut block = BlockLoop {
             requests,
             port: ReplyPort::new(
                 replies,
                 memory.control(),
                 setup.telemetry.then(|| memory.telemetry()),
-                Arc::clone(&signals),
+                Arc::clone(signals),
                 memory.index,
                 setup.wait != KernelWait::Spin,
                 Arc::<Account>::clone(&setup.account),
@@ -104,18 +133,18 @@ impl Worker {
             // Memory of this process always is within reach.
             state: state.as_mut().map_or(&mut [], |state| state.as_mut()),
             memory: &memory,
-            setup: &setup,
-            handler: handler.as_ref(),
+            setup,
+            handler: setup.handler.as_ref(),
             telemetry: TelemetryWriter::default(),
             tracer: Tracer::new(setup.trace_every, memory.traces()),
             unstored: 0,
             in_hand: false,
         };
         let end = catch_unwind(AssertUnwindSafe(|| block.run()));
-        let failure = match end {
-            Ok(Ok(())) => None,
-            Ok(Err(corruption)) => Some(block.corrupt(corruption)),
-            Err(panic) => Some(block.panicked(panic.as_ref())),
+        let (failure, panic) = match end {
+            Ok(Ok(())) => (None, None),
+            Ok(Err(corruption)) => (Some(block.corrupt(corruption)), None),
+            Err(panic) => (Some(block.panicked(panic.as_ref())), Some(panic)),
         };
         if failure.is_some() {
             // It waits for nobody any more.
@@ -124,16 +153,39 @@ impl Worker {
         block.port.give_spilled_up();
         block.store_telemetry();
         block.port.close();
-        // The consumer publishes its cursor when it is dropped; the end is announced after that.
-        drop(block);
-        memory.control().store_state(BlockState::Ended);
-        if let Some(failure) = failure {
-            for other in setup.blocks.iter() {
-                other.control().set_terminate();
+        ending.failure = failure;
+        panic
+    }
+}
+
+/// Announces the end of a block, on every way out of its loop.
+struct Ending<'a> {
+    signals: &'a KernelSignals,
+    memory: &'a BlockMemory,
+    /// All blocks of the kernel.
+    blocks: &'a [Arc<BlockMemory>],
+    failure: Option<KernelFailure>,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        if let Some(failure) = self.failure.take() {
+            for block in self.blocks {
+                block.control().set_terminate();
             }
-            signals.fail(failure);
+            // The failure is logged, and a logger is foreign code.
+            let _ = foreign::contain(|| self.signals.fail(failure));
         }
-        signals.wake_all();
+        // In this order: whoever finds that the block has ended finds its failure as well.
+        self.memory.control().store_state(BlockState::Ended);
+        // Of two blocks that end together at least one finds that the other has ended.
+        fence(Ordering::SeqCst);
+        let has_ended =
+            |block: &Arc<BlockMemory>| block.control().state() == Some(BlockState::Ended);
+        if self.blocks.iter().all(has_ended) {
+            self.signals.blocks_ended();
+        }
+        self.signals.wake_all();
     }
 }
 
