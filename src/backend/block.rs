@@ -11,7 +11,7 @@ use super::{Device, DeviceMemory, Placement};
 use crate::error::Error;
 use crate::kernel::{
     ControlBlock, DeviceLines, HostCommands, HostLine, Lost, TELEMETRY_BUFFER_BYTES,
-    TelemetryBuffer, TraceHeader, TraceSlot, TypeTable, outlet::Meter,
+    TelemetryBuffer, TraceHeader, TraceSlot, TypeTable, UndeliveredMessage, outlet::Meter,
 };
 use crate::ring::{
     CURSOR_BYTES, Consumer, LINE_BYTES, Peek, Producer, RingLayout, RingParts, WriteCombining,
@@ -571,6 +571,38 @@ impl BlockMemory {
             payload: consumer.payload(),
         });
         true
+    }
+}
+
+impl BlockMemory {
+    /// Copies out the request at a position.
+    ///
+    /// # Safety
+    /// The calling thread must be inside the block's handler, whose request this is.
+    pub(super) unsafe fn request_at(
+        &self,
+        kernel: &str,
+        position: u32,
+    ) -> Option<UndeliveredMessage> {
+        let mut request = None;
+        // SAFETY: as the caller promises.
+        unsafe {
+            self.read_request(position, |lost| {
+                // Without its payload if there is no memory for that.
+                let mut payload = Vec::new();
+                if payload.try_reserve_exact(lost.payload.len()).is_ok() {
+                    payload.extend_from_slice(lost.payload);
+                }
+                request = lost.header.map(|header| UndeliveredMessage {
+                    kernel: kernel.to_owned(),
+                    block: self.index,
+                    header,
+                    extension: lost.extension,
+                    payload,
+                });
+            });
+        }
+        request
     }
 }
 

@@ -63,8 +63,7 @@ pub(crate) use resident::{Keeper, Resident, ResidentDispatch};
 
 use crate::error::Error;
 use crate::kernel::{
-    CpuHandler, CudaCode, Dim3, MetalCode, ShaderCode, TypeTable,
-    signals::KernelSignals,
+    CpuHandler, CudaCode, Dim3, MetalCode, ShaderCode, TypeTable, signals::KernelSignals,
 };
 use crate::ring::WriteCombining;
 use crate::thread::event_count::EventCount;

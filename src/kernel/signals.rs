@@ -183,6 +183,8 @@ pub(crate) struct KernelSignals {
     /// What the backend left for the block if the block before it runs it on its own thread.
     pub(crate) berth: Mutex<Option<Arc<dyn Any + Send + Sync>>>,
     failure: Mutex<Option<KernelFailure>>,
+    /// Whether the failure is still to be logged; changed under its lock.
+    is_unlogged: AtomicBool,
     /// Blocks whose handler panicked: the request that it had is still the first in its ring.
     poisoned: Mutex<Vec<u32>>,
     /// Whether the kernel has terminated as soon as its blocks have ended: its control plane is gone.
@@ -214,6 +216,7 @@ impl KernelSignals {
             outlet: OutletSlot::default(),
             berth: Mutex::new(None),
             failure: Mutex::new(None),
+            is_unlogged: AtomicBool::new(false),
             poisoned: Mutex::new(Vec::new()),
             ends_with_blocks: AtomicBool::new(false),
         }
@@ -226,6 +229,9 @@ impl KernelSignals {
         }
         {
             let mut slot = self.failure.lock();
+            if self.is_unlogged.swap(false, Ordering::Relaxed) {
+                log::error!("kernel '{}' failed: {failure}", self.name);
+            }
             if self.gate.state().is_final() {
                 return;
             }
@@ -251,6 +257,24 @@ impl KernelSignals {
             // Fails if the kernel has failed, which it then stays.
             let _ = self.gate.transition(KernelState::Terminated);
         }
+    }
+
+    /// As `fail`, in a panic hook on the thread of the block that panics: waits for no lock, which that thread may hold, and logs
+    /// nothing. [`fail`](Self::fail) follows when the stack has been unwound, and logs the failure.
+    pub(crate) fn fail_before_hook(&self, failure: KernelFailure) {
+        {
+            let Some(mut slot) = self.failure.try_lock() else {
+                return;
+            };
+            if self.gate.state().is_final() {
+                return;
+            }
+            slot.get_or_insert(failure);
+            self.is_unlogged.store(true, Ordering::Relaxed);
+            // The failure is there before the state that points to it.
+            let _ = self.gate.transition(KernelState::Failed);
+        }
+        self.wake_all();
     }
 
     /// Wakes callers and blocks, to look at the state.

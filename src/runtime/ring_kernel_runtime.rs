@@ -18,7 +18,7 @@ use super::lifecycle::{DrainReport, LifecycleState, ShutdownReport};
 use super::metrics::KernelStatus;
 use super::pipeline;
 use super::topic::Topics;
-use crate::backend::cpu::{CpuBackend, running_here};
+use crate::backend::cpu::{CpuBackend, install_hook, running_here};
 use crate::backend::{Backend, BackendType, Device, DeviceInfo, ExecutionMode};
 use crate::bridge::{Bridge, BridgeSettings, RingBufferBridge};
 use crate::error::Error;
@@ -115,6 +115,7 @@ impl RingKernelRuntime {
         config.validate()?;
         time::initialise();
         affinity::initialise();
+        install_hook();
         let mut registry = BTreeMap::new();
         for registration in registered_kernels().into_iter().chain(registrations) {
             add(&mut registry, registration)?;
@@ -348,8 +349,8 @@ impl RingKernelRuntime {
     /// What `to` has been sent before comes first. A full ring makes `from` wait, whose own ring then fills. A drain waits
     /// for the whole chain. A reply that `to` has taken counts as delivered; one that it gives back when it ends as
     /// returned, and the request that it had become is among those that the report returns. When either kernel ends or
-    /// fails, so does the connection: the replies of `from` wait for its callers again, and `to` can be sent to. A device learns of a failure a
-    /// moment later (a millisecond as a rule): what `from` writes until then lies in the ring of the kernel that has failed, and is returned
+    /// fails, so does the connection: the replies of `from` wait for its callers again, and `to` can be sent to. After a panic that
+    /// takes until the panic hook has ended. A device learns of a failure a moment later (a millisecond as a rule): what `from` writes until then lies in the ring of the kernel that has failed, and is returned
     /// with it.
     ///
     /// Blocks for a moment, until `from` has its new ring.

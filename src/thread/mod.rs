@@ -16,10 +16,10 @@ pub(crate) mod watch;
 
 #[cfg(not(loom))]
 pub mod affinity;
-#[cfg(all(target_os = "linux", not(loom)))]
-mod core_mask;
 #[cfg(not(loom))]
 pub(crate) mod bounded;
+#[cfg(all(target_os = "linux", not(loom)))]
+mod core_mask;
 #[cfg(not(loom))]
 mod cores;
 #[cfg(not(loom))]
@@ -30,6 +30,8 @@ pub mod periodic;
 mod placed;
 #[cfg(not(loom))]
 pub mod realtime;
+#[cfg(not(loom))]
+pub(crate) mod unwinding;
 #[cfg(not(loom))]
 mod wait;
 

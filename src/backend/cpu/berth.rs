@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::{Mutex, MutexGuard};
 
-use super::on_thread::Entry;
 use crate::kernel::outlet::Guest;
 use crate::kernel::signals::KernelSignals;
 
@@ -102,7 +101,7 @@ impl Guest for Berth {
         };
         self.in_turn.store(true, Ordering::Relaxed);
         // SAFETY: the lock is held.
-        let more = Entry::run(&self.signals, || unsafe { lent.turn() });
+        let more = unsafe { lent.turn() };
         self.in_turn.store(false, Ordering::Relaxed);
         more
     }

@@ -4,8 +4,10 @@ mod berth;
 mod device;
 mod dispatch;
 mod on_thread;
+mod panics;
 mod worker;
 
 pub(crate) use berth::Berth;
 pub(crate) use device::CpuBackend;
 pub(crate) use on_thread::{running_here, runs_here};
+pub(crate) use panics::install_hook;

@@ -8,7 +8,8 @@ use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
 use super::berth::{Berth, Lent, Turn};
-use super::on_thread::Entry;
+use super::on_thread::Running;
+use super::panics;
 use crate::backend::block::DeviceEnds;
 use crate::backend::{Account, BlockMemory};
 use crate::error::HandlerError;
@@ -83,8 +84,9 @@ impl Worker {
             setup,
             signals,
         } = self;
-        Entry::run(&signals, || {
-            let panic = Self::run_block(ends, &setup, &signals);
+        let running = Running::new(&signals, &ends.memory);
+        running.run(|| {
+            let panic = Self::run_block(ends, &setup, &signals, &running);
             if let Some(panic) = panic {
                 foreign::dispose(panic);
             }
@@ -97,6 +99,7 @@ impl Worker {
         ends: DeviceEnds,
         setup: &WorkerSetup,
         signals: &Arc<KernelSignals>,
+        running: &Running,
     ) -> Option<Box<dyn Any + Send>> {
         let DeviceEnds {
             requests,
@@ -138,9 +141,9 @@ impl Worker {
             telemetry: TelemetryWriter::default(),
             tracer: Tracer::new(setup.trace_every, memory.traces()),
             unstored: 0,
-            in_hand: false,
+            running,
         };
-        let end = catch_unwind(AssertUnwindSafe(|| block.run()));
+        let end = catch_unwind(AssertUnwindSafe(|| running.run(|| block.run())));
         let (failure, panic) = match end {
             Ok(Ok(())) => (None, None),
             Ok(Err(corruption)) => (Some(block.corrupt(corruption)), None),
@@ -200,8 +203,8 @@ struct BlockLoop<'a> {
     tracer: Option<Tracer<'a>>,
     /// Messages since the counters were written out.
     unstored: u32,
-    /// Whether the handler has the request at the consumer's position right now.
-    in_hand: bool,
+    /// What threads know of it that run it.
+    running: &'a Running,
     /// Where it lies for the thread of the block before it, if that is to run it.
     berth: Option<Arc<Berth>>,
     /// What its handler panicked with on that thread.
@@ -216,7 +219,8 @@ impl Turn for BlockLoop<'_> {
             return false;
         }
         self.port.set_hosted(true);
-        let turn = catch_unwind(AssertUnwindSafe(|| self.take_turn()));
+        let running = self.running;
+        let turn = catch_unwind(AssertUnwindSafe(|| running.run(|| self.take_turn())));
         self.port.set_hosted(false);
         turn.unwrap_or_else(|panic| {
             self.panic = Some(panic);
@@ -424,7 +428,7 @@ impl BlockLoop<'_> {
             0
         };
         let watch = self.setup.telemetry.then(Stopwatch::start);
-        self.in_hand = true;
+        self.running.set_in_hand(true);
         if let Err(error) = &self.call_handler() {
             self.reply_error(error);
         }
@@ -432,7 +436,7 @@ impl BlockLoop<'_> {
             self.trace(seen_ns);
         }
         let length = self.requests.header().length();
-        self.in_hand = false;
+        self.running.set_in_hand(false);
         self.requests.release();
         self.port.control.store_processed(self.requests.position());
         self.port.control.beat();
@@ -598,14 +602,9 @@ impl BlockLoop<'_> {
     }
 
     fn panicked(&mut self, panic: &(dyn Any + Send)) -> KernelFailure {
-        let message = panic
-            .downcast_ref::<&str>()
-            .map(|text| (*text).to_owned())
-            .or_else(|| panic.downcast_ref::<String>().cloned())
-            .unwrap_or_else(|| "the handler panicked with a value that is no text".into());
         // The slot has not been given back, so the message is still there.
         let request = match self.requests.peek() {
-            Peek::Ready if self.in_hand => Some(UndeliveredMessage {
+            Peek::Ready if self.running.is_in_hand() => Some(UndeliveredMessage {
                 kernel: self.port.signals.name.clone(),
                 block: self.memory.index,
                 header: *self.requests.header(),
@@ -616,7 +615,7 @@ impl BlockLoop<'_> {
         };
         KernelFailure {
             reason: FailureReason::Panic,
-            message,
+            message: panics::message(panic),
             block: Some(self.memory.index),
             request,
         }
