@@ -6,14 +6,16 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, bounded};
 use parking_lot::Mutex;
 
 use super::load::{BridgeLoad, LoadMeter};
 use crate::backend::HostPool;
 use crate::error::Error;
 use crate::thread::event_count::EventCount;
-use crate::thread::{CoreLease, IdleStep, KernelWait, SpinPermit, WaitStrategy, affinity};
+use crate::thread::{
+    CoreLease, IdleStep, KernelWait, SpinPermit, WaitStrategy, affinity, own,
+};
 use crate::time::{self, Deadline};
 
 /// Kernels, connections and subscriptions of kernels that one bridge looks after at most.
@@ -273,6 +275,12 @@ impl Bridge {
         let Thread::Running(thread) = thread else {
             return;
         };
+        if own::is_current(&thread) {
+            // What the thread looks after, or a logger, held the runtime. It ends when it is back, at the latest
+            // when the bridge is gone.
+            let _ = self.commands.try_send(Command::Stop);
+            return;
+        }
         let deadline = Deadline::after(STOP_TIMEOUT);
         while !thread.is_finished() && !deadline.has_passed() {
             let _ = self.commands.try_send(Command::Stop);
@@ -403,14 +411,15 @@ impl Worker {
 
     /// Does what it is told; false once that is to end.
     fn obey(&mut self) -> bool {
-        while let Ok(command) = self.commands.try_recv() {
-            match command {
+        loop {
+            match self.commands.try_recv() {
                 // No more than there are places.
-                Command::Add(place, station) => self.stations.push((place, station)),
-                Command::Stop => return false,
+                Ok(Command::Add(place, station)) => self.stations.push((place, station)),
+                Err(TryRecvError::Empty) => return true,
+                // Without a bridge there is nothing to do.
+                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
             }
         }
-        true
     }
 
     fn round(&mut self) -> Round {

@@ -19,6 +19,8 @@ pub mod affinity;
 #[cfg(not(loom))]
 mod cores;
 #[cfg(not(loom))]
+pub(crate) mod own;
+#[cfg(not(loom))]
 pub mod periodic;
 #[cfg(not(loom))]
 pub mod realtime;

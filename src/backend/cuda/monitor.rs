@@ -17,7 +17,7 @@ use crate::backend::Keeper;
 use crate::error::Error;
 use crate::kernel::BlockState;
 use crate::kernel::outlet::Warden;
-use crate::thread::affinity;
+use crate::thread::{affinity, own};
 use crate::thread::event_count::EventCount;
 
 /// Between two looks: how late a failure is noticed at most, and next to no time of a core.
@@ -117,7 +117,7 @@ impl Drop for Monitor {
         self.handle.stop.store(true, Ordering::Release);
         self.handle.doorbell.notify();
         if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
+            && own::join_unless_current(thread)
         {
             log::error!("the thread of a CUDA device panicked");
         }

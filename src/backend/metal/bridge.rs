@@ -16,7 +16,7 @@ use crate::backend::slices::{Attention, PARKING_IDLE_POLLS, Pace, SHARED_POLLS};
 use crate::backend::{DeviceInfo, ExecutionMode, Keeper};
 use crate::error::Error;
 use crate::kernel::BlockState;
-use crate::thread::affinity;
+use crate::thread::{affinity, own};
 use crate::thread::event_count::EventCount;
 
 /// Slices of a kernel that are committed at once: one more than runs.
@@ -155,7 +155,7 @@ impl Drop for Bridge {
         self.handle.stop.store(true, Ordering::Release);
         self.handle.look();
         if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
+            && own::join_unless_current(thread)
         {
             log::error!("the thread of a Metal device panicked");
         }

@@ -24,7 +24,7 @@ use crate::backend::{ExecutionMode, Keeper};
 use crate::error::Error;
 use crate::kernel::outlet::Warden;
 use crate::kernel::{BlockState, FailureReason, KernelFailure};
-use crate::thread::affinity;
+use crate::thread::{affinity, own};
 
 /// Command buffers that take turns.
 const BATCHES: usize = 2;
@@ -179,7 +179,7 @@ impl Drop for Lane {
         self.handle.stop.store(true, Ordering::Release);
         self.handle.look();
         if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
+            && own::join_unless_current(thread)
         {
             log::error!("the thread of a Vulkan queue panicked");
         }

@@ -35,6 +35,7 @@ use std::time::Duration;
 pub use machine::RealtimeWarning;
 pub use report::{Grant, Need, RealtimeReport, Refusal, Schedule, Setting};
 
+use super::own;
 use crate::error::Error;
 use crate::time::Deadline;
 
@@ -346,7 +347,8 @@ impl RealtimeContext {
 
 /// A realtime thread that was started.
 ///
-/// Dropping it asks the thread to end, and waits until it has: for as long as its body takes to notice.
+/// Dropping it asks the thread to end, and waits until it has: for as long as its body takes to notice. A thread
+/// that drops its own handle does not wait for itself: it has been asked to end, and goes on.
 #[derive(Debug)]
 pub struct RealtimeHandle<T> {
     report: RealtimeReport,
@@ -390,8 +392,13 @@ impl<T> RealtimeHandle<T> {
     /// [`wait_finished`](Self::wait_finished) for a bound.
     ///
     /// # Errors
-    /// What the body panicked with.
+    /// What the body panicked with. On the thread itself, which cannot wait for its own end, a text that
+    /// says so; nothing is waited for then.
     pub fn join(mut self) -> Result<T, Box<dyn Any + Send>> {
+        if self.thread.as_ref().is_some_and(own::is_current) {
+            // Dropping the handle tells the thread to end.
+            return Err(Box::new("a realtime thread cannot join itself"));
+        }
         match self.thread.take().map(JoinHandle::join) {
             Some(Ok(Some(value))) => Ok(value),
             Some(Err(panic)) => Err(panic),
@@ -405,6 +412,7 @@ impl<T> Drop for RealtimeHandle<T> {
     fn drop(&mut self) {
         self.stop();
         if let Some(thread) = self.thread.take()
+            && !own::is_current(&thread)
             && thread.join().is_err()
         {
             log::error!("realtime thread '{}' panicked", self.report.thread);
