@@ -135,6 +135,8 @@
 #![warn(clippy::unwrap_used, clippy::expect_used)]
 
 pub mod error;
+#[cfg(all(feature = "std", not(loom)))]
+mod logging;
 pub mod message;
 pub mod ring;
 mod sync;

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::backend::DeviceMemory;
 use crate::error::Error;
+use crate::logging;
 use crate::ring::WriteCombining;
 
 /// Size and alignment of a huge page, where there are any: what a page directory's entry covers with 4 KiB pages, on x86-64 and AArch64.
@@ -145,7 +146,7 @@ fn advise_huge_pages(start: NonNull<u8>, bytes: usize) {
     // behind it in its last page.
     let result = unsafe { libc::madvise(start.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
     if result != 0 {
-        log::debug!(
+        logging::debug!(
             "no huge pages for {bytes} bytes: {}",
             std::io::Error::last_os_error()
         );

@@ -12,10 +12,9 @@ use parking_lot::Mutex;
 use super::load::{BridgeLoad, LoadMeter};
 use crate::backend::HostPool;
 use crate::error::Error;
+use crate::logging;
 use crate::thread::event_count::EventCount;
-use crate::thread::{
-    CoreLease, IdleStep, KernelWait, SpinPermit, WaitStrategy, affinity, own,
-};
+use crate::thread::{CoreLease, IdleStep, KernelWait, SpinPermit, WaitStrategy, affinity, own};
 use crate::time::{self, Deadline};
 
 /// Kernels, connections and subscriptions of kernels that one bridge looks after at most.
@@ -288,12 +287,12 @@ impl Bridge {
             std::thread::sleep(BLOCKED_NAP);
         }
         if !thread.is_finished() {
-            log::error!(
+            logging::error!(
                 "the bridge of {} does not end; its thread is left behind",
                 self.settings.device
             );
         } else if thread.join().is_err() {
-            log::error!("the bridge of {} panicked", self.settings.device);
+            logging::error!("the bridge of {} panicked", self.settings.device);
         }
     }
 
@@ -377,7 +376,7 @@ impl Worker {
         };
         if let Err(error) = pinned {
             // It works anywhere.
-            log::warn!("the bridge of {}: {error}", self.settings.device);
+            logging::warning!("the bridge of {}: {error}", self.settings.device);
         }
         self.load.begin();
         let mut empty = 0_u32;

@@ -412,9 +412,8 @@ impl ReplyPort<'_> {
             Ok(payload.len())
         });
         self.hosted = hosted;
-        if let Err(refused) = written {
+        if written.is_err() {
             // The kernel is ending, or the ring behind it has changed.
-            log::debug!("kernel '{}': {refused}", self.signals.name);
             self.signals.dead_letters.reply(
                 DeadLetterReason::Shutdown,
                 &Lost {

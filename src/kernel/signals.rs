@@ -10,6 +10,7 @@ use super::dead_letters::{DeadLetterQueue, DeadLetters};
 use super::outlet::OutletSlot;
 use super::state::{FailureReason, KernelFailure, KernelState};
 use crate::error::Unavailable;
+use crate::logging;
 use crate::thread::event_count::EventCount;
 use crate::thread::watch::Watch;
 
@@ -182,9 +183,12 @@ pub(crate) struct KernelSignals {
     pub(crate) outlet: OutletSlot,
     /// What the backend left for the block if the block before it runs it on its own thread.
     pub(crate) berth: Mutex<Option<Arc<dyn Any + Send + Sync>>>,
-    failure: Mutex<Option<KernelFailure>>,
-    /// Blocks whose handler panicked: the request that it had is still the first in its ring.
-    poisoned: Mutex<Vec<u32>>,
+    /// The first failure; of use only while the state is `Failed`.
+    failure: OnceLock<KernelFailure>,
+    /// Whether the log has the failure.
+    is_announced: AtomicBool,
+    /// Of each block, whether its handler panicked: the request that it had is still the first in its ring.
+    poisoned: Box<[AtomicBool]>,
 }
 
 impl KernelSignals {
@@ -211,30 +215,52 @@ impl KernelSignals {
             lanes: LaneWatch::new(),
             outlet: OutletSlot::default(),
             berth: Mutex::new(None),
-            failure: Mutex::new(None),
-            poisoned: Mutex::new(Vec::new()),
+            failure: OnceLock::new(),
+            is_announced: AtomicBool::new(false),
+            poisoned: (0..blocks).map(|_| AtomicBool::new(false)).collect(),
         }
     }
 
-    /// Fails the kernel, keeps the first failure, and wakes everybody. Does nothing to a kernel that has ended.
+    /// Fails the kernel, keeps the first failure, wakes every thread that waits for it, and logs the failure. Does
+    /// nothing to a kernel that has ended.
     pub(crate) fn fail(&self, failure: KernelFailure) {
-        if let (Some(block), Some(_)) = (failure.block, &failure.request) {
-            self.poisoned.lock().push(block);
-        }
+        self.fail_silently(failure);
+        self.announce_failure();
+    }
+
+    /// As `fail`, but leaves the log to the next thread that announces the failure: the calling one holds a side of
+    /// the kernel, and a logger is foreign code.
+    pub(crate) fn fail_silently(&self, failure: KernelFailure) {
+        if let (Some(block), Some(_)) = (failure.block, &failure.request)
+            && let Some(poisoned) = self.poisoned.get(block as usize)
         {
-            let mut slot = self.failure.lock();
-            if self.gate.state().is_final() {
-                return;
-            }
-            log::error!("kernel '{}' failed: {failure}", self.name);
-            if failure.reason == FailureReason::DeviceLost {
-                self.gate.bits.fetch_or(DEVICE_LOST, Ordering::AcqRel);
-            }
-            slot.get_or_insert(failure);
-            // The failure is there before the state that points to it.
-            let _ = self.gate.transition(KernelState::Failed);
+            poisoned.store(true, Ordering::Release);
         }
+        if self.gate.state().is_final() {
+            return;
+        }
+        let reason = failure.reason;
+        // The failure is there before the state that points to it. A later one changes nothing of it.
+        if self.failure.set(failure).is_ok() && reason == FailureReason::DeviceLost {
+            self.gate.bits.fetch_or(DEVICE_LOST, Ordering::AcqRel);
+        }
+        let _ = self.gate.transition(KernelState::Failed);
         self.wake_all();
+    }
+
+    /// Logs the failure if the kernel has failed and the log does not have it yet.
+    pub(crate) fn announce_failure(&self) {
+        if let Some(failure) = self.failed_with()
+            && !self.is_announced.swap(true, Ordering::Relaxed)
+        {
+            logging::error!("kernel '{}' failed: {failure}", self.name);
+        }
+    }
+
+    fn failed_with(&self) -> Option<&KernelFailure> {
+        (self.gate.state() == KernelState::Failed)
+            .then(|| self.failure.get())
+            .flatten()
     }
 
     /// Wakes callers and blocks, to look at the state.
@@ -246,14 +272,15 @@ impl KernelSignals {
         }
     }
 
-    /// Blocks whose handler panicked.
-    pub(crate) fn poisoned_blocks(&self) -> Vec<u32> {
-        self.poisoned.lock().clone()
+    /// Whether the handler of a block panicked.
+    pub(crate) fn is_poisoned(&self, block: u32) -> bool {
+        let poisoned = self.poisoned.get(block as usize);
+        poisoned.is_some_and(|poisoned| poisoned.load(Ordering::Acquire))
     }
 
-    /// How the kernel failed, if it did.
+    /// How the kernel failed, if it did. Takes no lock.
     pub(crate) fn failure(&self) -> Option<KernelFailure> {
-        self.failure.lock().clone()
+        self.failed_with().cloned()
     }
 
     /// Tells whoever has to look for it that there will be a reply, if the kernel will not.

@@ -307,8 +307,12 @@ impl KernelHandle {
     fn no_receiver(&self) -> Miss {
         self.instance.pipes.settle();
         let has_outlet = self.instance.pipes.has_outlet();
-        if !has_outlet && self.instance.receive.lock().is_some() {
-            return Miss::Busy;
+        if !has_outlet {
+            // A thread that holds the side may run a decoder, which is not waited for.
+            let receive = self.instance.receive.try_lock();
+            if receive.is_none_or(|side| side.is_some()) {
+                return Miss::Busy;
+            }
         }
         Miss::Unavailable(self.split_off(has_outlet))
     }

@@ -21,6 +21,7 @@ use crate::kernel::{
     BlockState, DeadLetterReason, FailureReason, KernelFailure, KernelState, Lost, MessageTrace,
     Telemetry, UndeliveredMessage,
 };
+use crate::logging;
 use crate::thread::{CoreLease, SpinPermit};
 use crate::time::{self, Deadline};
 
@@ -45,6 +46,8 @@ pub(crate) struct KernelInstance {
     pub(super) bridge: Arc<Bridge>,
     /// Where its clients' lanes meet.
     pub(super) clients: Mutex<LaneHub>,
+    /// Whether nothing of it runs any more, and its accounts are closed.
+    pub(super) ended: AtomicBool,
 }
 
 /// What only the control plane touches.
@@ -96,6 +99,7 @@ impl KernelInstance {
 
     /// Starts polling, and returns once every block does.
     pub(super) fn activate(&self) -> Result<(), Error> {
+        let _deferral = logging::defer();
         let mut control = self.control.lock();
         let from = self.state();
         if !from.can_become(KernelState::Active) {
@@ -119,6 +123,7 @@ impl KernelInstance {
 
     /// Stops taking messages, then stops polling, and returns once no block does.
     pub(super) fn deactivate(&self) -> Result<(), Error> {
+        let _deferral = logging::defer();
         let mut control = self.control.lock();
         self.change_state(KernelState::Deactivated)?;
         self.compare_clocks();
@@ -128,7 +133,7 @@ impl KernelInstance {
     fn change_state(&self, to: KernelState) -> Result<(), Error> {
         match self.signals.gate.transition(to) {
             Ok(from) => {
-                log::debug!("kernel '{}': {from} -> {to}", self.signals.name);
+                logging::debug!("kernel '{}': {from} -> {to}", self.signals.name);
                 Ok(())
             }
             Err(from) => Err(self.illegal(from, to)),
@@ -201,12 +206,13 @@ impl KernelInstance {
 
     /// Ends the kernel. A failed one keeps its state and gives its threads and cores back.
     pub(super) fn terminate(&self) -> Result<(), Error> {
+        let _deferral = logging::defer();
         let mut control = self.control.lock();
         if self.state() == KernelState::Active {
             self.compare_clocks();
         }
         match self.signals.gate.transition(KernelState::Terminating) {
-            Ok(from) => log::debug!("kernel '{}': {from} -> Terminating", self.signals.name),
+            Ok(from) => logging::debug!("kernel '{}': {from} -> Terminating", self.signals.name),
             Err(KernelState::Failed) if control.dispatch.is_some() => {}
             Err(from) => return Err(self.illegal(from, KernelState::Terminating)),
         }
@@ -220,6 +226,24 @@ impl KernelInstance {
         // So does a reply of the kernel before this one.
         self.pipes.await_publisher(self.termination_timeout);
         self.end(&mut control)
+    }
+
+    /// Whether the kernel has ended, and only its accounts are left.
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    /// Ends a failed kernel if nothing of it runs any more; whether it has ended. Waits for nothing.
+    pub(super) fn end_if_finished(&self) -> bool {
+        let Some(mut control) = self.control.try_lock() else {
+            return false;
+        };
+        if let Some(dispatch) = &mut control.dispatch
+            && matches!(dispatch.keep_alive(), DispatchStatus::Running)
+        {
+            return false;
+        }
+        self.end(&mut control).is_ok()
     }
 
     fn end(&self, control: &mut ControlPlane) -> Result<(), Error> {
@@ -250,11 +274,13 @@ impl KernelInstance {
         // Fails if the kernel has failed, which it then stays.
         let _ = self.signals.gate.transition(KernelState::Terminated);
         control.closing = Some(self.close(dispatch.as_ref()));
+        self.ended.store(true, Ordering::Release);
         drop(dispatch);
         control.permit = None;
         control.leases.clear();
         self.pipes.settle();
         self.signals.wake_all();
+        self.signals.announce_failure();
         outcome
     }
 
@@ -269,7 +295,6 @@ impl KernelInstance {
     /// no handler saw: the ring decides, so that the accounts add up whatever a late sender or a handler that returns
     /// after all do meanwhile. A send that passes the gate in the very moment of the end may appear in no column.
     fn close(&self, dispatch: &dyn Dispatch) -> Closing {
-        let poisoned = self.signals.poisoned_blocks();
         let mut requests = MessageTally::default();
         let mut returned = Vec::new();
         let letters = &self.signals.dead_letters;
@@ -291,7 +316,7 @@ impl KernelInstance {
             let position = control.processed();
             // A request that a handler panicked on, or sits on for ever, is still the first in its ring.
             let in_hand =
-                poisoned.contains(&block.index) || control.state() != Some(BlockState::Ended);
+                self.signals.is_poisoned(block.index) || control.state() != Some(BlockState::Ended);
             // In this order: a request that is counted only now was sent before, and lies in the ring.
             let (accepted, processed) = self.progress(counter, position);
             let mut left = dispatch.leftovers(block.index, position);
@@ -347,7 +372,7 @@ impl KernelInstance {
                         payload: payload.to_vec(),
                     });
                 }),
-                None => log::error!(
+                None => logging::error!(
                     "kernel '{}': a client does not let go of the lanes; what is in them is not returned",
                     self.signals.name
                 ),
@@ -366,6 +391,7 @@ impl KernelInstance {
     }
 
     pub(super) fn status(&self) -> KernelStatus {
+        let _deferral = logging::defer();
         // Not while another thread moves the kernel to a new state: that may take a while.
         if let Some(mut control) = self.control.try_lock() {
             self.look_after(&mut control);
@@ -380,6 +406,7 @@ impl KernelInstance {
     }
 
     pub(super) fn traces(&self) -> Option<Vec<MessageTrace>> {
+        let _deferral = logging::defer();
         let tracing = self.tracing.as_ref()?;
         let samples = tracing.read(&self.blocks);
         if self.state() == KernelState::Active {
@@ -445,6 +472,7 @@ impl KernelInstance {
 impl Drop for KernelInstance {
     /// Ends a kernel that was never terminated; the runtime has done so before, unless its launch failed half-way.
     fn drop(&mut self) {
+        let _deferral = logging::defer();
         let control = self.control.get_mut();
         if let Some(mut dispatch) = control.dispatch.take() {
             dispatch.request_stop();

@@ -163,6 +163,7 @@ pub(super) fn launch(
         }),
         bridge: Arc::clone(bridge),
         clients: Mutex::new(LaneHub::new()),
+        ended: AtomicBool::new(false),
     }))
 }
 

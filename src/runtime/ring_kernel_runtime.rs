@@ -1,8 +1,9 @@
 //! The runtime: devices, registered kernels, launched kernels, and one life.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
@@ -10,20 +11,22 @@ use parking_lot::{Mutex, MutexGuard};
 use super::builder::DeviceChoice;
 use super::config::RuntimeConfig;
 use super::connection::Connection;
+use super::devices::Devices;
 use super::handle::KernelHandle;
-use super::instance::{ControlPlane, KernelInstance};
+use super::instance::{Closing, ControlPlane, KernelInstance};
 use super::launch;
 use super::lifecycle::{DrainReport, LifecycleState, ShutdownReport};
 use super::metrics::KernelStatus;
 use super::pipeline::{self, Settling};
+use super::snapshot::Snapshot;
 use super::topic::Topics;
-use crate::backend::cpu::CpuBackend;
-use crate::backend::{Backend, BackendType, Device, DeviceInfo, ExecutionMode};
+use crate::backend::{BackendType, Device, DeviceInfo};
 use crate::bridge::{Bridge, BridgeSettings, RingBufferBridge};
 use crate::error::Error;
 use crate::kernel::{
     DeadLetterQueue, Dim3, KernelRegistration, KernelState, LaunchOptions, registered_kernels,
 };
+use crate::logging;
 use crate::thread::affinity;
 use crate::time::{self, Deadline};
 
@@ -32,9 +35,6 @@ const MAX_RETURNED: usize = 1 << 16;
 
 /// Between two looks whether a drain is complete.
 const DRAIN_INTERVAL: Duration = Duration::from_micros(200);
-
-/// Names the Vulkan device to use, by index or part of its name, where the program does not.
-const DEVICE_VARIABLE: &str = "RINGKERNEL_VULKAN_DEVICE";
 
 /// A runtime of persistent kernels on the devices of one backend.
 ///
@@ -61,31 +61,26 @@ pub struct RingKernelRuntime {
     default_device: usize,
     config: RuntimeConfig,
     devices: Devices,
-    registry: Mutex<BTreeMap<String, KernelRegistration>>,
-    /// Devices on which the code of registered kernels was made ready.
-    prepared: Mutex<BTreeSet<usize>>,
+    registry: Snapshot<BTreeMap<String, KernelRegistration>>,
     built: Instant,
     dead_letters: Arc<DeadLetterQueue>,
     /// One a device that kernels were launched on.
-    bridges: Mutex<BTreeMap<usize, Arc<Bridge>>>,
+    bridges: Snapshot<BTreeMap<usize, Arc<Bridge>>>,
     pub(super) topics: Topics,
+    /// A [`LifecycleState`]; changed under the lock of `inner`.
+    state: AtomicU8,
+    /// Launched, and neither booked into the totals nor forgotten.
+    kernels: Snapshot<Vec<Arc<KernelInstance>>>,
+    /// Held while kernels are connected.
+    connecting: Mutex<()>,
+    /// What no getter needs: it may be held while memory is allocated.
     inner: Mutex<Inner>,
-}
-
-/// The backend's devices, each opened when it is first used.
-#[derive(Debug)]
-struct Devices {
-    backend: Box<dyn Backend>,
-    described: Vec<DeviceInfo>,
-    open: Mutex<BTreeMap<usize, Arc<dyn Device>>>,
-    huge_pages: bool,
 }
 
 #[derive(Debug)]
 struct Inner {
-    state: LifecycleState,
-    /// Launched and neither terminated nor reaped.
-    kernels: Vec<Arc<KernelInstance>>,
+    /// Names of kernels that are being launched.
+    names: Vec<String>,
     /// Launches so far, for names.
     launches: u64,
     /// Accounts of the kernels that have ended.
@@ -98,7 +93,7 @@ impl fmt::Debug for RingKernelRuntime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RingKernelRuntime")
             .field("backend", &self.backend)
-            .field("devices", &self.devices.described.len())
+            .field("devices", &self.devices.count())
             .field("state", &self.state())
             .finish_non_exhaustive()
     }
@@ -111,6 +106,7 @@ impl RingKernelRuntime {
         config: RuntimeConfig,
         registrations: Vec<KernelRegistration>,
     ) -> Result<Self, Error> {
+        let _deferral = logging::defer();
         config.validate()?;
         time::initialise();
         affinity::initialise();
@@ -145,30 +141,31 @@ impl RingKernelRuntime {
             default_device,
             config,
             devices,
-            registry: Mutex::new(registry),
-            prepared: Mutex::new(BTreeSet::new()),
+            registry: Snapshot::new(registry),
             built: Instant::now(),
-            bridges: Mutex::new(BTreeMap::new()),
+            bridges: Snapshot::new(BTreeMap::new()),
             topics: Topics::default(),
+            state: AtomicU8::new(LifecycleState::Initializing as u8),
+            kernels: Snapshot::new(Vec::new()),
+            connecting: Mutex::new(()),
             inner: Mutex::new(Inner {
-                state: LifecycleState::Initializing,
-                kernels: Vec::new(),
+                names: Vec::new(),
                 launches: 0,
                 totals: ShutdownReport::default(),
                 settling: Vec::new(),
             }),
         };
         runtime.device(default_device)?;
-        log::debug!("runtime built: backend {backend}, device {default_device}");
+        logging::debug!("runtime built: backend {backend}, device {default_device}");
         Ok(runtime)
     }
 
     /// An open device, whose kernels' code is ready.
     pub(super) fn device(&self, index: usize) -> Result<Arc<dyn Device>, Error> {
+        let _deferral = logging::defer();
         let device = self.devices.get(self.backend, index)?;
-        if self.prepared.lock().insert(index) {
-            let registry = self.registry.lock();
-            for registration in registry.values() {
+        if self.devices.begin_preparing(index) {
+            for registration in self.registry.load().values() {
                 prepare(&*device, self.backend, registration);
             }
         }
@@ -178,8 +175,8 @@ impl RingKernelRuntime {
     /// The bridge of a device, whose thread runs from when it is first needed.
     fn bridge_of(&self, device: &dyn Device) -> Arc<Bridge> {
         let info = device.info();
-        let mut bridges = self.bridges.lock();
-        let bridge = bridges.entry(info.index).or_insert_with(|| {
+        let found = self.bridges.load().get(&info.index).cloned();
+        found.unwrap_or_else(|| {
             let settings = BridgeSettings {
                 device: format!("{}{}", self.backend, info.index),
                 wait: self.config.bridge_wait,
@@ -188,16 +185,20 @@ impl RingKernelRuntime {
                 cores: affinity::unreserved_cores(&self.config.reserved_cores),
                 sample_interval: self.config.heartbeat_interval,
             };
-            Arc::new(Bridge::new(settings, device.host_pool()))
-        });
-        Arc::clone(bridge)
+            let new = Arc::new(Bridge::new(settings, device.host_pool()));
+            self.bridges.update(|bridges| {
+                let mut bridges = bridges.clone();
+                // Another thread may have been faster: then its bridge counts.
+                let bridge = Arc::clone(bridges.entry(info.index).or_insert(Arc::clone(&new)));
+                (bridges, bridge)
+            })
+        })
     }
 
     /// The bridge of a device, once a kernel was launched there.
     #[must_use]
     pub fn bridge(&self, device: usize) -> Option<RingBufferBridge> {
-        let bridges = self.bridges.lock();
-        bridges.get(&device).map(RingBufferBridge::new)
+        self.bridges.load().get(&device).map(RingBufferBridge::new)
     }
 
     /// The backend in use.
@@ -209,16 +210,7 @@ impl RingKernelRuntime {
     /// The devices that kernels can be launched on. One that has not been used yet is only described.
     #[must_use]
     pub fn devices(&self) -> Vec<DeviceInfo> {
-        let open = self.devices.open.lock();
-        self.devices
-            .described
-            .iter()
-            .enumerate()
-            .map(|(index, described)| match open.get(&index) {
-                Some(device) => device.info().clone(),
-                None => described.clone(),
-            })
-            .collect()
+        self.devices.describe()
     }
 
     /// Index of the device that launches use unless they name one.
@@ -227,12 +219,15 @@ impl RingKernelRuntime {
         self.default_device
     }
 
-    /// Bytes that live kernels take on a device.
+    /// Bytes that live kernels take on a device; 0 while the device has not been used. First gives back what failed
+    /// kernels took that no handle or endpoint refers to any more.
     ///
     /// # Errors
     /// [`Error::DeviceNotFound`].
     pub fn memory_in_use(&self, device: usize) -> Result<u64, Error> {
-        Ok(self.device(device)?.memory_in_use())
+        let device = self.devices.opened(self.backend, device)?;
+        self.reclaim();
+        Ok(device.map_or(0, |device| device.memory_in_use()))
     }
 
     /// The messages of its kernels and topics that could not be delivered, and how many there were; also of kernels that have ended.
@@ -256,10 +251,14 @@ impl RingKernelRuntime {
     /// # Errors
     /// [`Error::DuplicateKernel`] if its id is taken; [`Error::InvalidOption`].
     pub fn register(&self, registration: KernelRegistration) -> Result<(), Error> {
-        let open: Vec<_> = self.devices.open.lock().values().cloned().collect();
-        add(&mut self.registry.lock(), registration.clone())?;
-        for device in open {
-            prepare(&*device, self.backend, &registration);
+        let _deferral = logging::defer();
+        self.registry.try_update(|registry| {
+            let mut registry = registry.clone();
+            add(&mut registry, registration.clone())?;
+            Ok::<_, Error>((registry, ()))
+        })?;
+        for device in self.devices.all_open() {
+            prepare(&**device, self.backend, &registration);
         }
         Ok(())
     }
@@ -267,7 +266,7 @@ impl RingKernelRuntime {
     /// Ids of all kernels that can be launched, sorted.
     #[must_use]
     pub fn registered(&self) -> Vec<String> {
-        self.registry.lock().keys().cloned().collect()
+        self.registry.load().keys().cloned().collect()
     }
 
     /// Launches a kernel: afterwards it is resident on its device, and idle until it is activated. Starts the runtime
@@ -284,45 +283,64 @@ impl RingKernelRuntime {
         block_size: impl Into<Dim3>,
         options: LaunchOptions,
     ) -> Result<KernelHandle, Error> {
-        let registration = {
-            let registry = self.registry.lock();
-            registry
-                .get(id)
-                .cloned()
-                .ok_or_else(|| Error::KernelNotFound {
-                    id: id.to_owned(),
-                    registered: registry.keys().cloned().collect(),
-                })?
-        };
+        let _deferral = logging::defer();
+        let registry = self.registry.load();
+        let registration = registry.get(id).ok_or_else(|| Error::KernelNotFound {
+            id: id.to_owned(),
+            registered: registry.keys().cloned().collect(),
+        })?;
         let device = self.device(options.device.unwrap_or(self.default_device))?;
-        let mut inner = self.inner.lock();
-        if inner.state > LifecycleState::Running {
-            return Err(Error::InvalidLifecycle {
-                state: inner.state.name(),
-                operation: "launch a kernel",
-            });
-        }
-        inner.sweep();
-        let name = inner.name_for(id, options.name.as_deref())?;
+        self.reclaim();
+        self.sweep();
+        let name = self.reserve_name(id, options.name.as_deref())?;
+        // No lock: a device may take seconds.
         let instance = launch::launch(
             device.as_ref(),
             &self.config,
-            &registration,
-            name,
+            registration,
+            name.name.clone(),
             (grid.into(), block_size.into()),
             &options,
             (&self.dead_letters, &self.bridge_of(&*device)),
         )?;
-        inner.state = LifecycleState::Running;
-        inner.launches += 1;
-        inner.kernels.push(Arc::clone(&instance));
-        log::info!(
+        let is_listed = {
+            let mut inner = self.inner.lock();
+            let is_in_time = self.state() <= LifecycleState::Running;
+            if is_in_time {
+                self.set_state(LifecycleState::Running);
+                inner.launches += 1;
+                self.kernels.update(|kernels| {
+                    let mut kernels = kernels.clone();
+                    kernels.push(Arc::clone(&instance));
+                    (kernels, ())
+                });
+            }
+            is_in_time
+        };
+        if !is_listed {
+            // The runtime was told to drain meanwhile. The kernel has never been active.
+            let _ = instance.terminate();
+            return Err(self.not_running("launch a kernel"));
+        }
+        logging::info!(
             "kernel '{}' launched on {} device {}",
             instance.signals.name,
             self.backend,
             instance.device
         );
         Ok(KernelHandle::new(instance))
+    }
+
+    /// Reserves a name that no live kernel has, as long as the result lives.
+    fn reserve_name(&self, id: &str, asked: Option<&str>) -> Result<ReservedName<'_>, Error> {
+        let mut inner = self.inner.lock();
+        self.check_running("launch a kernel")?;
+        let name = inner.name_for(id, asked, &self.kernels.load())?;
+        inner.names.push(name.clone());
+        Ok(ReservedName {
+            runtime: self,
+            name,
+        })
     }
 
     /// Makes the replies of `from` the requests of `to`. Chains of any length can be made so; a kernel may feed up to 32 others, each of which
@@ -378,26 +396,21 @@ impl RingKernelRuntime {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn connect(&self, from: &KernelHandle, to: &KernelHandle) -> Result<Connection, Error> {
-        let inner = self.inner.lock();
-        if inner.state > LifecycleState::Running {
-            return Err(Error::InvalidLifecycle {
-                state: inner.state.name(),
-                operation: "connect kernels",
-            });
-        }
-        // Under the lock: no other connection is made meanwhile, so that cycles are seen.
-        let way = pipeline::connect(&from.instance, &to.instance, &inner.kernels)?;
+        let _deferral = logging::defer();
+        // No other connection is made meanwhile, so that cycles are seen.
+        let _one = self.connecting.lock();
+        self.check_running("connect kernels")?;
+        let way = pipeline::connect(&from.instance, &to.instance, &self.kernels.load())?;
         Ok(Connection::new(&from.instance, &to.instance, way))
     }
 
     /// Where each kernel stands that has not been terminated, in the order of their launches.
     #[must_use]
     pub fn kernels(&self) -> Vec<KernelStatus> {
-        let mut inner = self.inner.lock();
-        inner.sweep();
-        inner
-            .kernels
+        self.kernels
+            .load()
             .iter()
+            .filter(|instance| !instance.has_ended())
             .map(|instance| instance.status())
             .collect()
     }
@@ -405,11 +418,10 @@ impl RingKernelRuntime {
     /// A handle to the kernel of this name, if it has not been terminated.
     #[must_use]
     pub fn kernel(&self, name: &str) -> Option<KernelHandle> {
-        let inner = self.inner.lock();
-        inner
-            .kernels
+        self.kernels
+            .load()
             .iter()
-            .find(|instance| instance.signals.name == name)
+            .find(|instance| !instance.has_ended() && instance.signals.name == name)
             .map(|instance| KernelHandle::new(Arc::clone(instance)))
     }
 
@@ -417,26 +429,44 @@ impl RingKernelRuntime {
     pub(super) fn check_running(&self, operation: &'static str) -> Result<(), Error> {
         match self.state() {
             LifecycleState::Initializing | LifecycleState::Running => Ok(()),
-            state => Err(Error::InvalidLifecycle {
-                state: state.name(),
-                operation,
-            }),
+            _ => Err(self.not_running(operation)),
+        }
+    }
+
+    fn not_running(&self, operation: &'static str) -> Error {
+        Error::InvalidLifecycle {
+            state: self.state().name(),
+            operation,
         }
     }
 
     /// Whether a kernel is one of this runtime's, and has not been terminated.
     pub(super) fn has_kernel(&self, instance: &Arc<KernelInstance>) -> bool {
-        let inner = self.inner.lock();
-        inner
-            .kernels
+        self.kernels
+            .load()
             .iter()
             .any(|other| Arc::ptr_eq(other, instance))
     }
 
-    /// Where the runtime is in its life.
+    /// Where the runtime is in its life. One load: it waits for nothing that the runtime does.
     #[must_use]
     pub fn state(&self) -> LifecycleState {
-        self.inner.lock().state
+        LifecycleState::from_bits(self.state.load(Ordering::Acquire))
+    }
+
+    /// Under the lock of `inner`.
+    fn set_state(&self, state: LifecycleState) {
+        self.state.store(state as u8, Ordering::Release);
+    }
+
+    /// Goes forward to `next`; staying is allowed only in `Running`. Under the lock of `inner`.
+    fn advance(&self, next: LifecycleState, operation: &'static str) -> Result<(), Error> {
+        let state = self.state();
+        if state < next || (state == next && next == LifecycleState::Running) {
+            self.set_state(next);
+            return Ok(());
+        }
+        Err(self.not_running(operation))
     }
 
     /// Makes the runtime `Running`; the first launch does so too. Does nothing if it is already.
@@ -444,7 +474,8 @@ impl RingKernelRuntime {
     /// # Errors
     /// [`Error::InvalidLifecycle`] once it drains or has stopped.
     pub fn start(&self) -> Result<(), Error> {
-        self.inner.lock().advance(LifecycleState::Running, "start")
+        let _inner = self.inner.lock();
+        self.advance(LifecycleState::Running, "start")
     }
 
     /// Refuses new launches and messages, and waits until active kernels have handled all that they had accepted, and what had been
@@ -455,20 +486,16 @@ impl RingKernelRuntime {
     pub fn drain(&self, timeout: Duration) -> Result<DrainReport, Error> {
         let begin = Instant::now();
         let deadline = Deadline::after(timeout);
-        let kernels = {
-            let mut inner = self.inner.lock();
-            if inner.state != LifecycleState::Draining {
-                if inner.state != LifecycleState::Running {
-                    return Err(Error::InvalidLifecycle {
-                        state: inner.state.name(),
-                        operation: "drain",
-                    });
-                }
-                inner.advance(LifecycleState::Draining, "drain")?;
+        {
+            let _inner = self.inner.lock();
+            match self.state() {
+                LifecycleState::Draining => {}
+                LifecycleState::Running => self.set_state(LifecycleState::Draining),
+                _ => return Err(self.not_running("drain")),
             }
-            // In this order, so that what a kernel has passed on is seen behind it.
-            pipeline::upstream_first(&inner.kernels)
-        };
+        }
+        // In this order, so that what a kernel has passed on is seen behind it.
+        let kernels = pipeline::upstream_first(&self.kernels.load());
         // What was published before reaches the kernels that subscribe.
         self.topics.drain(deadline);
         for kernel in &kernels {
@@ -503,226 +530,108 @@ impl RingKernelRuntime {
     /// # Errors
     /// [`Error::InvalidLifecycle`] if the runtime has been shut down before.
     pub fn complete_shutdown(&self) -> Result<ShutdownReport, Error> {
-        let kernels = {
-            let mut inner = self.inner.lock();
-            inner.advance(LifecycleState::ShuttingDown, "shut down")?;
-            pipeline::upstream_first(&inner.kernels)
-        };
+        let _deferral = logging::defer();
+        {
+            let _inner = self.inner.lock();
+            self.advance(LifecycleState::ShuttingDown, "shut down")?;
+        }
+        let kernels = pipeline::upstream_first(&self.kernels.load());
         // Not under the lock: status calls must not wait for a stuck handler.
         let mut errors = Vec::new();
         self.topics.close(&mut errors);
         for kernel in &kernels {
             match kernel.terminate() {
                 Ok(()) => {}
-                // Somebody else has terminated it.
+                // Another thread has terminated it.
                 Err(Error::InvalidTransition { .. }) => {}
                 Err(error) => errors.push(error),
             }
         }
         drop(kernels);
-        for bridge in self.bridges.lock().values() {
+        for bridge in self.bridges.load().values() {
             bridge.stop();
         }
-        let mut inner = self.inner.lock();
-        inner.book(|instance| Some(instance.control.lock()));
-        inner.state = LifecycleState::Stopped;
-        inner.settle();
-        let mut report = std::mem::take(&mut inner.totals);
-        report.kernels = inner.launches;
+        let mut report = self.book_ended(
+            |instance| Some(instance.control.lock()),
+            |inner| {
+                self.set_state(LifecycleState::Stopped);
+                let mut report = std::mem::take(&mut inner.totals);
+                report.kernels = inner.launches;
+                report
+            },
+        );
         report.uptime = self.built.elapsed();
         report.topics = self.topics.tally(&mut errors);
         report.errors = errors;
-        log::info!("runtime stopped after {:?}", report.uptime);
+        logging::info!("runtime stopped after {:?}", report.uptime);
         Ok(report)
     }
-}
 
-impl Devices {
-    fn new(backend: BackendType, config: &RuntimeConfig) -> Result<Self, Error> {
-        let backend: Box<dyn Backend> = match backend {
-            BackendType::Cpu => Box::new(CpuBackend::new(
-                config.cpu_devices,
-                config.cpu_memory_limit,
-                &config.reserved_cores,
-            )),
-            #[cfg(feature = "vulkan")]
-            BackendType::Vulkan => Box::new(crate::backend::vulkan::VulkanBackend::load(
-                &config.vulkan,
-                &config.reserved_cores,
-                config.termination_timeout,
-            )?),
-            #[cfg(not(feature = "vulkan"))]
-            BackendType::Vulkan => {
-                return Err(Error::BackendUnavailable {
-                    backend: backend.name(),
-                    reason: "this build lacks the feature `vulkan`".into(),
-                });
-            }
-            #[cfg(feature = "cuda")]
-            BackendType::Cuda => Box::new(crate::backend::cuda::CudaBackend::load(
-                &config.cuda,
-                &config.reserved_cores,
-                config.termination_timeout,
-            )?),
-            #[cfg(not(feature = "cuda"))]
-            BackendType::Cuda => {
-                return Err(Error::BackendUnavailable {
-                    backend: backend.name(),
-                    reason: "this build lacks the feature `cuda`".into(),
-                });
-            }
-            #[cfg(feature = "metal")]
-            BackendType::Metal => Box::new(crate::backend::metal::MetalBackend::load(
-                &config.metal,
-                &config.reserved_cores,
-                config.termination_timeout,
-            )?),
-            #[cfg(not(feature = "metal"))]
-            BackendType::Metal => {
-                return Err(Error::BackendUnavailable {
-                    backend: backend.name(),
-                    reason: "this build lacks the feature `metal`".into(),
-                });
-            }
-        };
-        Ok(Self {
-            described: backend.devices(),
-            backend,
-            open: Mutex::new(BTreeMap::new()),
-            huge_pages: config.huge_pages,
-        })
+    /// Books the kernels that have ended into the totals, and forgets them. One that is being terminated right now is
+    /// booked next time.
+    fn sweep(&self) {
+        self.book_ended(|instance| instance.control.try_lock(), |_| ());
     }
 
-    /// The best backend: Vulkan, if it has hardware that keeps kernels resident and all kernels have code for it. CUDA and Metal are
-    /// for those who ask for them, until they have been seen to work on a GPU.
-    fn best(
-        config: &RuntimeConfig,
-        choice: &DeviceChoice,
-        runs_on: impl Fn(BackendType) -> bool,
-    ) -> Result<(BackendType, Self, usize), Error> {
-        if runs_on(BackendType::Vulkan) {
-            match Self::good(BackendType::Vulkan, config, choice) {
-                Ok(Some((devices, index))) => return Ok((BackendType::Vulkan, devices, index)),
-                Ok(None) => {
-                    log::debug!("no Vulkan device keeps kernels resident without taking cores");
-                }
-                Err(error) => log::debug!("not chosen: {error}"),
+    /// Ends failed kernels that only this runtime refers to any more, if that takes no time, and forgets them: their
+    /// memory, names and cores can be had again.
+    fn reclaim(&self) {
+        let _deferral = logging::defer();
+        let mut has_ended = false;
+        for instance in &*self.kernels.load() {
+            // Another thread may still read an older list: the next look finds the kernel.
+            if instance.state() == KernelState::Failed && Arc::strong_count(instance) == 1 {
+                has_ended |= instance.end_if_finished();
             }
         }
-        let cpu = Self::new(BackendType::Cpu, config)?;
-        let index = cpu.choose(BackendType::Cpu, choice)?;
-        Ok((BackendType::Cpu, cpu, index))
+        if has_ended {
+            self.sweep();
+        }
     }
 
-    /// The devices of a backend and the one that is meant, if it is better than the CPU.
-    fn good(
-        backend: BackendType,
-        config: &RuntimeConfig,
-        choice: &DeviceChoice,
-    ) -> Result<Option<(Self, usize)>, Error> {
-        let devices = Self::new(backend, config)?;
-        let index = devices.choose(backend, choice)?;
-        // A software device that is named is asked for; an index may as well be meant for the CPU.
-        let named = match choice {
-            DeviceChoice::Best => backend == BackendType::Vulkan && device_variable().is_some(),
-            DeviceChoice::Name(_) => true,
-            DeviceChoice::Index(_) => false,
+    /// Books the kernels that have ended, as far as `lock` gets hold of them, and then does `act` under the same lock.
+    fn book_ended<R>(
+        &self,
+        lock: impl Fn(&KernelInstance) -> Option<MutexGuard<'_, ControlPlane>>,
+        act: impl FnOnce(&mut Inner) -> R,
+    ) -> R {
+        let kernels = self.kernels.load();
+        let mut booked = Vec::new();
+        let (result, _settled) = {
+            let mut inner = self.inner.lock();
+            let settled = inner.settle();
+            for instance in &*kernels {
+                let closing = lock(instance).and_then(|mut control| control.closing.take());
+                if let Some(closing) = closing {
+                    inner.book(instance, closing);
+                    booked.push(Arc::as_ptr(instance));
+                }
+            }
+            (act(&mut inner), settled)
         };
-        let good = match devices.described.get(index) {
-            None => false,
-            Some(_) if named => true,
-            Some(info) => info.kind.is_hardware() && is_resident(&*devices.get(backend, index)?),
-        };
-        Ok(good.then_some((devices, index)))
-    }
-
-    fn get(&self, backend: BackendType, index: usize) -> Result<Arc<dyn Device>, Error> {
-        if index >= self.described.len() {
-            return Err(Error::DeviceNotFound {
-                backend: backend.name(),
-                index,
-                available: self.described.len(),
+        if !booked.is_empty() {
+            self.kernels.update(|kernels| {
+                let is_left = |kernel: &&Arc<_>| !booked.contains(&Arc::as_ptr(kernel));
+                (kernels.iter().filter(is_left).cloned().collect(), ())
             });
         }
-        let mut open = self.open.lock();
-        if let Some(device) = open.get(&index) {
-            return Ok(Arc::clone(device));
-        }
-        let device = self.backend.open(index)?;
-        device.account().use_huge_pages(self.huge_pages);
-        open.insert(index, Arc::clone(&device));
-        Ok(device)
-    }
-
-    /// The index of the device that is meant.
-    fn choose(&self, backend: BackendType, choice: &DeviceChoice) -> Result<usize, Error> {
-        let named = |name: &str| {
-            let wanted = name.to_lowercase();
-            self.described
-                .iter()
-                .position(|info| info.name.to_lowercase().contains(&wanted))
-                .ok_or_else(|| Error::DeviceNotNamed {
-                    backend: backend.name(),
-                    name: name.to_owned(),
-                    available: self
-                        .described
-                        .iter()
-                        .map(|info| info.name.clone())
-                        .collect(),
-                })
-        };
-        match choice {
-            DeviceChoice::Index(index) => Ok(*index),
-            DeviceChoice::Name(name) => named(name),
-            DeviceChoice::Best if backend == BackendType::Cpu => Ok(0),
-            DeviceChoice::Best => match device_variable() {
-                Some(name) if backend == BackendType::Vulkan => match name.parse() {
-                    Ok(index) => Ok(index),
-                    Err(_) => named(&name),
-                },
-                _ => self.best_hardware(backend),
-            },
-        }
-    }
-
-    /// The first hardware device that keeps kernels resident; the first that runs them at all if none does.
-    fn best_hardware(&self, backend: BackendType) -> Result<usize, Error> {
-        let mut fallback = None;
-        let mut reasons = Vec::new();
-        // Vulkan's are sorted by kind, CUDA's are the driver's order.
-        for (index, info) in self.described.iter().enumerate() {
-            if !info.kind.is_hardware() {
-                reasons.push(format!(
-                    "device {index}, '{}', is software and must be asked for",
-                    info.name
-                ));
-                continue;
-            }
-            match self.get(backend, index) {
-                Ok(device) => {
-                    if is_resident(&*device) {
-                        return Ok(index);
-                    }
-                    fallback = fallback.or(Some(index));
-                }
-                Err(error) => reasons.push(format!("device {index}: {error}")),
-            }
-        }
-        fallback.ok_or_else(|| Error::BackendUnavailable {
-            backend: backend.name(),
-            reason: if reasons.is_empty() {
-                "there are no devices".into()
-            } else {
-                reasons.join("; ")
-            },
-        })
+        // What has been forgotten is dropped here, where no lock is held.
+        drop(kernels);
+        result
     }
 }
 
-/// The device that the environment names, if it names one.
-fn device_variable() -> Option<String> {
-    let name = std::env::var(DEVICE_VARIABLE).ok()?;
-    (!name.trim().is_empty()).then_some(name)
+/// The name of a kernel that is being launched.
+struct ReservedName<'a> {
+    runtime: &'a RingKernelRuntime,
+    name: String,
+}
+
+impl Drop for ReservedName<'_> {
+    fn drop(&mut self) {
+        let mut inner = self.runtime.inner.lock();
+        inner.names.retain(|name| *name != self.name);
+    }
 }
 
 /// Makes a kernel's code ready on a device. What is wrong with it is an error of its launch.
@@ -730,15 +639,7 @@ fn prepare(device: &dyn Device, backend: BackendType, registration: &KernelRegis
     if let Ok(handler) = launch::handler(backend, registration)
         && let Err(error) = device.prepare(registration.id(), &handler)
     {
-        log::debug!("kernel '{}' is not ready: {error}", registration.id());
-    }
-}
-
-/// Whether a running dispatch of the device sees messages.
-fn is_resident(device: &dyn Device) -> bool {
-    match &device.info().vulkan {
-        Some(vulkan) => vulkan.mode == ExecutionMode::Resident,
-        None => true,
+        logging::debug!("kernel '{}' is not ready: {error}", registration.id());
     }
 }
 
@@ -756,24 +657,16 @@ fn add(
 }
 
 impl Inner {
-    /// Goes forward to `next`; staying is allowed only in `Running`.
-    fn advance(&mut self, next: LifecycleState, operation: &'static str) -> Result<(), Error> {
-        if self.state < next || (self.state == next && next == LifecycleState::Running) {
-            self.state = next;
-            return Ok(());
-        }
-        Err(Error::InvalidLifecycle {
-            state: self.state.name(),
-            operation,
-        })
-    }
-
     /// A name that no live kernel has.
-    fn name_for(&self, id: &str, asked: Option<&str>) -> Result<String, Error> {
+    fn name_for(
+        &self,
+        id: &str,
+        asked: Option<&str>,
+        kernels: &[Arc<KernelInstance>],
+    ) -> Result<String, Error> {
         let taken = |name: &str| {
-            self.kernels
-                .iter()
-                .any(|instance| instance.signals.name == name)
+            let names = kernels.iter().map(|instance| &instance.signals.name);
+            names.chain(&self.names).any(|other| other == name)
         };
         let name = asked.unwrap_or(id);
         if name.contains('\0') {
@@ -798,44 +691,32 @@ impl Inner {
             .unwrap_or_default())
     }
 
-    /// Books the kernels that have ended into the totals, and forgets them. One that is being terminated right now is
-    /// booked next time.
-    fn sweep(&mut self) {
-        self.settle();
-        self.book(|instance| instance.control.try_lock());
-    }
-
-    /// Books replies of kernels that have ended which others have taken since.
-    fn settle(&mut self) {
+    /// Books replies of kernels that have ended which others have taken since; what of that is over, to be dropped
+    /// behind the lock.
+    fn settle(&mut self) -> Vec<Settling> {
         let totals = &mut self.totals;
-        self.settling.retain_mut(|settling| {
-            settling.book(&mut totals.replies);
-            !settling.is_over()
-        });
+        self.settling
+            .extract_if(.., |settling| {
+                settling.book(&mut totals.replies);
+                settling.is_over()
+            })
+            .collect()
     }
 
-    fn book(&mut self, lock: impl Fn(&KernelInstance) -> Option<MutexGuard<'_, ControlPlane>>) {
-        let (totals, settlings) = (&mut self.totals, &mut self.settling);
-        self.kernels.retain(|instance| {
-            let Some(mut control) = lock(instance) else {
-                return true;
-            };
-            let Some(closing) = control.closing.take() else {
-                return true;
-            };
-            if instance.state() == KernelState::Failed {
-                totals.failed_kernels.push(instance.signals.name.clone());
-            }
-            totals.requests.merge(&closing.requests);
-            let (replies, settling) = instance.closing_reply_tally();
-            totals.replies.merge(&replies);
-            settlings.extend(settling);
-            let room = MAX_RETURNED - totals.returned.len();
-            totals
-                .returned
-                .extend(closing.returned.into_iter().take(room));
-            false
-        });
+    /// Books a kernel that has ended.
+    fn book(&mut self, instance: &KernelInstance, closing: Closing) {
+        let totals = &mut self.totals;
+        if instance.state() == KernelState::Failed {
+            totals.failed_kernels.push(instance.signals.name.clone());
+        }
+        totals.requests.merge(&closing.requests);
+        let (replies, settling) = instance.closing_reply_tally();
+        totals.replies.merge(&replies);
+        self.settling.extend(settling);
+        let room = MAX_RETURNED - totals.returned.len();
+        totals
+            .returned
+            .extend(closing.returned.into_iter().take(room));
     }
 }
 
@@ -845,7 +726,7 @@ impl Drop for RingKernelRuntime {
             && let Ok(report) = self.complete_shutdown()
         {
             for error in report.errors {
-                log::warn!("shutdown: {error}");
+                logging::warning!("shutdown: {error}");
             }
         }
     }

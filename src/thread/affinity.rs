@@ -1,6 +1,7 @@
 //! Which cores there are, and putting a thread on one of them.
 
 use crate::error::Error;
+use crate::logging;
 
 /// The cores that are online, by number, isolated ones included.
 ///
@@ -201,7 +202,7 @@ pub(crate) fn on_cores<T: Send>(
                 if !cores.is_empty()
                     && let Err(error) = confine_current_thread(cores)
                 {
-                    log::warn!("{name}: driver threads run anywhere: {error}");
+                    logging::warning!("{name}: driver threads run anywhere: {error}");
                 }
                 body()
             })

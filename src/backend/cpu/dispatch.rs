@@ -12,6 +12,7 @@ use crate::backend::{
 use crate::error::Error;
 use crate::kernel::signals::KernelSignals;
 use crate::kernel::{BlockState, FailureReason, KernelFailure, UndeliveredMessage};
+use crate::logging;
 use crate::thread::affinity;
 use crate::time::Deadline;
 
@@ -175,7 +176,7 @@ impl Drop for CpuDispatch {
         let _ = self.join(Deadline::after(Duration::from_millis(100)));
         let abandoned = self.threads.iter().flatten().count();
         if abandoned > 0 {
-            log::warn!(
+            logging::warning!(
                 "kernel '{}': {abandoned} threads are stuck in their handler and were left behind",
                 self.signals.name
             );

@@ -17,8 +17,9 @@ use crate::backend::Keeper;
 use crate::error::Error;
 use crate::kernel::BlockState;
 use crate::kernel::outlet::Warden;
-use crate::thread::{affinity, own};
+use crate::logging;
 use crate::thread::event_count::EventCount;
+use crate::thread::{affinity, own};
 
 /// Between two looks: how late a failure is noticed at most, and next to no time of a core.
 const LOOK_INTERVAL: Duration = Duration::from_millis(1);
@@ -96,7 +97,7 @@ impl Monitor {
                 if !cores.is_empty()
                     && let Err(error) = affinity::confine_current_thread(&cores)
                 {
-                    log::warn!("the thread of a CUDA device runs anywhere: {error}");
+                    logging::warning!("the thread of a CUDA device runs anywhere: {error}");
                 }
                 watch.run();
             })
@@ -119,7 +120,7 @@ impl Drop for Monitor {
         if let Some(thread) = self.thread.take()
             && own::join_unless_current(thread)
         {
-            log::error!("the thread of a CUDA device panicked");
+            logging::error!("the thread of a CUDA device panicked");
         }
     }
 }
@@ -155,6 +156,8 @@ struct Watch {
 impl Watch {
     fn run(mut self) {
         loop {
+            // What is logged while locks are held leaves at the end of the round.
+            let deferral = logging::defer();
             let admitted = std::mem::take(&mut *self.handle.inbox.lock());
             self.kernels
                 .extend(admitted.into_iter().map(|kernel| Watched {
@@ -176,6 +179,7 @@ impl Watch {
                     watched.kernel.ask_to_end();
                 }
             }
+            drop(deferral);
             self.sleep();
         }
     }

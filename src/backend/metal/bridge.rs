@@ -16,8 +16,9 @@ use crate::backend::slices::{Attention, PARKING_IDLE_POLLS, Pace, SHARED_POLLS};
 use crate::backend::{DeviceInfo, ExecutionMode, Keeper};
 use crate::error::Error;
 use crate::kernel::BlockState;
-use crate::thread::{affinity, own};
+use crate::logging;
 use crate::thread::event_count::EventCount;
+use crate::thread::{affinity, own};
 
 /// Slices of a kernel that are committed at once: one more than runs.
 const SLICES: usize = 2;
@@ -48,7 +49,7 @@ impl Health {
     /// Marks the device as lost; the first reason is kept.
     fn lose(&self, reason: String) {
         if self.lost.set(reason).is_ok() {
-            log::error!("device '{}' is lost: {}", self.name, self.reason());
+            logging::error!("device '{}' is lost: {}", self.name, self.reason());
         }
     }
 
@@ -134,7 +135,7 @@ impl Bridge {
                 if !cores.is_empty()
                     && let Err(error) = affinity::confine_current_thread(&cores)
                 {
-                    log::warn!("the thread of a Metal device runs anywhere: {error}");
+                    logging::warning!("the thread of a Metal device runs anywhere: {error}");
                 }
                 thread.run();
             })
@@ -157,7 +158,7 @@ impl Drop for Bridge {
         if let Some(thread) = self.thread.take()
             && own::join_unless_current(thread)
         {
-            log::error!("the thread of a Metal device panicked");
+            logging::error!("the thread of a Metal device panicked");
         }
     }
 }
@@ -189,6 +190,8 @@ struct BridgeThread {
 impl BridgeThread {
     fn run(mut self) {
         loop {
+            // What is logged while locks are held leaves at the end of the round.
+            let deferral = logging::defer();
             let admitted = std::mem::take(&mut *self.handle.inbox.lock());
             let on_request = self.on_request;
             self.members
@@ -217,6 +220,7 @@ impl BridgeThread {
                     member.kernel.ask_to_end();
                 }
             }
+            drop(deferral);
             self.sleep();
         }
     }

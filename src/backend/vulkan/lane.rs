@@ -24,6 +24,7 @@ use crate::backend::{ExecutionMode, Keeper};
 use crate::error::Error;
 use crate::kernel::outlet::Warden;
 use crate::kernel::{BlockState, FailureReason, KernelFailure};
+use crate::logging;
 use crate::thread::{affinity, own};
 
 /// Command buffers that take turns.
@@ -158,7 +159,7 @@ impl Lane {
                 if !cores.is_empty()
                     && let Err(error) = affinity::confine_current_thread(&cores)
                 {
-                    log::warn!("the thread of a Vulkan queue runs anywhere: {error}");
+                    logging::warning!("the thread of a Vulkan queue runs anywhere: {error}");
                 }
                 bridge.run();
             })
@@ -176,12 +177,13 @@ impl Lane {
 impl Drop for Lane {
     /// Ends the thread. Bounded: a fence that never signals ends the device.
     fn drop(&mut self) {
+        let _deferral = logging::defer();
         self.handle.stop.store(true, Ordering::Release);
         self.handle.look();
         if let Some(thread) = self.thread.take()
             && own::join_unless_current(thread)
         {
-            log::error!("the thread of a Vulkan queue panicked");
+            logging::error!("the thread of a Vulkan queue panicked");
         }
     }
 }
@@ -311,6 +313,8 @@ impl Bridge {
 
     fn run(mut self) {
         loop {
+            // What is logged while the lane holds locks, or a driver calls back, leaves at the end of the round.
+            let deferral = logging::defer();
             let mut failed = self.admit();
             if failed.is_none() && self.context.lost().is_none() {
                 failed = match self.mode {
@@ -332,6 +336,7 @@ impl Bridge {
             {
                 return;
             }
+            drop(deferral);
             if self.in_flight.is_empty() {
                 self.sleep();
             }

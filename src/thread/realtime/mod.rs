@@ -37,6 +37,7 @@ pub use report::{Grant, Need, RealtimeReport, Refusal, Schedule, Setting};
 
 use super::own;
 use crate::error::Error;
+use crate::logging;
 use crate::time::Deadline;
 
 /// Between two looks whether a thread has ended.
@@ -307,7 +308,7 @@ impl RealtimeThread {
 /// The report, or the error that it amounts to.
 fn check(report: RealtimeReport) -> Result<RealtimeReport, Error> {
     for (setting, refusal) in report.refused() {
-        log::warn!("thread '{}': {setting} refused: {refusal}", report.thread);
+        logging::warning!("thread '{}': {setting} refused: {refusal}", report.thread);
     }
     match report.fatal() {
         None => Ok(report),
@@ -415,7 +416,7 @@ impl<T> Drop for RealtimeHandle<T> {
             && !own::is_current(&thread)
             && thread.join().is_err()
         {
-            log::error!("realtime thread '{}' panicked", self.report.thread);
+            logging::error!("realtime thread '{}' panicked", self.report.thread);
         }
     }
 }
