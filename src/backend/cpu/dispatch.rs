@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::kernel::signals::KernelSignals;
 use crate::kernel::{BlockState, FailureReason, KernelFailure, UndeliveredMessage};
 use crate::logging;
-use crate::thread::affinity;
+use crate::thread::{affinity, own};
 use crate::time::Deadline;
 
 /// How long a thread may take to start and to pin itself. Milliseconds are usual; only an overloaded machine needs more.
@@ -110,7 +110,11 @@ impl CpuDispatch {
     fn reap(&mut self) -> Option<KernelFailure> {
         let mut failure = None;
         for (block, slot) in self.threads.iter_mut().enumerate() {
-            if slot.as_ref().is_some_and(JoinHandle::is_finished)
+            // Its last act may be an allocator's or a destructor's, which asks for the kernel's status here: the next
+            // look joins it.
+            let is_finished =
+                |thread: &JoinHandle<()>| thread.is_finished() && !own::is_current(thread);
+            if slot.as_ref().is_some_and(is_finished)
                 && let Some(thread) = slot.take()
                 && thread.join().is_err()
             {
