@@ -138,6 +138,8 @@ pub mod error;
 #[cfg(all(feature = "std", not(loom)))]
 mod logging;
 pub mod message;
+#[cfg(all(feature = "std", not(loom)))]
+mod process;
 pub mod ring;
 mod sync;
 

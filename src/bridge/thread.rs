@@ -13,6 +13,7 @@ use super::load::{BridgeLoad, LoadMeter};
 use crate::backend::HostPool;
 use crate::error::Error;
 use crate::logging;
+use crate::process::{self, InChild};
 use crate::thread::event_count::EventCount;
 use crate::thread::{CoreLease, IdleStep, KernelWait, SpinPermit, WaitStrategy, affinity, own};
 use crate::time::{self, Deadline};
@@ -151,6 +152,8 @@ pub(crate) struct Bridge {
     taken: Arc<AtomicUsize>,
     thread: Mutex<Thread>,
     load: Arc<LoadMeter>,
+    /// Whether this process is the child of a fork, and the thread stays with its parent.
+    is_elsewhere: AtomicBool,
 }
 
 impl fmt::Debug for Bridge {
@@ -158,6 +161,12 @@ impl fmt::Debug for Bridge {
         f.debug_struct("Bridge")
             .field("settings", &self.settings)
             .finish_non_exhaustive()
+    }
+}
+
+impl InChild for Bridge {
+    fn close_in_child(&self) {
+        self.is_elsewhere.store(true, Ordering::Relaxed);
     }
 }
 
@@ -172,6 +181,7 @@ impl Bridge {
             taken: Arc::new(AtomicUsize::new(0)),
             thread: Mutex::new(Thread::NotStarted(receiver)),
             load: Arc::new(LoadMeter::default()),
+            is_elsewhere: AtomicBool::new(false),
         }
     }
 
@@ -270,6 +280,10 @@ impl Bridge {
 
     /// Ends the thread, and lets go of everything that it looked after.
     pub(crate) fn stop(&self) {
+        process::look();
+        if self.is_elsewhere.load(Ordering::Relaxed) {
+            return;
+        }
         let thread = std::mem::replace(&mut *self.thread.lock(), Thread::Stopped);
         let Thread::Running(thread) = thread else {
             return;
@@ -298,6 +312,10 @@ impl Bridge {
 
     /// How busy the thread is; `None` if it was never started.
     pub(crate) fn load(&self) -> Option<BridgeLoad> {
+        process::look();
+        if self.is_elsewhere.load(Ordering::Relaxed) {
+            return None;
+        }
         match *self.thread.lock() {
             Thread::NotStarted(_) => None,
             Thread::Running(_) | Thread::Stopped => Some(self.load.read()),
@@ -326,7 +344,7 @@ impl RingBufferBridge {
         &self.bridge.settings.device
     }
 
-    /// Its load; `None` while it has not been needed. Allocates; does not disturb the thread beyond the transfer of a few cache lines.
+    /// Its load; `None` while it has not been needed, and in the child of a fork. Allocates; does not disturb the thread beyond the transfer of a few cache lines.
     #[must_use]
     pub fn load(&self) -> Option<BridgeLoad> {
         self.bridge.load()

@@ -17,6 +17,8 @@ use crate::thread::watch::Watch;
 const STATE_MASK: u32 = 0xff;
 const DRAINING: u32 = 1 << 8;
 const DEVICE_LOST: u32 = 1 << 9;
+/// In the child of a fork. The state is `Failed` then, so that no check on the way of a message asks for it.
+const FORKED: u32 = 1 << 10;
 
 /// A kernel's state, and whether the runtime drains, in one word that every send looks at.
 #[derive(Debug)]
@@ -66,6 +68,7 @@ impl Gate {
     #[cold]
     fn why(bits: u32) -> Unavailable {
         match KernelState::from_bits(bits & STATE_MASK) {
+            _ if bits & FORKED != 0 => Unavailable::Forked,
             KernelState::Failed if bits & DEVICE_LOST != 0 => Unavailable::DeviceLost,
             KernelState::Failed => Unavailable::Failed,
             KernelState::Terminating | KernelState::Terminated => Unavailable::Terminated,
@@ -88,6 +91,17 @@ impl Gate {
             })
             .map(|bits| KernelState::from_bits(bits & STATE_MASK))
             .map_err(|bits| KernelState::from_bits(bits & STATE_MASK))
+    }
+
+    /// Closes it for good in the child of a fork. Stores only.
+    pub(crate) fn close_in_child(&self) {
+        let bits = KernelState::Failed as u32 | FORKED;
+        self.bits.store(bits, Ordering::SeqCst);
+    }
+
+    /// Whether this process is a child that the kernel is not in.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        self.bits.load(Ordering::Relaxed) & FORKED != 0
     }
 
     pub(crate) fn set_draining(&self) {
@@ -280,6 +294,14 @@ impl KernelSignals {
 
     /// How the kernel failed, if it did. Takes no lock.
     pub(crate) fn failure(&self) -> Option<KernelFailure> {
+        if self.gate.is_elsewhere() {
+            return Some(KernelFailure {
+                reason: FailureReason::Forked,
+                message: "the process was forked, and the kernel stays with its parent".into(),
+                block: None,
+                request: None,
+            });
+        }
         self.failed_with().cloned()
     }
 

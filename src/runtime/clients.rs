@@ -78,6 +78,7 @@ impl KernelHandle {
     /// A client but for the types of its messages.
     pub(super) fn lane(&self, options: ClientOptions) -> Result<ClientLane, Error> {
         let instance = &self.instance;
+        instance.check_here("make a client")?;
         let plan = LanePlan {
             capacity: options.checked_capacity()?,
             kernel: instance.ring,

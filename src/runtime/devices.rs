@@ -12,6 +12,7 @@ use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, BackendType, Device, DeviceInfo, ExecutionMode};
 use crate::error::Error;
 use crate::logging;
+use crate::process::InChild;
 
 /// Names the Vulkan device to use, by index or part of its name, where the program does not.
 const DEVICE_VARIABLE: &str = "RINGKERNEL_VULKAN_DEVICE";
@@ -27,6 +28,11 @@ pub(super) struct Devices {
     /// One a device.
     places: Box<[Place]>,
     huge_pages: bool,
+}
+
+impl InChild for Devices {
+    // Registered so that no device is closed there.
+    fn close_in_child(&self) {}
 }
 
 /// Where a device is kept. No lock is needed to look at one that is open.

@@ -22,6 +22,7 @@ use crate::kernel::{
     Telemetry, UndeliveredMessage,
 };
 use crate::logging;
+use crate::process::{self, InChild};
 use crate::thread::{CoreLease, SpinPermit};
 use crate::time::{self, Deadline};
 
@@ -99,6 +100,7 @@ impl KernelInstance {
 
     /// Starts polling, and returns once every block does.
     pub(super) fn activate(&self) -> Result<(), Error> {
+        self.check_here("activate a kernel")?;
         let _deferral = logging::defer();
         let mut control = self.control.lock();
         let from = self.state();
@@ -123,6 +125,7 @@ impl KernelInstance {
 
     /// Stops taking messages, then stops polling, and returns once no block does.
     pub(super) fn deactivate(&self) -> Result<(), Error> {
+        self.check_here("deactivate a kernel")?;
         let _deferral = logging::defer();
         let mut control = self.control.lock();
         self.change_state(KernelState::Deactivated)?;
@@ -206,6 +209,7 @@ impl KernelInstance {
 
     /// Ends the kernel. A failed one keeps its state and gives its threads and cores back.
     pub(super) fn terminate(&self) -> Result<(), Error> {
+        self.check_here("terminate a kernel")?;
         let _deferral = logging::defer();
         let mut control = self.control.lock();
         if self.state() == KernelState::Active {
@@ -228,22 +232,34 @@ impl KernelInstance {
         self.end(&mut control)
     }
 
+    /// Fails in the child of a fork. For the control plane.
+    pub(super) fn check_here(&self, operation: &'static str) -> Result<(), Error> {
+        if self.is_elsewhere() {
+            return Err(Error::Forked { operation });
+        }
+        Ok(())
+    }
+
+    /// Whether this process is the child of a fork, and the kernel stays with its parent.
+    pub(super) fn is_elsewhere(&self) -> bool {
+        process::look();
+        self.signals.gate.is_elsewhere()
+    }
+
     /// Whether the kernel has ended, and only its accounts are left.
     pub(super) fn has_ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
     }
 
-    /// Ends a failed kernel if nothing of it runs any more; whether it has ended. Waits for nothing.
-    pub(super) fn end_if_finished(&self) -> bool {
-        let Some(mut control) = self.control.try_lock() else {
-            return false;
-        };
-        if let Some(dispatch) = &mut control.dispatch
-            && matches!(dispatch.keep_alive(), DispatchStatus::Running)
+    /// Ends a failed kernel if nothing of it runs any more. Waits for nothing.
+    pub(super) fn end_if_finished(&self) {
+        if let Some(mut control) = self.control.try_lock()
+            && let Some(dispatch) = &mut control.dispatch
+            && !matches!(dispatch.keep_alive(), DispatchStatus::Running)
         {
-            return false;
+            // It has ended: there is nothing to wait for that could fail.
+            let _ = self.end(&mut control);
         }
-        self.end(&mut control).is_ok()
     }
 
     fn end(&self, control: &mut ControlPlane) -> Result<(), Error> {
@@ -393,7 +409,9 @@ impl KernelInstance {
     pub(super) fn status(&self) -> KernelStatus {
         let _deferral = logging::defer();
         // Not while another thread moves the kernel to a new state: that may take a while.
-        if let Some(mut control) = self.control.try_lock() {
+        if !self.is_elsewhere()
+            && let Some(mut control) = self.control.try_lock()
+        {
             self.look_after(&mut control);
         }
         KernelStatus {
@@ -406,6 +424,9 @@ impl KernelInstance {
     }
 
     pub(super) fn traces(&self) -> Option<Vec<MessageTrace>> {
+        if self.is_elsewhere() {
+            return None;
+        }
         let _deferral = logging::defer();
         let tracing = self.tracing.as_ref()?;
         let samples = tracing.read(&self.blocks);
@@ -422,7 +443,33 @@ impl KernelInstance {
         }
     }
 
+    /// What is known of it in the child of a fork: that it is not there.
+    fn metrics_elsewhere(&self) -> KernelMetrics {
+        KernelMetrics {
+            status: self.status(),
+            blocks: self.blocks.len() as u32,
+            accepted: 0,
+            processed: 0,
+            queue_depth: 0,
+            produced: 0,
+            received_replies: 0,
+            dropped: 0,
+            last_error: 0,
+            heartbeats: 0,
+            slices: 0,
+            heartbeat_age: None,
+            telemetry: None,
+            dead_letters: self.signals.dead_letters.counts(),
+            memory_bytes: 0,
+            cores: Vec::new(),
+            spins: false,
+        }
+    }
+
     pub(super) fn metrics(&self) -> KernelMetrics {
+        if self.is_elsewhere() {
+            return self.metrics_elsewhere();
+        }
         let telemetry = self.telemetry.then(|| {
             let mut sum = Telemetry::default();
             for block in &self.blocks {
@@ -466,6 +513,12 @@ impl KernelInstance {
             cores: self.cores.clone(),
             spins: self.spins,
         }
+    }
+}
+
+impl InChild for KernelInstance {
+    fn close_in_child(&self) {
+        self.signals.gate.close_in_child();
     }
 }
 

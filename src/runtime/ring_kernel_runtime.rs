@@ -27,6 +27,7 @@ use crate::kernel::{
     DeadLetterQueue, Dim3, KernelRegistration, KernelState, LaunchOptions, registered_kernels,
 };
 use crate::logging;
+use crate::process::{self, Birth};
 use crate::thread::affinity;
 use crate::time::{self, Deadline};
 
@@ -39,6 +40,14 @@ const DRAIN_INTERVAL: Duration = Duration::from_micros(200);
 /// A runtime of persistent kernels on the devices of one backend.
 ///
 /// Dropping it terminates its kernels and joins their threads, as [`complete_shutdown`](Self::complete_shutdown) does.
+///
+/// # `fork`
+/// Kernels, bridges and devices stay with the parent, which notices nothing. In the child every handle, endpoint, client,
+/// publisher and subscriber says so at once ([`Unavailable::Forked`](crate::error::Unavailable::Forked)), and everything else
+/// is [`Error::Forked`]; dropping them waits for no thread and calls no driver. A new runtime can be built there. Of devices
+/// other than the CPU, what their driver says to that is its own. A child that was made by the system call `clone`, without
+/// the handlers of `pthread_atfork`, learns of it when the control plane is asked, on Linux; a child of `vfork` may only
+/// execute another program, as ever.
 ///
 /// ```
 /// use std::time::Duration;
@@ -60,7 +69,9 @@ pub struct RingKernelRuntime {
     backend: BackendType,
     default_device: usize,
     config: RuntimeConfig,
-    devices: Devices,
+    devices: Arc<Devices>,
+    /// The process that the runtime is of.
+    birth: Birth,
     registry: Snapshot<BTreeMap<String, KernelRegistration>>,
     built: Instant,
     dead_letters: Arc<DeadLetterQueue>,
@@ -135,7 +146,10 @@ impl RingKernelRuntime {
                     asked: bytes,
                     available: 0,
                 })?;
+        let devices = Arc::new(devices);
+        process::register(&devices);
         let runtime = Self {
+            birth: Birth::here(),
             dead_letters: Arc::new(dead_letters),
             backend,
             default_device,
@@ -162,6 +176,7 @@ impl RingKernelRuntime {
 
     /// An open device, whose kernels' code is ready.
     pub(super) fn device(&self, index: usize) -> Result<Arc<dyn Device>, Error> {
+        self.check_here("use a device")?;
         let _deferral = logging::defer();
         let device = self.devices.get(self.backend, index)?;
         if self.devices.begin_preparing(index) {
@@ -186,6 +201,7 @@ impl RingKernelRuntime {
                 sample_interval: self.config.heartbeat_interval,
             };
             let new = Arc::new(Bridge::new(settings, device.host_pool()));
+            process::register(&new);
             self.bridges.update(|bridges| {
                 let mut bridges = bridges.clone();
                 // Another thread may have been faster: then its bridge counts.
@@ -198,6 +214,9 @@ impl RingKernelRuntime {
     /// The bridge of a device, once a kernel was launched there.
     #[must_use]
     pub fn bridge(&self, device: usize) -> Option<RingBufferBridge> {
+        if self.birth.is_elsewhere() {
+            return None;
+        }
         self.bridges.load().get(&device).map(RingBufferBridge::new)
     }
 
@@ -226,6 +245,7 @@ impl RingKernelRuntime {
     /// [`Error::DeviceNotFound`].
     pub fn memory_in_use(&self, device: usize) -> Result<u64, Error> {
         let device = self.devices.opened(self.backend, device)?;
+        self.check_here("tell the memory in use")?;
         self.reclaim();
         Ok(device.map_or(0, |device| device.memory_in_use()))
     }
@@ -251,6 +271,7 @@ impl RingKernelRuntime {
     /// # Errors
     /// [`Error::DuplicateKernel`] if its id is taken; [`Error::InvalidOption`].
     pub fn register(&self, registration: KernelRegistration) -> Result<(), Error> {
+        self.check_here("register a kernel")?;
         let _deferral = logging::defer();
         self.registry.try_update(|registry| {
             let mut registry = registry.clone();
@@ -283,6 +304,7 @@ impl RingKernelRuntime {
         block_size: impl Into<Dim3>,
         options: LaunchOptions,
     ) -> Result<KernelHandle, Error> {
+        self.check_here("launch a kernel")?;
         let _deferral = logging::defer();
         let registry = self.registry.load();
         let registration = registry.get(id).ok_or_else(|| Error::KernelNotFound {
@@ -396,6 +418,7 @@ impl RingKernelRuntime {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn connect(&self, from: &KernelHandle, to: &KernelHandle) -> Result<Connection, Error> {
+        self.check_here("connect kernels")?;
         let _deferral = logging::defer();
         // No other connection is made meanwhile, so that cycles are seen.
         let _one = self.connecting.lock();
@@ -407,6 +430,10 @@ impl RingKernelRuntime {
     /// Where each kernel stands that has not been terminated, in the order of their launches.
     #[must_use]
     pub fn kernels(&self) -> Vec<KernelStatus> {
+        if !self.birth.is_elsewhere() {
+            let _deferral = logging::defer();
+            self.try_sweep();
+        }
         self.kernels
             .load()
             .iter()
@@ -425,8 +452,17 @@ impl RingKernelRuntime {
             .map(|instance| KernelHandle::new(Arc::clone(instance)))
     }
 
-    /// Fails once the runtime drains.
+    /// Fails in the child of a fork.
+    pub(super) fn check_here(&self, operation: &'static str) -> Result<(), Error> {
+        if self.birth.is_elsewhere() {
+            return Err(Error::Forked { operation });
+        }
+        Ok(())
+    }
+
+    /// Fails once the runtime drains, and in the child of a fork.
     pub(super) fn check_running(&self, operation: &'static str) -> Result<(), Error> {
+        self.check_here(operation)?;
         match self.state() {
             LifecycleState::Initializing | LifecycleState::Running => Ok(()),
             _ => Err(self.not_running(operation)),
@@ -448,9 +484,12 @@ impl RingKernelRuntime {
             .any(|other| Arc::ptr_eq(other, instance))
     }
 
-    /// Where the runtime is in its life. One load: it waits for nothing that the runtime does.
+    /// Where the runtime is in its life; `Stopped` in the child of a fork. It waits for nothing that the runtime does.
     #[must_use]
     pub fn state(&self) -> LifecycleState {
+        if self.birth.is_elsewhere() {
+            return LifecycleState::Stopped;
+        }
         LifecycleState::from_bits(self.state.load(Ordering::Acquire))
     }
 
@@ -474,6 +513,7 @@ impl RingKernelRuntime {
     /// # Errors
     /// [`Error::InvalidLifecycle`] once it drains or has stopped.
     pub fn start(&self) -> Result<(), Error> {
+        self.check_here("start")?;
         let _inner = self.inner.lock();
         self.advance(LifecycleState::Running, "start")
     }
@@ -484,6 +524,7 @@ impl RingKernelRuntime {
     /// # Errors
     /// [`Error::InvalidLifecycle`] unless the runtime is running or draining.
     pub fn drain(&self, timeout: Duration) -> Result<DrainReport, Error> {
+        self.check_here("drain")?;
         let begin = Instant::now();
         let deadline = Deadline::after(timeout);
         {
@@ -530,6 +571,7 @@ impl RingKernelRuntime {
     /// # Errors
     /// [`Error::InvalidLifecycle`] if the runtime has been shut down before.
     pub fn complete_shutdown(&self) -> Result<ShutdownReport, Error> {
+        self.check_here("shut down")?;
         let _deferral = logging::defer();
         {
             let _inner = self.inner.lock();
@@ -552,6 +594,7 @@ impl RingKernelRuntime {
             bridge.stop();
         }
         let mut report = self.book_ended(
+            self.inner.lock(),
             |instance| Some(instance.control.lock()),
             |inner| {
                 self.set_state(LifecycleState::Stopped);
@@ -570,53 +613,60 @@ impl RingKernelRuntime {
     /// Books the kernels that have ended into the totals, and forgets them. One that is being terminated right now is
     /// booked next time.
     fn sweep(&self) {
-        self.book_ended(|instance| instance.control.try_lock(), |_| ());
+        self.book_ended(
+            self.inner.lock(),
+            |instance| instance.control.try_lock(),
+            |_| (),
+        );
+    }
+
+    /// As `sweep`, for a getter: waits for nothing, and may leave it to the next one.
+    fn try_sweep(&self) {
+        if let Some(inner) = self.inner.try_lock() {
+            self.book_ended(inner, |instance| instance.control.try_lock(), |_| ());
+        }
     }
 
     /// Ends failed kernels that only this runtime refers to any more, if that takes no time, and forgets them: their
     /// memory, names and cores can be had again.
     fn reclaim(&self) {
         let _deferral = logging::defer();
-        let mut has_ended = false;
         for instance in &*self.kernels.load() {
             // Another thread may still read an older list: the next look finds the kernel.
             if instance.state() == KernelState::Failed && Arc::strong_count(instance) == 1 {
-                has_ended |= instance.end_if_finished();
+                instance.end_if_finished();
             }
         }
-        if has_ended {
-            self.sweep();
-        }
+        self.try_sweep();
     }
 
     /// Books the kernels that have ended, as far as `lock` gets hold of them, and then does `act` under the same lock.
     fn book_ended<R>(
         &self,
+        mut inner: MutexGuard<'_, Inner>,
         lock: impl Fn(&KernelInstance) -> Option<MutexGuard<'_, ControlPlane>>,
         act: impl FnOnce(&mut Inner) -> R,
     ) -> R {
         let kernels = self.kernels.load();
         let mut booked = Vec::new();
-        let (result, _settled) = {
-            let mut inner = self.inner.lock();
-            let settled = inner.settle();
-            for instance in &*kernels {
-                let closing = lock(instance).and_then(|mut control| control.closing.take());
-                if let Some(closing) = closing {
-                    inner.book(instance, closing);
-                    booked.push(Arc::as_ptr(instance));
-                }
+        let settled = inner.settle();
+        for instance in &*kernels {
+            let closing = lock(instance).and_then(|mut control| control.closing.take());
+            if let Some(closing) = closing {
+                inner.book(instance, closing);
+                booked.push(Arc::as_ptr(instance));
             }
-            (act(&mut inner), settled)
-        };
+        }
+        let result = act(&mut inner);
+        drop(inner);
         if !booked.is_empty() {
             self.kernels.update(|kernels| {
                 let is_left = |kernel: &&Arc<_>| !booked.contains(&Arc::as_ptr(kernel));
                 (kernels.iter().filter(is_left).cloned().collect(), ())
             });
         }
-        // What has been forgotten is dropped here, where no lock is held.
-        drop(kernels);
+        // What is over is dropped here, where no lock is held.
+        drop((settled, kernels));
         result
     }
 }
@@ -722,6 +772,7 @@ impl Inner {
 
 impl Drop for RingKernelRuntime {
     fn drop(&mut self) {
+        // In the child of a fork nothing is to be ended: it counts as stopped.
         if self.state() < LifecycleState::ShuttingDown
             && let Ok(report) = self.complete_shutdown()
         {

@@ -17,6 +17,7 @@ use super::subscriber::{Subscriber, SubscriberLane};
 use crate::error::Error;
 use crate::kernel::DeadLetters;
 use crate::message::RingMessage;
+use crate::process;
 use crate::runtime::client_options::ClientOptions;
 use crate::runtime::handle::KernelHandle;
 use crate::runtime::lifecycle::MessageTally;
@@ -240,6 +241,7 @@ impl RingKernelRuntime {
                     type_id: Some(type_id).filter(|id| *id != 0),
                 };
                 let shared = Arc::new(TopicShared::new(name, shape, letters, pool, config));
+                process::register(&shared);
                 inner.topics.insert(name.to_owned(), Arc::clone(&shared));
                 shared
             }
@@ -255,6 +257,7 @@ impl RingKernelRuntime {
     /// # Errors
     /// As [`Topic::stats`].
     pub fn topics(&self) -> Result<BTreeMap<String, TopicStats>, Error> {
+        self.check_here("list topics")?;
         let topics = self.topics.all();
         topics
             .iter()
