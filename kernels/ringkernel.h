@@ -45,6 +45,8 @@
 // Behind it the link, which other devices need, and the kinds of the kernel that replies are passed on to, by kinds of this one,
 // two in a word.
 #define RK_LINK_WORDS 16u
+// A block's share of the state begins at a multiple of this.
+#define RK_STATE_UNIT 16u
 #define RK_NO_KIND 0xffffu
 #define RK_MAX_KINDS 64u
 // The device's lines, behind the reply slots and the request ring's cursor.
@@ -101,7 +103,7 @@
 struct RkLaunch {
     uint host_to_device_words;  // From one block to the next, in words.
     uint device_to_host_words;
-    uint state_words;
+    uint state_words;           // Of one block.
     uint capacity;              // Slots of a ring.
     uint slot_words;
     uint epoch;                 // Of the launch; a slice of another epoch than the host's ends at once.
@@ -196,28 +198,31 @@ RK_FN void rk_handler(RK_THREAD Rk& rk);
 // Waits for all threads of the block, and shows each what the others wrote to state and shared words. [all]
 #define rk_barrier() rk_group_sync(rk.threads)
 
+// Every index is allowed, in every accessor below. A read beyond the end gives 0, and a write beyond it does nothing. A 64-bit
+// value is beyond the end if either of its words is.
+
 // The request's payload: its bytes, its words (the last one may be cut short), its kind (0 is raw bytes).
 #define rk_in_bytes() (rk.bytes)
 #define rk_in_words() ((rk.bytes + 3u) >> 2)
 #define rk_in_kind() (rk.kind_lane & 0xffffu)
-#define rk_in(i) rk_load(rk.request + (i))
+#define rk_in(i) rk_read_word(rk, i)
 #define rk_in_i32(i) int(rk_in(i))
 #define rk_in_f32(i) rk_as_f32(rk_in(i))
 // Words that a reply can hold.
 #define rk_out_words() (rk.reply_limit >> 2)
-// Writes a word of the reply; beyond the slot's end, nothing.
+// Writes a word of the reply, whose end is that of its slot.
 #define rk_out(i, value) rk_write_word(rk, i, value)
 #define rk_out_i32(i, value) rk_out(i, uint(value))
 #define rk_out_f32(i, value) rk_out(i, rk_from_f32(value))
-// Copies `n` words of the request, from the first on, to the reply, shared by the threads of the block. What it leaves in
-// the up to three words behind them, to the next multiple of four, is not defined.
+// Copies `n` words of the request, from the first on, to the reply, shared by the threads of the block: as many as the request
+// has and the reply holds. What it leaves in the up to three words behind them, to the next multiple of four, is not defined.
 #define rk_out_copy(n) rk_copy_words(rk, n)
 
 // The block's state words, zero at launch, and words that its threads share during one run of the handler (1024).
-#define rk_state(i) (rk.state[i])
-#define rk_set_state(i, value) (rk.state[i] = (value))
-#define rk_shared(i) (rk.group->words[i])
-#define rk_set_shared(i, value) (rk.group->words[i] = (value))
+#define rk_state(i) rk_read_state(rk, i)
+#define rk_set_state(i, value) rk_write_state(rk, i, value)
+#define rk_shared(i) rk_read_shared(rk, i)
+#define rk_set_shared(i, value) rk_write_shared(rk, i, value)
 
 // Over the values of all threads, the same for each: sum, least, greatest. Floats are added in the order of a tree over the
 // threads' indices. [all]
@@ -235,14 +240,14 @@ RK_FN void rk_handler(RK_THREAD Rk& rk);
 // Fails the request: an error reply with this code follows when the handler returns. [all]
 #define rk_error(code) (rk.has_error = true, rk.error_code = (code))
 // Sends the reply: `bytes` of what `rk_out` wrote, of this kind, or of the request's, or raw. One more than the kernel
-// declared for each run fails the kernel. [all]
-#define rk_reply_as(kind, bytes) rk_publish(rk, kind, 0u, bytes)
+// declared for each run fails the kernel. A kind that does not fit its half of a word is one that no kernel knows. [all]
+#define rk_reply_as(kind, bytes) rk_publish(rk, rk_half(kind), 0u, bytes)
 #define rk_reply(bytes) rk_publish(rk, rk_in_kind(), 0u, bytes)
 #define rk_reply_raw(bytes) rk_publish(rk, 0u, 0u, bytes)
 
 // 64-bit values in two words, low word first. What a device lacks does not compile, and says so by its name.
 #ifdef RK_HAS_U64
-#define rk_in_u64(i) (rk_u64(rk_in(i)) | rk_u64(rk_in((i) + 1u)) << 32)
+#define rk_in_u64(i) rk_read_u64(rk, i)
 #define rk_out_u64(i, value) rk_write_u64(rk, i, value)
 #else
 #define rk_in_u64(i) rk_this_device_has_no_64_bit_integers
@@ -269,19 +274,44 @@ RK_FN RK_GLOBAL uint* rk_slot(RK_THREAD const Rk& rk, RK_GLOBAL uint* ring, uint
     return ring + (position & (rk.launch.capacity - 1u)) * rk.launch.slot_words;
 }
 
+RK_FN uint rk_half(uint kind) { return kind < RK_NO_KIND ? kind : RK_NO_KIND; }
+
+RK_FN uint rk_read_word(RK_THREAD const Rk& rk, uint i) { return i < rk_in_words() ? rk_load(rk.request + i) : 0u; }
+
 RK_FN void rk_write_word(RK_THREAD Rk& rk, uint i, uint value) {
-    if (i < (rk.reply_limit >> 2) && rk.left != 0u) rk_store(rk.reply + i, value);
+    if (i < rk_out_words() && rk.left != 0u) rk_store(rk.reply + i, value);
 }
 
 #ifdef RK_HAS_U64
+// The largest index has none behind it.
+RK_FN rk_u64 rk_read_u64(RK_THREAD const Rk& rk, uint i) {
+    bool both = i < rk_in_words() && i + 1u < rk_in_words();
+    return both ? rk_u64(rk_load(rk.request + i)) | rk_u64(rk_load(rk.request + i + 1u)) << 32 : rk_u64(0u);
+}
+
 RK_FN void rk_write_u64(RK_THREAD Rk& rk, uint i, rk_u64 value) {
-    rk_write_word(rk, i, uint(value));
-    rk_write_word(rk, i + 1u, uint(value >> 32));
+    if (i < rk_out_words() && i + 1u < rk_out_words()) {
+        rk_write_word(rk, i, uint(value));
+        rk_write_word(rk, i + 1u, uint(value >> 32));
+    }
 }
 #endif
 
+RK_FN uint rk_read_state(RK_THREAD const Rk& rk, uint i) { return i < rk.launch.state_words ? rk.state[i] : 0u; }
+
+RK_FN void rk_write_state(RK_THREAD const Rk& rk, uint i, uint value) {
+    if (i < rk.launch.state_words) rk.state[i] = value;
+}
+
+RK_FN uint rk_read_shared(RK_THREAD const Rk& rk, uint i) { return i < RK_SHARED_WORDS ? rk.group->words[i] : 0u; }
+
+RK_FN void rk_write_shared(RK_THREAD const Rk& rk, uint i, uint value) {
+    if (i < RK_SHARED_WORDS) rk.group->words[i] = value;
+}
+
 RK_FN void rk_copy_words(RK_THREAD Rk& rk, uint n) {
-    uint words = rk.reply_limit >> 2;
+    uint words = rk_out_words();
+    if (rk_in_words() < words) words = rk_in_words();
     uint end = ((n < words ? n : words) + 3u) >> 2;
     if (rk.left == 0u) return;
     for (uint i = rk.index; i < end; i += rk.threads) rk_copy4(rk.reply + 4u * i, rk.request + 4u * i);
@@ -584,7 +614,7 @@ RK_FN void rk_begin(RK_THREAD Rk& rk) {
     uint slots = rk.launch.capacity * rk.launch.slot_words;
     rk.h2d += rk.block * rk.launch.host_to_device_words;
     rk.d2h += rk.block * rk.launch.device_to_host_words;
-    rk.state += rk.block * rk.launch.state_words;
+    rk.state += rk.block * ((rk.launch.state_words + RK_STATE_UNIT - 1u) & ~(RK_STATE_UNIT - 1u));
     rk.reply_cursor = rk.h2d + slots;
     rk.host_line = rk.reply_cursor + RK_CURSOR_WORDS;
     rk.request_cursor = rk.d2h + slots;

@@ -87,7 +87,7 @@ static inline float rk_add_f32(float a, float b) { return a + b; }
 #include "ringkernel.h"
 
 #ifdef RK_ON_CPU
-extern "C" void rk_layout_2() {}
+extern "C" void rk_layout_3() {}
 extern "C" void rk_main(RkLaunch launch, uint* host_to_device, uint* device_to_host, uint* state) {
     __shared__ RkGroup group;
     uint index = threadIdx.x, threads = blockDim.x, block = blockIdx.x, blocks = gridDim.x;

@@ -54,6 +54,8 @@ const uint RK_HOST_WORDS = 16u;
 // Behind it the link, by which a kernel that writes into this one's request slots learns how far this one has read, and the
 // kinds of the kernel that replies are passed on to, by kinds of this one, two in a word.
 const uint RK_LINK_WORDS = 16u;
+// A block's share of the state begins at a multiple of this.
+const uint RK_STATE_UNIT = 16u;
 const uint RK_NO_KIND = 0xffffu;
 // The device's lines, behind the reply slots and the request ring's cursor.
 const uint RK_DEVICE_PROCESSED = 0u;
@@ -112,7 +114,7 @@ const uint RK_MAX_THREADS = 1024u;
 const uint RK_SHARED_WORDS = 1024u;
 
 // Declares to the host which layout this module was built for: the default of specialization constant 31.
-layout(constant_id = 31) const uint RK_LAYOUT_VERSION = 2u;
+layout(constant_id = 31) const uint RK_LAYOUT_VERSION = 3u;
 
 layout(local_size_x_id = 0) in;
 
@@ -138,7 +140,7 @@ layout(std430, set = 0, binding = 3) coherent volatile buffer RkReplies4 { uvec4
 layout(push_constant) uniform RkLaunch {
     uint host_to_device_words;  // From one block to the next, in words.
     uint device_to_host_words;
-    uint state_words;
+    uint state_words;           // Of one block.
     uint capacity;              // Slots of a ring.
     uint slot_words;
     uint epoch;                 // Of the command buffer; a slice of another epoch than the host's ends at once.
@@ -231,42 +233,55 @@ uint rk_blocks() { return gl_NumWorkGroups.x; }
 // Waits for all threads of the block, and shows each what the others wrote to state. [all]
 #define rk_barrier() RK_SYNC
 
+// Every index is allowed, in every accessor below. A read beyond the end gives 0, and a write beyond it does nothing. A 64-bit
+// value is beyond the end if either of its words is.
+
 // The request's payload: its bytes, its words (the last one may be cut short), its kind (0 is raw bytes).
 uint rk_in_bytes() { return rk_bytes; }
 uint rk_in_words() { return (rk_bytes + 3u) >> 2; }
 uint rk_in_kind() { return rk_kind_lane & 0xffffu; }
-uint rk_in(uint i) { return rk_h2d[rk_request + i]; }
-int rk_in_i32(uint i) { return int(rk_h2d[rk_request + i]); }
-float rk_in_f32(uint i) { return uintBitsToFloat(rk_h2d[rk_request + i]); }
+uint rk_in(uint i) {
+    uint value = 0u;
+    if (i < rk_in_words()) value = rk_h2d[rk_request + i];
+    return value;
+}
+int rk_in_i32(uint i) { return int(rk_in(i)); }
+float rk_in_f32(uint i) { return uintBitsToFloat(rk_in(i)); }
 // Words that a reply can hold.
 uint rk_out_words() { return rk_reply_limit >> 2; }
-// Writes a word of the reply; beyond the slot's end, nothing.
+// Writes a word of the reply, whose end is that of its slot.
 void rk_out(uint i, uint value) {
     if (i < (rk_reply_limit >> 2) && rk_left != 0u) rk_out_words_of[rk_reply_payload + i] = value;
 }
 void rk_out_i32(uint i, int value) { rk_out(i, uint(value)); }
 void rk_out_f32(uint i, float value) { rk_out(i, floatBitsToUint(value)); }
 // 64-bit values in two words, low word first.
-#ifdef RK_USE_U64
-rk_u64 rk_in_u64(uint i) { return packUint2x32(uvec2(rk_in(i), rk_in(i + 1u))); }
-void rk_out_u64(uint i, rk_u64 value) {
-    uvec2 words = unpackUint2x32(value);
-    rk_out(i, words.x);
-    rk_out(i + 1u, words.y);
+#if defined(RK_USE_U64) || defined(RK_USE_F64)
+uvec2 rk_in_pair(uint i) {
+    uvec2 words = uvec2(0u);
+    // The largest index has none behind it.
+    if (i < rk_in_words() && i + 1u < rk_in_words()) words = uvec2(rk_h2d[rk_request + i], rk_h2d[rk_request + i + 1u]);
+    return words;
 }
+void rk_out_pair(uint i, uvec2 words) {
+    if (i < rk_out_words() && i + 1u < rk_out_words()) {
+        rk_out(i, words.x);
+        rk_out(i + 1u, words.y);
+    }
+}
+#endif
+#ifdef RK_USE_U64
+rk_u64 rk_in_u64(uint i) { return packUint2x32(rk_in_pair(i)); }
+void rk_out_u64(uint i, rk_u64 value) { rk_out_pair(i, unpackUint2x32(value)); }
 #endif
 #ifdef RK_USE_F64
-double rk_in_f64(uint i) { return packDouble2x32(uvec2(rk_in(i), rk_in(i + 1u))); }
-void rk_out_f64(uint i, double value) {
-    uvec2 words = unpackDouble2x32(value);
-    rk_out(i, words.x);
-    rk_out(i + 1u, words.y);
-}
+double rk_in_f64(uint i) { return packDouble2x32(rk_in_pair(i)); }
+void rk_out_f64(uint i, double value) { rk_out_pair(i, unpackDouble2x32(value)); }
 #endif
-// Copies `n` words of the request, from the first on, to the reply, shared by the threads of the block. What it leaves in
-// the up to three words behind them, to the next multiple of four, is not defined.
+// Copies `n` words of the request, from the first on, to the reply, shared by the threads of the block: as many as the request
+// has and the reply holds. What it leaves in the up to three words behind them, to the next multiple of four, is not defined.
 void rk_out_copy(uint n) {
-    uint i = rk_thread(), end = (min(n, rk_reply_limit >> 2) + 3u) >> 2;
+    uint i = rk_thread(), end = (min(min(n, rk_in_words()), rk_reply_limit >> 2) + 3u) >> 2;
     if (i < end && rk_left != 0u) {
         do {
             rk_out_words4_of[(rk_reply_payload >> 2) + i] = rk_h2d4[(rk_request >> 2) + i];
@@ -286,13 +301,25 @@ float rk_add_f32(float a, float b) {
 }
 
 // The block's state words, zero at launch.
-uint rk_state(uint i) { return rk_state_words[rk_state_base + i]; }
-void rk_set_state(uint i, uint value) { rk_state_words[rk_state_base + i] = value; }
+uint rk_state(uint i) {
+    uint value = 0u;
+    if (i < rk_launch.state_words) value = rk_state_words[rk_state_base + i];
+    return value;
+}
+void rk_set_state(uint i, uint value) {
+    if (i < rk_launch.state_words) rk_state_words[rk_state_base + i] = value;
+}
 
 // Words that the block's threads share during one run of the handler.
 shared uint rk_shared_words[RK_SHARED_WORDS];
-uint rk_shared(uint i) { return rk_shared_words[i]; }
-void rk_set_shared(uint i, uint value) { rk_shared_words[i] = value; }
+uint rk_shared(uint i) {
+    uint value = 0u;
+    if (i < RK_SHARED_WORDS) value = rk_shared_words[i];
+    return value;
+}
+void rk_set_shared(uint i, uint value) {
+    if (i < RK_SHARED_WORDS) rk_shared_words[i] = value;
+}
 
 // Over the values of all threads, the same for each: sum, least, greatest. Floats are added in the order of a tree over the
 // threads' indices. A reduction takes as many loop iterations as the block's size has bits. [all]
@@ -418,8 +445,8 @@ void rk_publish(uint kind, uint flags, uint bytes) {
 }
 
 // Sends the reply: `bytes` of what `rk_out` wrote, of this kind, or of the request's. One more than the kernel declared
-// for each run fails the kernel. [all]
-void rk_reply_as(uint kind, uint bytes) { rk_publish(kind, 0u, bytes); }
+// for each run fails the kernel. A kind that does not fit its half of a word is one that no kernel knows. [all]
+void rk_reply_as(uint kind, uint bytes) { rk_publish(min(kind, RK_NO_KIND), 0u, bytes); }
 void rk_reply(uint bytes) { rk_publish(rk_in_kind(), 0u, bytes); }
 // The same as raw bytes, whatever the request was. [all]
 void rk_reply_raw(uint bytes) { rk_publish(0u, 0u, bytes); }
@@ -512,7 +539,7 @@ void rk_begin() {
     rk_request_cursor = rk_replies + slots;
     rk_device_line = rk_request_cursor + RK_CURSOR_WORDS;
     rk_telemetry_line = rk_device_line + RK_DEVICE_WORDS;
-    rk_state_base = rk_block() * rk_launch.state_words;
+    rk_state_base = rk_block() * ((rk_launch.state_words + RK_STATE_UNIT - 1u) & ~(RK_STATE_UNIT - 1u));
     rk_reads = gl_SubgroupInvocationID == 0u;
     rk_position = rk_read_d2h(rk_device_line + RK_DEVICE_PROCESSED);
     uint produced = rk_read_d2h(rk_device_line + RK_DEVICE_PRODUCED);

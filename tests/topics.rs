@@ -1024,3 +1024,81 @@ fn subscribers_and_publishers_come_and_go_while_others_publish() {
     let report = runtime.complete_shutdown().unwrap();
     assert!(report.topics.adds_up());
 }
+
+/// A message that a newest-only subscriber left where it was gives way to the next one, also when the subscriber goes.
+#[test]
+fn what_a_newest_only_subscriber_leaves_is_booked_once() {
+    let _one = one_at_a_time();
+    let runtime = runtime_with(RuntimeConfig::default());
+    let topic = runtime.topic_bytes("t", TopicOptions::default()).unwrap();
+    let mut publisher = topic.publisher().unwrap();
+    let mut subscriber = topic.subscribe(SubscriberOptions::latest()).unwrap();
+    publisher.publish_bytes(b"one").unwrap();
+    assert!(matches!(
+        subscriber.try_recv_bytes(&mut [0]),
+        Err(TryRecvError::Message(MessageError::BufferTooSmall { .. }))
+    ));
+    publisher.publish_bytes(b"two").unwrap();
+    drop(subscriber);
+    let gone = topic.stats().unwrap().gone;
+    let counts = runtime.dead_letters().counts();
+    assert_eq!(
+        (gone.published, gone.delivered, gone.dropped, gone.queued),
+        (2, 0, 1, 1)
+    );
+    assert_eq!(
+        (counts.full_requests, counts.shutdown),
+        (gone.dropped, gone.queued)
+    );
+    let report = runtime.complete_shutdown().unwrap();
+    assert_eq!(
+        (report.topics.dead_lettered, report.topics.returned),
+        (1, 1),
+        "{report}"
+    );
+}
+
+/// What a publisher was told is taken reaches the lanes, or is refused: also while the runtime shuts down.
+#[test]
+fn what_is_published_while_the_runtime_shuts_down_is_in_the_report() {
+    let _one = one_at_a_time();
+    for round in 0..30 {
+        let runtime = runtime_with(RuntimeConfig::default());
+        let topic = runtime.topic_bytes("t", TopicOptions::default()).unwrap();
+        let options = SubscriberOptions {
+            retained: false,
+            capacity: Some(16),
+            ..SubscriberOptions::default()
+        };
+        let _subscriber = topic.subscribe(options).unwrap();
+        let publishers: Vec<_> = (0..3).map(|_| topic.publisher().unwrap()).collect();
+        let (report, taken) = thread::scope(|scope| {
+            let threads: Vec<_> = publishers
+                .into_iter()
+                .map(|mut publisher| {
+                    scope.spawn(move || {
+                        let mut taken = 0;
+                        loop {
+                            match publisher.publish_bytes(b"x") {
+                                Ok(()) => taken += 1,
+                                Err(TrySendError::Unavailable(_)) => return taken,
+                                Err(TrySendError::Busy) => thread::yield_now(),
+                                Err(error) => panic!("{error}"),
+                            }
+                        }
+                    })
+                })
+                .collect();
+            thread::sleep(Duration::from_micros(200 * (round % 5)));
+            let report = runtime.complete_shutdown().unwrap();
+            let taken: u64 = threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap())
+                .sum();
+            (report, taken)
+        });
+        assert!(report.errors.is_empty(), "{report}");
+        assert!(report.topics.adds_up(), "{report}");
+        assert_eq!(report.topics.accepted, taken, "{report}");
+    }
+}

@@ -10,11 +10,11 @@ use super::host_memory::{HostMemory, HostPool};
 use super::{Device, DeviceMemory, Placement};
 use crate::error::Error;
 use crate::kernel::{
-    ControlBlock, DeviceLines, HostCommands, HostLine, TELEMETRY_BUFFER_BYTES, TelemetryBuffer,
-    TraceHeader, TraceSlot, TypeTable, UndeliveredMessage, outlet::Meter,
+    ControlBlock, DeviceLines, HostCommands, HostLine, Lost, TELEMETRY_BUFFER_BYTES,
+    TelemetryBuffer, TraceHeader, TraceSlot, TypeTable, outlet::Meter,
 };
 use crate::ring::{
-    CURSOR_BYTES, Consumer, LINE_BYTES, Producer, RingLayout, RingParts, WriteCombining,
+    CURSOR_BYTES, Consumer, LINE_BYTES, Peek, Producer, RingLayout, RingParts, WriteCombining,
     store_fence,
 };
 use crate::time::{Bracket, Deadline, now_ns_ordered};
@@ -93,6 +93,13 @@ impl BlockLayout {
 
     pub(crate) fn state(&self) -> usize {
         self.state_bytes.next_multiple_of(LINE_BYTES)
+    }
+
+    /// Words of a block's state, the last of which may lie in it in part: what a device's accessors reach.
+    #[cfg(any(feature = "vulkan", feature = "cuda", feature = "metal"))]
+    pub(crate) fn state_words(&self) -> u32 {
+        // Registrations bound the size.
+        u32::try_from(self.state_bytes.div_ceil(4)).unwrap_or(u32::MAX)
     }
 
     /// Bytes of device memory that a block takes.
@@ -541,28 +548,28 @@ impl BlockMemory {
         unsafe { self.host_to_device_at(self.grid.layout.cursor()).as_ref() }
     }
 
-    /// Copies out what lies in the request ring from `position` on.
+    /// Hands the request at `position`, without its type, to `take`; false if there is none that can be read. Its slot is
+    /// not given back.
     ///
     /// # Safety
     /// The block must have ended, or be inside a handler that was given up as stuck, with its `terminate` word set:
-    /// its consumer then takes no further slot. No sender writes a slot that was not given back, whatever it does
-    /// meanwhile.
-    pub(crate) unsafe fn leftovers(&self, kernel: &str, position: u32) -> Vec<UndeliveredMessage> {
+    /// its consumer then takes no further slot.
+    pub(super) unsafe fn read_request(&self, position: u32, take: impl FnOnce(&Lost<'_>)) -> bool {
         // SAFETY: the ring is initialised, and alive as long as `self`. The caller promises that the ring's own
-        // consumer reads no further, so that this one is its successor.
+        // consumer reads no further, so that this one is its successor. It takes nothing, so that it publishes nothing.
         let mut consumer =
             unsafe { Consumer::new(self.request_parts(), self.grid.layout.ring, position) };
-        let mut messages = Vec::new();
-        while let Ok(Some(incoming)) = consumer.try_next() {
-            messages.push(UndeliveredMessage {
-                kernel: kernel.to_owned(),
-                block: self.index,
-                header: incoming.header(),
-                extension: incoming.extension(),
-                payload: incoming.payload().to_vec(),
-            });
-        }
-        messages
+        let Peek::Ready = consumer.peek() else {
+            return false;
+        };
+        take(&Lost {
+            block: Some(self.index),
+            header: Some(*consumer.header()),
+            extension: consumer.extension(),
+            type_id: None,
+            payload: consumer.payload(),
+        });
+        true
     }
 }
 

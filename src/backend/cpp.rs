@@ -55,7 +55,7 @@ impl LaunchWords {
         Self {
             host_to_device_words: words(layout.host_to_device()),
             device_to_host_words: words(layout.device_to_host()),
-            state_words: words(layout.state()),
+            state_words: layout.state_words(),
             capacity: layout.ring.capacity(),
             slot_words: words(layout.ring.stride()),
             epoch: 0,

@@ -53,6 +53,7 @@ pub(super) fn check(constants: &mut HashMap<&str, u64>) {
     check("RK_DEVICE_WORDS", words(size_of::<DeviceLines>()));
     check("RK_HOST_WORDS", words(size_of::<HostLine>()));
     check("RK_LINK_WORDS", words(LINE_BYTES));
+    check("RK_STATE_UNIT", words(LINE_BYTES));
     check("RK_NO_KIND", NO_KIND.into());
     check("RK_MAX_KINDS", TypeTable::MAX_TYPES as u64);
     for (name, offset) in TelemetryBuffer::OFFSETS {

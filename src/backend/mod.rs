@@ -18,6 +18,7 @@ mod host_memory;
 pub(crate) mod info;
 #[cfg(all(test, feature = "vulkan"))]
 mod layouts;
+mod leftovers;
 #[cfg(feature = "metal")]
 pub(crate) mod metal;
 mod options;
@@ -47,6 +48,7 @@ pub use info::{
     MetalDeviceInfo, QueueFamily, VulkanDeviceInfo,
 };
 
+pub(crate) use leftovers::Leftovers;
 pub use options::{CudaConfig, CudaRingMemory, MetalConfig, MetalMode, VulkanConfig, VulkanMode};
 #[cfg(any(feature = "vulkan", feature = "cuda"))]
 pub(crate) use resident::Next;
@@ -58,7 +60,7 @@ pub(crate) use resident::{Keeper, Resident, ResidentDispatch};
 use crate::error::Error;
 use crate::kernel::{
     CpuHandler, CudaCode, Dim3, KernelFailure, MetalCode, ShaderCode, TypeTable,
-    UndeliveredMessage, signals::KernelSignals,
+    signals::KernelSignals,
 };
 use crate::ring::WriteCombining;
 use crate::thread::KernelWait;
@@ -254,8 +256,8 @@ pub(crate) trait Dispatch: Send + fmt::Debug {
     /// Waits for its end, but not beyond the deadline: `Running` then.
     fn join(&mut self, deadline: Deadline) -> DispatchStatus;
 
-    /// Requests of a block from a position on, in order. Only after the dispatch ended, or was given up as stuck.
-    fn leftovers(&self, block: u32, position: u32) -> Vec<UndeliveredMessage>;
+    /// Requests of a block from a position on, in order. Only after the dispatch ended, or was given up as stuck, and once a block.
+    fn leftovers(&self, block: u32, position: u32) -> Option<Leftovers>;
 }
 
 /// How a dispatch is doing.

@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::{BlockMemory, Dispatch, DispatchRequest, DispatchStatus};
+use super::{BlockMemory, Dispatch, DispatchRequest, DispatchStatus, Leftovers};
 use crate::kernel::outlet::{Outlet, Warden};
 use crate::kernel::signals::KernelSignals;
-use crate::kernel::{BlockFault, BlockState, FailureReason, KernelFailure, UndeliveredMessage};
+use crate::kernel::{BlockFault, BlockState, FailureReason, KernelFailure};
 use crate::thread::KernelWait;
 use crate::thread::event_count::EventCount;
 use crate::time::{self, Deadline};
@@ -313,12 +313,10 @@ impl Resident {
     ///
     /// # Safety
     /// The kernel must have ended, or be stuck in a handler, after `ask_to_end`.
-    pub(crate) unsafe fn leftovers(&self, block: u32, position: u32) -> Vec<UndeliveredMessage> {
-        match self.blocks.get(block as usize) {
-            // SAFETY: the caller promises what this asks for.
-            Some(block) => unsafe { block.leftovers(&self.signals.name, position) },
-            None => Vec::new(),
-        }
+    pub(crate) unsafe fn leftovers(&self, block: u32, position: u32) -> Option<Leftovers> {
+        let block = self.blocks.get(block as usize)?;
+        // SAFETY: the caller promises what this asks for.
+        Some(unsafe { Leftovers::new(Arc::clone(block), position) })
     }
 }
 
@@ -412,7 +410,7 @@ where
         self.keep_alive()
     }
 
-    fn leftovers(&self, block: u32, position: u32) -> Vec<UndeliveredMessage> {
+    fn leftovers(&self, block: u32, position: u32) -> Option<Leftovers> {
         // SAFETY: the caller promises that the dispatch ended, or is stuck in a handler; `request_stop` has asked it to end
         // before either.
         unsafe { self.kernel.leftovers(block, position) }

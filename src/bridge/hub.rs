@@ -26,7 +26,7 @@ const TRIES: u32 = 1024;
 const PATIENCE: Duration = Duration::from_micros(100);
 
 /// The lanes of one kernel, and who attends to them.
-pub(crate) struct Hub<P> {
+pub(crate) struct Hub<P: Port> {
     merger: Baton<Merger<P>>,
     attention: Arc<Attention>,
     /// Whether its lanes are in use: there are several, or one that must not be left out.
@@ -39,7 +39,7 @@ pub(crate) struct Hub<P> {
     leaving: AtomicBool,
 }
 
-impl<P> fmt::Debug for Hub<P> {
+impl<P: Port> fmt::Debug for Hub<P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Hub")
             .field("crowded", &self.crowded)
@@ -135,9 +135,9 @@ impl<P: Port> Hub<P> {
         self.attention.bell.notify();
     }
 
-    /// A client has gone. Gives its lane up, here if that can be done at once.
-    pub(crate) fn close_lane(&self) {
-        if let Some(mut merger) = self.try_take() {
+    /// A client has gone. Gives its lane up, here if that can be done at once and the caller has the merger.
+    pub(crate) fn close_lane(&self, merger: Option<Held<'_, Merger<P>>>) {
+        if let Some(mut merger) = merger {
             merger.pass();
             merger.retire();
         }

@@ -75,6 +75,15 @@ pub(crate) trait Port: Send {
         payload: &[u8],
     );
 
+    /// Gives a request back that was left in this lane when the kernel ended; its header says of the route what it says in a lane.
+    fn return_request(
+        &self,
+        lane: u16,
+        header: &MessageHeader,
+        extension: Option<Extension>,
+        payload: &[u8],
+    );
+
     /// Whether a look at the reply rings would find anything.
     fn has_reply(&mut self) -> bool;
 
@@ -122,7 +131,7 @@ struct Round {
 
 /// The lanes of one kernel.
 #[derive(Debug)]
-pub(crate) struct Merger<P> {
+pub(crate) struct Merger<P: Port> {
     port: P,
     lanes: Box<[Option<Box<Lane>>]>,
     /// Places of `lanes` that are taken, in the order in which they get their turns.
@@ -599,16 +608,21 @@ impl<P: Port> Merger<P> {
         self.settle();
         let ended = self.port.has_ended();
         let gave_back = self.gave_back;
-        let Self { lanes, order, .. } = self;
+        let Self {
+            lanes, order, port, ..
+        } = self;
         let mut is_any_left = false;
         order.retain(|place| {
             let slot = &mut lanes[usize::from(*place)];
             let Some(lane) = slot.as_deref_mut().filter(|lane| lane.is_closed()) else {
                 return true;
             };
+            if gave_back {
+                // Of a client that had found the kernel open just before it ended.
+                give_lane_back(port, lane);
+            }
             // What is in the lane of an ended kernel is on its accounts' way back.
-            let is_done =
-                (ended || lane.forwarded == lane.settled) && (gave_back || !lane.has_any_request());
+            let is_done = (ended || lane.forwarded == lane.settled) && !lane.has_any_request();
             if is_done {
                 lane.shared.retired.store(true, Ordering::Release);
                 *slot = None;
@@ -625,30 +639,34 @@ impl<P: Port> Merger<P> {
         is_any_left
     }
 
-    /// Takes every request out of the lanes, in the order of their urgency, and hands it to `give_back`: the kernel will see none of them.
-    pub(crate) fn give_back(
-        &mut self,
-        mut give_back: impl FnMut(&P, u16, &MessageHeader, Option<Extension>, &[u8]),
-    ) {
+    /// Gives every request in the lanes back, in the order of their urgency: the kernel will see none of them.
+    pub(crate) fn give_back(&mut self) {
         self.gave_back = true;
         for lane in self.lanes.iter_mut().flatten() {
-            for level in (0..LEVELS).rev() {
-                // No more than there can be, whatever the client does meanwhile.
-                for _ in 0..=lane.replies.layout().capacity() {
-                    let number = lane.number;
-                    let Some(next) = lane.next(level) else {
-                        break;
-                    };
-                    give_back(
-                        &self.port,
-                        number,
-                        &next.header,
-                        next.extension,
-                        next.payload,
-                    );
-                    lane.release(level);
-                }
-            }
+            give_lane_back(&self.port, lane);
+        }
+    }
+}
+
+fn give_lane_back<P: Port>(port: &P, lane: &mut Lane) {
+    let number = lane.number;
+    for level in (0..LEVELS).rev() {
+        // No more than there can be, whatever the client does meanwhile.
+        for _ in 0..=lane.replies.layout().capacity() {
+            let Some(next) = lane.next(level) else {
+                break;
+            };
+            port.return_request(number, &next.header, next.extension, next.payload);
+            lane.release(level);
+        }
+    }
+}
+
+impl<P: Port> Drop for Merger<P> {
+    /// The bridge and all clients have let go of it.
+    fn drop(&mut self) {
+        if self.gave_back {
+            self.give_back();
         }
     }
 }

@@ -8,7 +8,6 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use super::state::UndeliveredMessage;
 use crate::message::{Extension, MessageHeader};
 use crate::time;
 
@@ -429,23 +428,6 @@ impl DeadLetters {
     #[cold]
     pub(crate) fn reply(&self, reason: DeadLetterReason, lost: &Lost<'_>) {
         self.put(reason, true, lost);
-    }
-
-    /// A request that was found in a ring when its kernel had ended.
-    pub(crate) fn undelivered(
-        &self,
-        reason: DeadLetterReason,
-        message: &UndeliveredMessage,
-        type_id: Option<u64>,
-    ) {
-        let lost = Lost {
-            block: Some(message.block),
-            header: Some(message.header),
-            extension: message.extension,
-            type_id,
-            payload: &message.payload,
-        };
-        self.request(reason, &lost);
     }
 
     fn put(&self, reason: DeadLetterReason, is_reply: bool, lost: &Lost<'_>) {

@@ -11,7 +11,7 @@ use super::outlet::Outlet;
 use super::signals::KernelSignals;
 use super::telemetry::TelemetryBuffer;
 use crate::error::HandlerError;
-use crate::message::{Extension, Head};
+use crate::message::{Extension, Head, MessageHeader};
 use crate::ring::{Producer, PushError};
 
 /// Empty looks at a full reply ring before the block sleeps between them. Nobody reads then, so nobody waits.
@@ -55,6 +55,13 @@ struct Spilled {
     /// 16-byte units, so that the handler finds it as aligned as a slot.
     payload: Vec<u128>,
     length: usize,
+}
+
+impl Spilled {
+    fn payload(&self) -> &[u8] {
+        let payload = bytemuck::cast_slice::<u128, u8>(&self.payload);
+        payload.get(..self.length).unwrap_or(payload)
+    }
 }
 
 impl fmt::Debug for ReplyPort<'_> {
@@ -165,6 +172,13 @@ impl<'a> ReplyPort<'a> {
         self.control.store_produced(self.produced);
         self.replies += 1;
         self.bytes += length as u64;
+    }
+
+    /// Takes back what `count` did, unseen by other threads: the reply is just about to be counted again.
+    fn uncount(&mut self, length: usize) {
+        self.produced = self.produced.wrapping_sub(1);
+        self.replies -= 1;
+        self.bytes -= length as u64;
     }
 
     /// Writes one reply in place into the next kernel's request ring, which has room.
@@ -401,9 +415,10 @@ impl ReplyPort<'_> {
         let Some(spilled) = self.spilled.pop_front() else {
             return;
         };
-        let payload = bytemuck::cast_slice::<u128, u8>(&spilled.payload);
-        let payload = payload.get(..spilled.length).unwrap_or(payload);
+        let payload = spilled.payload();
         let hosted = std::mem::replace(&mut self.hosted, false);
+        // It counts since it was taken; writing it counts it once more.
+        self.uncount(payload.len());
         let written = self.reply_elsewhere(spilled.head, spilled.extension.as_ref(), |body| {
             let body = body
                 .get_mut(..payload.len())
@@ -412,18 +427,49 @@ impl ReplyPort<'_> {
             Ok(payload.len())
         });
         self.hosted = hosted;
-        if written.is_err() {
-            // The kernel is ending, or the ring behind it has changed.
-            self.signals.dead_letters.reply(
-                DeadLetterReason::Shutdown,
-                &Lost {
-                    block: Some(self.block),
-                    extension: spilled.extension,
-                    payload,
-                    ..Lost::default()
+        if let Err(refused) = written {
+            self.count(payload.len());
+            self.lose(
+                &spilled,
+                match refused.code {
+                    HandlerError::ENDING => DeadLetterReason::Shutdown,
+                    // The ring that it goes to now has other slots or types than the one that it was written for.
+                    _ => DeadLetterReason::Mismatch,
                 },
             );
         }
+    }
+
+    /// Writes the replies that had no room as far as there is some, and gives the others up. To be called when the block ends.
+    pub(crate) fn give_spilled_up(&mut self) {
+        if self.spilled.is_empty() || self.has_room() {
+            return;
+        }
+        while let Some(spilled) = self.spilled.pop_front() {
+            self.lose(&spilled, DeadLetterReason::Shutdown);
+        }
+    }
+
+    #[cold]
+    fn lose(&self, spilled: &Spilled, reason: DeadLetterReason) {
+        let payload = spilled.payload();
+        let head = spilled.head;
+        let header = [
+            0,
+            head.correlation,
+            head.length_flags(payload.len()),
+            head.kind_lane,
+        ];
+        self.signals.dead_letters.reply(
+            reason,
+            &Lost {
+                block: Some(self.block),
+                header: Some(MessageHeader::from_words(header)),
+                extension: spilled.extension,
+                payload,
+                ..Lost::default()
+            },
+        );
     }
 
     /// Keeps a reply that there is no room for.
@@ -450,6 +496,8 @@ impl ReplyPort<'_> {
             payload,
             length,
         });
+        // The handler is told that it is taken.
+        self.count(length);
         Ok(())
     }
 

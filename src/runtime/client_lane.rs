@@ -551,7 +551,10 @@ impl Drop for ClientLane {
             .lanes
             .remove_client(&shared.replied);
         shared.closed.store(true, Ordering::Release);
+        // Who had it may have looked before, and put one more reply into the lane.
+        let timeout = self.inbox.instance.termination_timeout;
+        let merger = self.hub.take_before(Deadline::after(timeout));
         self.inbox.give_up();
-        self.hub.close_lane();
+        self.hub.close_lane(merger);
     }
 }

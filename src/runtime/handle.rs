@@ -600,7 +600,7 @@ impl KernelHandle {
                 polls: waiter.polls(),
                 last,
             };
-            if let Some(outcome) = self.look_for_reply(&call, &mut read, look) {
+            if let Some(outcome) = self.look_for_reply(&mut call, &mut read, look) {
                 return outcome.map_err(CallError::from);
             }
             if last {
@@ -634,7 +634,7 @@ impl KernelHandle {
     #[inline]
     fn look_for_reply<R, F>(
         &self,
-        call: &PendingCall<'_>,
+        call: &mut PendingCall<'_>,
         read: &mut Option<F>,
         look: Look,
     ) -> Option<Result<R, MessageError>>
@@ -661,6 +661,8 @@ impl KernelHandle {
             drop(guard);
             return self.take_stored(call, read);
         };
+        // With the side in hand: no further reply is handed to a call that has this one, and would never look for it.
+        call.give_up();
         let received = side.take::<Bytes>(&self.instance, found);
         Some(received.read_with(read.take()?))
     }

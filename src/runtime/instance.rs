@@ -8,18 +8,17 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use super::accounts::{Books, Closing};
 use super::clients::LaneHub;
-use super::lifecycle::MessageTally;
 use super::link::KernelLink;
 use super::metrics::{KernelMetrics, KernelStatus};
 use super::receive::ReceiveSide;
 use super::send::SendSide;
 use crate::backend::{Dispatch, DispatchStatus};
-use crate::bridge::{Bridge, Port};
+use crate::bridge::Bridge;
 use crate::error::Error;
 use crate::kernel::{
-    BlockState, DeadLetterReason, FailureReason, KernelFailure, KernelState, Lost, MessageTrace,
-    Telemetry, UndeliveredMessage,
+    BlockState, FailureReason, KernelFailure, KernelState, MessageTrace, Telemetry,
 };
 use crate::logging;
 use crate::process::{self, InChild};
@@ -43,6 +42,10 @@ pub(crate) struct KernelInstance {
     /// Whether an endpoint holds the receiving side; changed under its lock.
     pub(super) receiver_split: AtomicBool,
     pub(super) control: Mutex<ControlPlane>,
+    /// The requests' accounts, once the kernel has ended. Held for a moment only.
+    pub(super) closing: Mutex<Option<Closing>>,
+    /// Where the accounts go with the last handle.
+    pub(super) books: Arc<Books>,
     /// The bridge of its device.
     pub(super) bridge: Arc<Bridge>,
     /// Where its clients' lanes meet.
@@ -58,15 +61,6 @@ pub(super) struct ControlPlane {
     pub(super) dispatch: Option<Box<dyn Dispatch>>,
     pub(super) permit: Option<SpinPermit>,
     pub(super) leases: Vec<CoreLease>,
-    /// The requests' accounts, once the kernel has ended.
-    pub(super) closing: Option<Closing>,
-}
-
-/// What became of a kernel's requests.
-#[derive(Debug)]
-pub(super) struct Closing {
-    pub(super) requests: MessageTally,
-    pub(super) returned: Vec<UndeliveredMessage>,
 }
 
 impl fmt::Debug for KernelInstance {
@@ -289,7 +283,7 @@ impl KernelInstance {
         };
         // Fails if the kernel has failed, which it then stays.
         let _ = self.signals.gate.transition(KernelState::Terminated);
-        control.closing = Some(self.close(dispatch.as_ref()));
+        self.close(dispatch.as_ref());
         self.ended.store(true, Ordering::Release);
         drop(dispatch);
         control.permit = None;
@@ -305,105 +299,6 @@ impl KernelInstance {
             .iter()
             .find(|block| block.control().state() != Some(BlockState::Ended))
             .map(|block| block.index)
-    }
-
-    /// Settles the requests' accounts. Each block's progress is read once, and what lies in its ring behind that is what
-    /// no handler saw: the ring decides, so that the accounts add up whatever a late sender or a handler that returns
-    /// after all do meanwhile. A send that passes the gate in the very moment of the end may appear in no column.
-    fn close(&self, dispatch: &dyn Dispatch) -> Closing {
-        let mut requests = MessageTally::default();
-        let mut returned = Vec::new();
-        let letters = &self.signals.dead_letters;
-        // Device code counts what it refuses; only this CPU's blocks have written letters.
-        let refused: u64 = self
-            .blocks
-            .iter()
-            .map(|block| u64::from(block.control().dropped()))
-            .sum();
-        // In this order: what expired in a lane has its letter before it is counted.
-        let in_lanes = self.lanes.totals().expired;
-        let counts = letters.counts();
-        let known = (counts.corrupt_requests + counts.expired).saturating_sub(in_lanes);
-        for _ in known..refused {
-            letters.request(DeadLetterReason::Corrupt, &Lost::default());
-        }
-        for (block, counter) in self.blocks.iter().zip(&*self.accepted) {
-            let control = block.control();
-            let position = control.processed();
-            // A request that a handler panicked on, or sits on for ever, is still the first in its ring.
-            let in_hand =
-                self.signals.is_poisoned(block.index) || control.state() != Some(BlockState::Ended);
-            // In this order: a request that is counted only now was sent before, and lies in the ring.
-            let (accepted, processed) = self.progress(counter, position);
-            let mut left = dispatch.leftovers(block.index, position);
-            let accepted = accepted.max(processed + left.len() as u64);
-            // Behind a corrupt slot nothing can be read.
-            let unreadable = accepted - processed - left.len() as u64;
-            for _ in 0..unreadable {
-                let lost = Lost {
-                    block: Some(block.index),
-                    ..Lost::default()
-                };
-                letters.request(DeadLetterReason::Corrupt, &lost);
-            }
-            let undelivered = |reason, message: &UndeliveredMessage| {
-                let type_id = self.types.type_of(message.header.kind());
-                letters.undelivered(reason, message, type_id);
-            };
-            let failed = u64::from(in_hand && !left.is_empty());
-            if failed > 0 {
-                undelivered(DeadLetterReason::KernelFailed, &left.remove(0));
-            }
-            for message in &left {
-                undelivered(DeadLetterReason::Shutdown, message);
-            }
-            let refused = u64::from(control.dropped());
-            requests.merge(&MessageTally {
-                accepted,
-                delivered: processed.saturating_sub(refused),
-                dead_lettered: refused.min(processed) + unreadable + failed,
-                returned: left.len() as u64,
-            });
-            returned.append(&mut left);
-        }
-        self.give_lanes_back(&mut returned, &mut requests);
-        Closing { requests, returned }
-    }
-
-    /// Takes back what no kernel will see any more of what its clients had sent, and closes the lanes' accounts.
-    fn give_lanes_back(&self, returned: &mut Vec<UndeliveredMessage>, requests: &mut MessageTally) {
-        let before = returned.len();
-        let hub = self.clients.lock().upgrade();
-        if let Some(hub) = &hub {
-            match hub.take_before(Deadline::after(self.termination_timeout)) {
-                Some(mut merger) => merger.give_back(|port, lane, header, extension, payload| {
-                    let on_lane = header.on_lane(lane);
-                    port.lose_request(DeadLetterReason::Shutdown, &on_lane, extension, payload);
-                    returned.push(UndeliveredMessage {
-                        kernel: self.signals.name.clone(),
-                        // In a lane it says which block, if that matters.
-                        block: u32::from(header.lane()).saturating_sub(1),
-                        header: on_lane,
-                        extension,
-                        payload: payload.to_vec(),
-                    });
-                }),
-                None => logging::error!(
-                    "kernel '{}': a client does not let go of the lanes; what is in them is not returned",
-                    self.signals.name
-                ),
-            }
-            // Lanes whose clients had gone before are of no use any more.
-            hub.call_to_retire();
-        }
-        let returned = (returned.len() - before) as u64;
-        let dead_lettered = self.lanes.totals().dead();
-        requests.merge(&MessageTally {
-            accepted: returned + dead_lettered,
-            delivered: 0,
-            dead_lettered,
-            returned,
-        });
     }
 
     pub(super) fn status(&self) -> KernelStatus {
@@ -534,5 +429,6 @@ impl Drop for KernelInstance {
         if let Some(side) = self.receive.get_mut() {
             side.give_everything_up(&self.link);
         }
+        self.close_books();
     }
 }

@@ -92,7 +92,8 @@ pub struct DrainReport {
     pub took: Duration,
 }
 
-/// The accounts of a runtime that has stopped. Kernels terminated earlier are included.
+/// The accounts of a runtime that has stopped, as they were when the report was made. Kernels terminated earlier are included, with the
+/// replies that were received from them after their end. Replies can be received still: they are among the returned ones here.
 #[derive(Debug, Default)]
 pub struct ShutdownReport {
     /// Since the runtime was built.

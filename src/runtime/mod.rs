@@ -1,6 +1,7 @@
 //! Floor 8: what people hold. A runtime opens a device and launches kernels; a handle sends to a kernel and receives
 //! from it; split endpoints do so without a lock.
 
+mod accounts;
 mod builder;
 mod calls;
 mod client;

@@ -173,6 +173,24 @@ impl Port for KernelPort {
         self.instance.signals.dead_letters.request(reason, &lost);
     }
 
+    #[cold]
+    fn return_request(
+        &self,
+        lane: u16,
+        header: &MessageHeader,
+        extension: Option<Extension>,
+        payload: &[u8],
+    ) {
+        self.instance.give_lane_request_back(&Lost {
+            // Unless it may go to any.
+            block: u32::from(header.lane()).checked_sub(1),
+            header: Some(header.on_lane(lane)),
+            extension,
+            type_id: None,
+            payload,
+        });
+    }
+
     fn has_reply(&mut self) -> bool {
         self.sides
             .as_mut()

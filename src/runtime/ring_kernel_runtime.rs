@@ -6,18 +6,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 
+use super::accounts::Ended;
 use super::builder::DeviceChoice;
 use super::config::RuntimeConfig;
 use super::connection::Connection;
 use super::devices::Devices;
 use super::handle::KernelHandle;
-use super::instance::{Closing, ControlPlane, KernelInstance};
+use super::instance::KernelInstance;
 use super::launch;
 use super::lifecycle::{DrainReport, LifecycleState, ShutdownReport};
 use super::metrics::KernelStatus;
-use super::pipeline::{self, Settling};
+use super::pipeline;
 use super::snapshot::Snapshot;
 use super::topic::Topics;
 use crate::backend::{BackendType, Device, DeviceInfo};
@@ -30,9 +31,6 @@ use crate::logging;
 use crate::process::{self, Birth};
 use crate::thread::affinity;
 use crate::time::{self, Deadline};
-
-/// Most returned messages that a report holds; beyond that they are only counted.
-const MAX_RETURNED: usize = 1 << 16;
 
 /// Between two looks whether a drain is complete.
 const DRAIN_INTERVAL: Duration = Duration::from_micros(200);
@@ -94,10 +92,10 @@ struct Inner {
     names: Vec<String>,
     /// Launches so far, for names.
     launches: u64,
-    /// Accounts of the kernels that have ended.
+    /// Accounts of the kernels that have ended, and that nothing changes any more.
     totals: ShutdownReport,
-    /// Those of their replies that kernels behind them have yet to take.
-    settling: Vec<Settling>,
+    /// The others that have ended.
+    ended: Vec<Ended>,
 }
 
 impl fmt::Debug for RingKernelRuntime {
@@ -166,7 +164,7 @@ impl RingKernelRuntime {
                 names: Vec::new(),
                 launches: 0,
                 totals: ShutdownReport::default(),
-                settling: Vec::new(),
+                ended: Vec::new(),
             }),
         };
         runtime.device(default_device)?;
@@ -593,16 +591,22 @@ impl RingKernelRuntime {
         for bridge in self.bridges.load().values() {
             bridge.stop();
         }
-        let mut report = self.book_ended(
-            self.inner.lock(),
-            |instance| Some(instance.control.lock()),
-            |inner| {
-                self.set_state(LifecycleState::Stopped);
-                let mut report = std::mem::take(&mut inner.totals);
-                report.kernels = inner.launches;
-                report
-            },
-        );
+        for instance in &*self.kernels.load() {
+            // Of one that another thread terminates.
+            drop(instance.control.lock());
+        }
+        let mut inner = self.inner.lock();
+        let forgotten = self.forget_ended(&mut inner);
+        self.set_state(LifecycleState::Stopped);
+        let mut report = std::mem::take(&mut inner.totals);
+        let ended = std::mem::take(&mut inner.ended);
+        report.kernels = inner.launches;
+        drop(inner);
+        // Where no lock is held: it may be what drops a kernel.
+        drop(forgotten);
+        for account in ended {
+            account.report(&mut report);
+        }
         report.uptime = self.built.elapsed();
         report.topics = self.topics.tally(&mut errors);
         report.errors = errors;
@@ -610,21 +614,23 @@ impl RingKernelRuntime {
         Ok(report)
     }
 
-    /// Books the kernels that have ended into the totals, and forgets them. One that is being terminated right now is
-    /// booked next time.
+    /// Forgets the kernels that have ended, but for their accounts.
     fn sweep(&self) {
-        self.book_ended(
-            self.inner.lock(),
-            |instance| instance.control.try_lock(),
-            |_| (),
-        );
+        let mut inner = self.inner.lock();
+        let forgotten = self.forget_ended(&mut inner);
+        drop(inner);
+        // Where no lock is held.
+        drop(forgotten);
     }
 
     /// As `sweep`, for a getter: waits for nothing, and may leave it to the next one.
     fn try_sweep(&self) {
-        if let Some(inner) = self.inner.try_lock() {
-            self.book_ended(inner, |instance| instance.control.try_lock(), |_| ());
-        }
+        let Some(mut inner) = self.inner.try_lock() else {
+            return;
+        };
+        let forgotten = self.forget_ended(&mut inner);
+        drop(inner);
+        drop(forgotten);
     }
 
     /// Ends failed kernels that only this runtime refers to any more, if that takes no time, and forgets them: their
@@ -640,35 +646,45 @@ impl RingKernelRuntime {
         self.try_sweep();
     }
 
-    /// Books the kernels that have ended, as far as `lock` gets hold of them, and then does `act` under the same lock.
-    fn book_ended<R>(
-        &self,
-        mut inner: MutexGuard<'_, Inner>,
-        lock: impl Fn(&KernelInstance) -> Option<MutexGuard<'_, ControlPlane>>,
-        act: impl FnOnce(&mut Inner) -> R,
-    ) -> R {
+    /// Takes the kernels that have ended out of the list, and keeps their accounts. What it returns is to be dropped behind
+    /// the lock: a kernel's end calls its driver, and frees what is its own.
+    fn forget_ended(&self, inner: &mut Inner) -> Forgotten {
+        // Only changed under this lock.
         let kernels = self.kernels.load();
-        let mut booked = Vec::new();
-        let settled = inner.settle();
+        let before = inner.ended.len();
         for instance in &*kernels {
-            let closing = lock(instance).and_then(|mut control| control.closing.take());
-            if let Some(closing) = closing {
-                inner.book(instance, closing);
-                booked.push(Arc::as_ptr(instance));
+            let Some(account) = Ended::of(instance) else {
+                continue;
+            };
+            if instance.has_failed() {
+                let name = instance.signals.name.clone();
+                inner.totals.failed_kernels.push(name);
             }
+            inner.ended.push(account);
         }
-        let result = act(&mut inner);
-        drop(inner);
-        if !booked.is_empty() {
+        if inner.ended.len() > before {
+            // One that ends meanwhile is still there, and is found by the next look.
+            let known: Vec<_> = inner.ended[before..].iter().map(Ended::kernel).collect();
             self.kernels.update(|kernels| {
-                let is_left = |kernel: &&Arc<_>| !booked.contains(&Arc::as_ptr(kernel));
+                let is_left = |kernel: &&Arc<_>| !known.contains(&Arc::as_ptr(kernel));
                 (kernels.iter().filter(is_left).cloned().collect(), ())
             });
         }
-        // What is over is dropped here, where no lock is held.
-        drop((settled, kernels));
-        result
+        let Inner { ended, totals, .. } = inner;
+        let closed: Vec<_> = ended
+            .extract_if(.., |account| account.close(totals))
+            .collect();
+        Forgotten {
+            _kernels: kernels,
+            _closed: closed,
+        }
     }
+}
+
+/// What is dropped behind the runtime's lock.
+struct Forgotten {
+    _kernels: Arc<Vec<Arc<KernelInstance>>>,
+    _closed: Vec<Ended>,
 }
 
 /// The name of a kernel that is being launched.
@@ -739,34 +755,6 @@ impl Inner {
             .map(|number| format!("{id}-{number}"))
             .find(|name| !taken(name))
             .unwrap_or_default())
-    }
-
-    /// Books replies of kernels that have ended which others have taken since; what of that is over, to be dropped
-    /// behind the lock.
-    fn settle(&mut self) -> Vec<Settling> {
-        let totals = &mut self.totals;
-        self.settling
-            .extract_if(.., |settling| {
-                settling.book(&mut totals.replies);
-                settling.is_over()
-            })
-            .collect()
-    }
-
-    /// Books a kernel that has ended.
-    fn book(&mut self, instance: &KernelInstance, closing: Closing) {
-        let totals = &mut self.totals;
-        if instance.state() == KernelState::Failed {
-            totals.failed_kernels.push(instance.signals.name.clone());
-        }
-        totals.requests.merge(&closing.requests);
-        let (replies, settling) = instance.closing_reply_tally();
-        totals.replies.merge(&replies);
-        self.settling.extend(settling);
-        let room = MAX_RETURNED - totals.returned.len();
-        totals
-            .returned
-            .extend(closing.returned.into_iter().take(room));
     }
 }
 

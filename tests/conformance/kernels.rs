@@ -157,6 +157,9 @@ pub fn all() -> Vec<KernelRegistration> {
             .shader(module!("numbers").loop_iterations(200))
             .portable(source!("numbers"))
             .cpu_handler(numbers),
+        // Makes the access that it is told to, on devices alone; see its source.
+        bounds("test.bounds").state_size(20),
+        bounds("test.bounds.stateless"),
         // A device that writes what it should not, in shaders alone.
         KernelRegistration::new("test.hostile")
             .any_message()
@@ -180,6 +183,13 @@ pub fn all() -> Vec<KernelRegistration> {
             .portable(source!("too_large"))
             .cpu_handler(|_, context| context.reply_bytes(&[0; 1 << 16])),
     ]
+}
+
+/// `tests/kernels/bounds.rk`.
+fn bounds(id: &str) -> KernelRegistration {
+    KernelRegistration::new(id)
+        .shader(module!("bounds").loop_iterations(200))
+        .portable(source!("bounds").loop_iterations(200))
 }
 
 /// `tests/kernels/numbers.rk` for one thread.

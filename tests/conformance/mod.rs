@@ -1,6 +1,8 @@
 //! What must hold on every backend, as functions over a [`Subject`]. A backend's own test file instantiates all of them
 //! by [`conformance!`].
 
+pub mod accounts;
+pub mod bounds;
 pub mod bridged;
 pub mod clients;
 pub mod faults;
@@ -154,6 +156,7 @@ macro_rules! conformance {
                     a_late_reply_is_kept,
                     a_failed_kernels_requests_are_kept,
                 }
+                accounts::{ replies_that_wait_for_room_are_in_the_report }
                 numbers::{
                     telemetry_equals_ground_truth,
                     metrics_show_signs_of_life,
@@ -183,6 +186,13 @@ macro_rules! conformance {
 
         mod on_a_device {
             $crate::conformance! { $subject:
+                bounds::{
+                    a_read_beyond_the_end_gives_zero,
+                    a_write_beyond_the_end_is_dropped,
+                    no_block_reaches_the_state_of_another,
+                    a_kernel_without_state_has_no_state_words,
+                    a_reply_of_a_kind_that_does_not_exist_fails_its_kernel_alone,
+                }
                 faults::{ a_handler_that_replies_too_often_fails_its_kernel_and_no_other }
             }
         }
@@ -347,6 +357,12 @@ macro_rules! conformance {
                 what_a_kernel_does_not_take_waits_in_its_subscription,
                 a_drain_delivers_what_was_published,
                 typed_topics_go_to_kernels_of_their_types,
+            }
+            accounts::{
+                replies_received_after_the_end_are_delivered,
+                clients_and_endpoints_receive_after_the_end,
+                requests_sent_while_the_kernel_ends_are_in_the_report,
+                a_reply_that_a_topic_cannot_take_is_booked_once,
             }
             letters::{
                 what_is_queued_at_the_end_can_be_sent_again,

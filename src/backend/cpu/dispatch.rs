@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use super::worker::{Worker, WorkerSetup};
 use crate::backend::{
-    BackendType, BlockMemory, Dispatch, DispatchRequest, DispatchStatus, Handler,
+    BackendType, BlockMemory, Dispatch, DispatchRequest, DispatchStatus, Handler, Leftovers,
 };
 use crate::error::Error;
 use crate::kernel::signals::KernelSignals;
-use crate::kernel::{BlockState, FailureReason, KernelFailure, UndeliveredMessage};
+use crate::kernel::{BlockState, FailureReason, KernelFailure};
 use crate::logging;
 use crate::thread::{affinity, own};
 use crate::time::Deadline;
@@ -159,13 +159,11 @@ impl Dispatch for CpuDispatch {
         }
     }
 
-    fn leftovers(&self, block: u32, position: u32) -> Vec<UndeliveredMessage> {
-        let Some(block) = self.blocks.get(block as usize) else {
-            return Vec::new();
-        };
+    fn leftovers(&self, block: u32, position: u32) -> Option<Leftovers> {
+        let block = self.blocks.get(block as usize)?;
         // SAFETY: the caller promises that the dispatch ended, or is stuck in a handler; `request_stop` has set every
         // `terminate` word before either.
-        unsafe { block.leftovers(&self.signals.name, position) }
+        Some(unsafe { Leftovers::new(Arc::clone(block), position) })
     }
 }
 

@@ -114,6 +114,11 @@ impl Worker {
             Ok(Err(corruption)) => Some(block.corrupt(corruption)),
             Err(panic) => Some(block.panicked(panic.as_ref())),
         };
+        if failure.is_some() {
+            // It waits for nobody any more.
+            memory.control().set_terminate();
+        }
+        block.port.give_spilled_up();
         block.store_telemetry();
         block.port.close();
         // The consumer publishes its cursor when it is dropped; the end is announced after that.

@@ -13,7 +13,7 @@ use crate::kernel::CudaSource;
 use crate::logging;
 
 /// What the prelude says by its name: the layout that it was built for.
-const LAYOUT: &CStr = c"rk_layout_2";
+const LAYOUT: &CStr = c"rk_layout_3";
 
 /// A loaded module and its one kernel.
 #[derive(Debug)]

@@ -117,7 +117,7 @@ impl SliceKernel {
         let constants = PushConstants {
             host_to_device_words: words(layout.host_to_device()),
             device_to_host_words: words(layout.device_to_host()),
-            state_words: words(layout.state()),
+            state_words: layout.state_words(),
             capacity: layout.ring.capacity(),
             slot_words,
             epoch: 0,

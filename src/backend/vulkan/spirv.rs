@@ -3,7 +3,7 @@
 use super::physical::Features;
 
 /// The layout that the prelude in `shaders/ringkernel.glsl` declares, as the default of specialization constant 31.
-pub(super) const LAYOUT_VERSION: u32 = 2;
+pub(super) const LAYOUT_VERSION: u32 = 3;
 
 const LAYOUT_CONSTANT: u32 = 31;
 

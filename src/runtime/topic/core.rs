@@ -5,7 +5,7 @@
 //! publisher keep theirs; and the retained value, which is written in the same turn, is exactly the last of them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 use std::time::Duration;
 
 use super::lane::{LaneIn, LaneShared, Letters};
@@ -113,6 +113,8 @@ impl Signals {
 pub(super) struct PublisherShared {
     /// The publisher is gone.
     pub(super) closed: AtomicBool,
+    /// The publisher is just putting a message into its outbox, or about to look whether it may.
+    leaving: AtomicBool,
     /// Messages put into lanes by itself.
     pub(super) published: Tally,
     /// Messages left in the outbox.
@@ -121,6 +123,19 @@ pub(super) struct PublisherShared {
 }
 
 impl PublisherShared {
+    /// Announces that a message may be put into the outbox, until [`left`](Self::left). What the caller looks at after this was not
+    /// changed by a topic that closes without waiting for it.
+    pub(super) fn announce(&self) {
+        self.leaving.store(true, Ordering::Relaxed);
+        // ORDERING: leaving. Either the topic that closes sees the announcement, or the publisher sees that it is closed.
+        fence(Ordering::SeqCst);
+    }
+
+    pub(super) fn left(&self) {
+        // ORDERING: leaving. The message is in the outbox for whoever sees this.
+        self.leaving.store(false, Ordering::Release);
+    }
+
     pub(super) fn stats(&self) -> PublisherStats {
         let handed_over = self.handed_over.get();
         PublisherStats {
@@ -185,12 +200,13 @@ impl Lanes {
             }
             // In order: messages go to lanes in the order in which their subscribers came.
             let lane = self.lanes.remove(index);
+            // Before it is counted: a message that gives way to a newer one is lost, not left.
+            lane.give_up(&self.signals.letters);
             let stats = lane.shared.stats();
             self.gone.published += stats.published;
             self.gone.delivered += stats.delivered;
             self.gone.dropped += stats.dropped;
             self.gone.queued += stats.queued;
-            lane.give_up(&self.signals.letters);
             self.retired.push(lane);
         }
     }
@@ -226,9 +242,20 @@ impl Core {
         }
     }
 
-    /// Nothing is published from now on.
-    fn close(&mut self) {
+    /// Nothing is published from now on. What publishers were told is taken reaches the lanes before.
+    fn close(&mut self, deadline: Deadline) {
         self.lanes.signals.state.fetch_max(CLOSED, Ordering::SeqCst);
+        // ORDERING: leaving. See `PublisherShared::announce`.
+        fence(Ordering::SeqCst);
+        for outbox in &mut self.outboxes {
+            while outbox.shared.leaving.load(Ordering::Acquire) && !deadline.has_passed() {
+                std::thread::yield_now();
+            }
+            while let Peek::Ready = outbox.messages.peek() {
+                self.lanes.publish(outbox.messages.payload());
+                outbox.messages.release();
+            }
+        }
         self.lanes.wake_all();
     }
 }
@@ -248,7 +275,7 @@ impl Errand for Core {
                 count += 1;
                 let payload = outbox.messages.payload();
                 if is_closed {
-                    // Taken in the very moment in which the topic was closed.
+                    // Of a publisher that stood still while the topic was closed, for longer than that waits.
                     let letters = &self.lanes.signals.letters;
                     letters.put(DeadLetterReason::Shutdown, payload);
                 } else {
@@ -431,7 +458,8 @@ impl TopicShared {
     /// Ends the topic, and wakes everybody who waits for a message.
     pub(super) fn close(&self) -> Result<(), Error> {
         self.core.leave();
-        let closed = self.with(Core::close);
+        let deadline = Deadline::after(self.termination_timeout);
+        let closed = self.with(|core| core.close(deadline));
         // Even if whoever has it stands still: nobody is to publish any more.
         self.signals.state.fetch_max(CLOSED, Ordering::SeqCst);
         closed

@@ -130,30 +130,37 @@ impl Pump {
             if header.is_error() {
                 self.errors.fetch_add(1, Ordering::Relaxed);
             } else if let Some(replies) = replies.as_mut() {
-                self.publish(replies, header, payload);
+                return self.publish(replies, header, payload);
             }
-            Ok::<_, MessageError>(())
+            Ok(())
         };
-        match client.find(Wanted::ANY, 1, publish) {
+        match client.find(Wanted::ANY_OF_USE, 1, publish) {
             Ok(_) => Step::Moved,
             Err(Miss::Empty | Miss::Busy) => Step::Nothing,
             Err(Miss::Unavailable(_)) => Step::Over,
         }
     }
 
-    fn publish(&self, replies: &mut PublisherLane, header: &MessageHeader, payload: &[u8]) {
+    /// What the topic cannot take is of no use to the client, and goes to the kernel's dead letters.
+    fn publish(
+        &self,
+        replies: &mut PublisherLane,
+        header: &MessageHeader,
+        payload: &[u8],
+    ) -> Result<(), MessageError> {
         let type_id = self.kernel.types.type_id_of(header.kind());
         let is_published = type_id == Some(replies.topic.shape.type_id)
             // There is room for it to be left at least; but it may be too large, or the topic closed.
             && replies.publish(payload).is_ok();
         if is_published {
             self.published.fetch_add(1, Ordering::Relaxed);
-            return;
+            return Ok(());
         }
         self.unpublished.fetch_add(1, Ordering::Relaxed);
-        let letters = &replies.topic.signals.letters.letters;
-        let lost = self.kernel.lost(header, None, payload);
-        letters.reply(DeadLetterReason::Mismatch, &lost);
+        Err(MessageError::TypeMismatch {
+            expected: replies.topic.shape.type_id,
+            found: type_id.unwrap_or(0),
+        })
     }
 
     /// Makes the next message a request.

@@ -63,18 +63,29 @@ impl PublisherLane {
     /// Leaves a message to the publisher that is just at it.
     #[cold]
     fn leave(&mut self, payload: &[u8]) -> Result<(), TrySendError> {
+        self.shared.announce();
+        let left = self.put_into_outbox(payload);
+        self.shared.left();
+        if !matches!(
+            left,
+            Err(TrySendError::Unavailable(_) | TrySendError::Rejected(_))
+        ) {
+            // Also if there was no room: lest nobody comes by any more.
+            self.topic.core.leave();
+        }
+        left
+    }
+
+    fn put_into_outbox(&mut self, payload: &[u8]) -> Result<(), TrySendError> {
         self.topic.signals.check_publish(self.by_kernel)?;
         let head = self.topic.signals.letters.head();
         let Ok(mut slot) = self.outbox.reserve_head(head, None) else {
             self.shared.busy.add(1);
-            // Lest nobody comes by any more.
-            self.topic.core.leave();
             return Err(TrySendError::Busy);
         };
         let length = write_bytes(payload, slot.body_mut())?;
         slot.commit(length).map_err(refused)?;
         self.shared.handed_over.add(1);
-        self.topic.core.leave();
         Ok(())
     }
 
