@@ -125,17 +125,17 @@ layout(local_size_x_id = 0) in;
 layout(constant_id = 1) const bool RK_LOCKSTEP = false;
 
 // Of the first only the link is written, and the requests read atomically.
-layout(std430, set = 0, binding = 0) coherent volatile buffer RkHostToDevice { uint rk_h2d[]; };
-layout(std430, set = 0, binding = 1) coherent volatile buffer RkDeviceToHost { uint rk_d2h[]; };
+layout(std430, set = 0, binding = 0) volatile buffer RkHostToDevice { uint rk_h2d[]; };
+layout(std430, set = 0, binding = 1) volatile buffer RkDeviceToHost { uint rk_d2h[]; };
 // The same memory four words at a time: one access for 16 bytes.
-layout(std430, set = 0, binding = 0) coherent volatile buffer RkHostToDevice4 { uvec4 rk_h2d4[]; };
+layout(std430, set = 0, binding = 0) volatile buffer RkHostToDevice4 { uvec4 rk_h2d4[]; };
 #ifdef RK_TRACES
-layout(std430, set = 0, binding = 1) coherent volatile buffer RkDeviceToHost4 { uvec4 rk_d2h4[]; };
+layout(std430, set = 0, binding = 1) volatile buffer RkDeviceToHost4 { uvec4 rk_d2h4[]; };
 #endif
 layout(std430, set = 0, binding = 2) coherent buffer RkState { uint rk_state_words[]; };
 // Where replies go: the second, or the first of another kernel.
-layout(std430, set = 0, binding = 3) coherent volatile buffer RkReplies { uint rk_out_words_of[]; };
-layout(std430, set = 0, binding = 3) coherent volatile buffer RkReplies4 { uvec4 rk_out_words4_of[]; };
+layout(std430, set = 0, binding = 3) volatile buffer RkReplies { uint rk_out_words_of[]; };
+layout(std430, set = 0, binding = 3) volatile buffer RkReplies4 { uvec4 rk_out_words4_of[]; };
 
 layout(push_constant) uniform RkLaunch {
     uint host_to_device_words;  // From one block to the next, in words.

@@ -155,6 +155,8 @@ pub mod kernel;
 #[cfg(all(feature = "std", not(loom)))]
 mod runtime;
 #[cfg(all(feature = "std", not(loom)))]
+mod system;
+#[cfg(all(feature = "std", not(loom)))]
 pub mod time;
 
 #[cfg(feature = "std")]

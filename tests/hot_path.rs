@@ -463,7 +463,7 @@ fn topics_in_steady_state(with_kernel: bool, messages: u64, mark: impl Fn()) -> 
 
 /// Page faults of the process so far.
 #[cfg(target_os = "linux")]
-fn page_faults() -> i64 {
+fn page_faults() -> libc::c_long {
     // SAFETY: all zeros is a value of this struct.
     let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
     // SAFETY: the call fills the struct.

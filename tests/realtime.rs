@@ -92,13 +92,13 @@ fn locked_kib() -> u64 {
     number.parse().unwrap()
 }
 
-fn page() -> i64 {
+fn page() -> libc::c_long {
     // SAFETY: no pointers.
     unsafe { libc::sysconf(libc::_SC_PAGESIZE) }
 }
 
 /// Page faults of the calling thread so far that needed no disk.
-fn faults() -> i64 {
+fn faults() -> libc::c_long {
     // SAFETY: the structure is plain numbers; the pointer is to a local.
     unsafe {
         let mut usage: libc::rusage = std::mem::zeroed();

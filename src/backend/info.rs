@@ -158,11 +158,7 @@ pub struct MetalDeviceInfo {
 /// The NUMA node of a PCI device; `None` where the system does not tell, or has only one.
 #[cfg(any(feature = "vulkan", feature = "cuda"))]
 pub(crate) fn numa_node(address: &str) -> Option<u32> {
-    std::fs::read_to_string(format!("/sys/bus/pci/devices/{address}/numa_node"))
-        .ok()?
-        .trim()
-        .parse()
-        .ok()
+    crate::system::number(&format!("/sys/bus/pci/devices/{address}/numa_node"))
 }
 
 /// A heap of device memory.

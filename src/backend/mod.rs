@@ -63,8 +63,8 @@ use crate::kernel::{
     signals::KernelSignals,
 };
 use crate::ring::WriteCombining;
-use crate::thread::KernelWait;
 use crate::thread::event_count::EventCount;
+use crate::thread::{KernelWait, PlacedThread};
 use crate::time::Deadline;
 
 /// A way to run kernels.
@@ -283,8 +283,12 @@ pub(crate) struct DispatchRequest {
     pub(crate) wait: KernelWait,
     /// The core of each block, or none for blocks that only have to stay off the spinners' cores.
     pub(crate) cores: Vec<usize>,
+    /// Whether a user named these cores: then the blocks run there or not at all.
+    pub(crate) cores_are_named: bool,
     /// Cores for blocks without a core of their own.
     pub(crate) shared_cores: Vec<usize>,
+    /// Where the blocks' threads say that they run, of a device that has a thread for each.
+    pub(crate) places: Arc<[PlacedThread]>,
     pub(crate) telemetry: bool,
     /// One message in so many is traced; 0 if none is.
     pub(crate) trace_every: u32,

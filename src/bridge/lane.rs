@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use crate::backend::{HostConsumer, HostPool, HostProducer, host_ring};
 use crate::error::Error;
-use crate::message::{Extension, Head, MessageHeader, Priority};
+use crate::message::{AlignedBytes, Extension, Head, MessageHeader, Priority};
 use crate::ring::{Peek, RingLayout};
 use crate::thread::event_count::EventCount;
 use crate::thread::{MailboxReader, MailboxWriter, mailbox};
@@ -93,8 +93,8 @@ pub(crate) struct Letter {
     pub(crate) head: Head,
     pub(crate) extension: Option<Extension>,
     pub(crate) length: usize,
-    /// 16-byte units, so that it is as aligned as in a slot.
-    body: Box<[u128]>,
+    /// As aligned as in a slot.
+    body: AlignedBytes,
 }
 
 impl Letter {
@@ -104,18 +104,17 @@ impl Letter {
             head: Head::of_kind(0),
             extension: None,
             length: 0,
-            // Written to, so that no message has to fault a page in.
-            body: vec![1; bytes.div_ceil(size_of::<u128>())].into_boxed_slice(),
+            body: AlignedBytes::zeroed(bytes),
         }
     }
 
     /// All the room that there is for a payload.
     pub(crate) fn body_mut(&mut self) -> &mut [u8] {
-        bytemuck::cast_slice_mut(&mut self.body)
+        &mut self.body
     }
 
     pub(crate) fn payload(&self) -> &[u8] {
-        let body = bytemuck::cast_slice(&self.body);
+        let body = &*self.body;
         body.get(..self.length).unwrap_or(body)
     }
 

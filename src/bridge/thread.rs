@@ -31,6 +31,9 @@ const ROUNDS_PER_COMMAND: u32 = 64;
 /// ring has work for longer.
 const BLOCKED_NAP: Duration = Duration::from_micros(50);
 
+/// How long the thread may take to reach the core that a user named for it.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// How long a stop waits for the thread, which does nothing that blocks.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -269,13 +272,41 @@ impl Bridge {
             _lease: self.settings.core.map(CoreLease::of),
         };
         // Names of threads have 15 bytes on Linux: what tells them apart comes first.
-        std::thread::Builder::new()
+        let core = self.settings.core;
+        // Without a place for the answer: it reaches who waits for it, or the thread does not run.
+        let (started, starting) = bounded(0);
+        let thread = std::thread::Builder::new()
             .name(format!("rk-br-{}", self.settings.device))
-            .spawn(move || worker.run())
+            .spawn(move || {
+                if let Some(core) = core {
+                    let pinned = affinity::pin_current_thread(core);
+                    let runs = pinned.is_ok();
+                    if started.send(pinned).is_err() || !runs {
+                        return;
+                    }
+                }
+                worker.run();
+            })
             .map_err(|source| Error::Os {
                 operation: "start a bridge",
                 source,
-            })
+            })?;
+        if core.is_none() {
+            return Ok(thread);
+        }
+        match starting.recv_timeout(START_TIMEOUT) {
+            Ok(Ok(())) => Ok(thread),
+            // The user named a core that cannot be had. The thread has nothing left to do.
+            Ok(Err(error)) => {
+                let _ = thread.join();
+                Err(error)
+            }
+            Err(_) => Err(Error::Timeout {
+                operation: "start a bridge",
+                kernel: self.settings.device.clone(),
+                after: START_TIMEOUT,
+            }),
+        }
     }
 
     /// Ends the thread, and lets go of everything that it looked after.
@@ -387,12 +418,9 @@ struct Round {
 
 impl Worker {
     fn run(mut self) {
-        let pinned = match self.settings.core {
-            Some(core) => affinity::pin_current_thread(core),
-            None if self.settings.cores.is_empty() => Ok(()),
-            None => affinity::confine_current_thread(&self.settings.cores),
-        };
-        if let Err(error) = pinned {
+        if self.settings.core.is_none()
+            && let Err(error) = affinity::prefer_cores(&self.settings.cores)
+        {
             // It works anywhere.
             logging::warning!("the bridge of {}: {error}", self.settings.device);
         }

@@ -11,7 +11,7 @@ use super::outlet::Outlet;
 use super::signals::KernelSignals;
 use super::telemetry::TelemetryBuffer;
 use crate::error::HandlerError;
-use crate::message::{Extension, Head, MessageHeader};
+use crate::message::{AlignedBytes, Extension, Head, MessageHeader};
 use crate::ring::{Producer, PushError};
 
 /// Empty looks at a full reply ring before the block sleeps between them. Nobody reads then, so nobody waits.
@@ -52,14 +52,14 @@ pub(crate) struct ReplyPort<'a> {
 struct Spilled {
     head: Head,
     extension: Option<Extension>,
-    /// 16-byte units, so that the handler finds it as aligned as a slot.
-    payload: Vec<u128>,
+    /// As aligned as a slot, for the handler that reads it.
+    payload: AlignedBytes,
     length: usize,
 }
 
 impl Spilled {
     fn payload(&self) -> &[u8] {
-        let payload = bytemuck::cast_slice::<u128, u8>(&self.payload);
+        let payload = &*self.payload;
         payload.get(..self.length).unwrap_or(payload)
     }
 }
@@ -484,9 +484,8 @@ impl ReplyPort<'_> {
             outlet.translate(head)?;
         }
         let max = self.producer.layout().max_payload() - head.extension_bytes();
-        let mut payload = vec![0; max.div_ceil(size_of::<u128>())];
-        let bytes = bytemuck::cast_slice_mut::<u128, u8>(&mut payload);
-        let length = write(&mut bytes[..max])?;
+        let mut payload = AlignedBytes::zeroed(max);
+        let length = write(&mut payload[..max])?;
         if length > max {
             return Err(too_large(PushError::TooLong { length, max }));
         }

@@ -2,10 +2,14 @@
 //!
 //! Nothing here knows of rings or devices, and nothing here needs an operating system.
 
+#[cfg(feature = "std")]
+mod aligned;
 pub mod codec;
 mod header;
 mod ring_message;
 
+#[cfg(feature = "std")]
+pub(crate) use aligned::AlignedBytes;
 #[cfg(all(test, not(loom), feature = "vulkan"))]
 pub(crate) use header::FLAG_MASKS;
 pub(crate) use header::Head;

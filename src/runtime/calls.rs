@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use parking_lot::Mutex;
 
-use crate::message::MessageHeader;
+use crate::message::codec::MAX_ALIGNMENT;
+use crate::message::{AlignedBytes, MessageHeader};
 
 /// Correlations with this bit belong to calls; those below it to the users of endpoints.
 pub(super) const CALL_BIT: u32 = 1 << 31;
@@ -41,11 +42,8 @@ struct CallSlot {
 #[derive(Debug)]
 struct StoredReply {
     header: MessageHeader,
-    /// 16-byte units, so that a stored payload is as aligned as it was in its slot.
-    payload: Box<[u128]>,
+    payload: AlignedBytes,
 }
-
-const _: () = assert!(align_of::<u128>() == crate::message::codec::MAX_ALIGNMENT);
 
 /// A call's own slot; free again when dropped.
 #[derive(Debug)]
@@ -59,18 +57,14 @@ pub(super) struct PendingCall<'a> {
 impl CallTable {
     /// Room for `calls` at once, each with a reply of up to `payload` bytes; `None` if there is no memory for it.
     pub(super) fn new(calls: usize, payload: usize) -> Option<Self> {
-        let units = payload.div_ceil(size_of::<u128>());
         let mut slots = Vec::new();
         for _ in 0..calls.min(MAX_CALLS) {
-            let mut buffer = Vec::new();
-            buffer.try_reserve_exact(units).ok()?;
-            buffer.resize(units, 0);
             slots.push(CallSlot {
                 state: AtomicU32::new(FREE),
                 generation: AtomicU32::new(0),
                 reply: Mutex::new(StoredReply {
                     header: MessageHeader::from_words([0; 4]),
-                    payload: buffer.into_boxed_slice(),
+                    payload: AlignedBytes::try_zeroed(payload)?,
                 }),
             });
         }
@@ -82,7 +76,7 @@ impl CallTable {
 
     /// Bytes that the buffers of such a table take.
     pub(super) fn bytes(calls: usize, payload: usize) -> u64 {
-        calls as u64 * payload.next_multiple_of(size_of::<u128>()) as u64
+        calls as u64 * payload.next_multiple_of(MAX_ALIGNMENT) as u64
     }
 
     /// Whether any call waits for its reply.
@@ -143,9 +137,8 @@ impl CallTable {
         {
             let mut reply = slot.reply.lock();
             reply.header = header;
-            let stored = bytemuck::cast_slice_mut::<u128, u8>(&mut reply.payload);
             // Never shorter than the payload: both are sized by the reply ring's slots.
-            for (stored, byte) in stored.iter_mut().zip(payload) {
+            for (stored, byte) in reply.payload.iter_mut().zip(payload) {
                 *stored = *byte;
             }
         }
@@ -167,7 +160,7 @@ impl PendingCall<'_> {
             return None;
         }
         let reply = self.slot.reply.lock();
-        let stored = bytemuck::cast_slice::<u128, u8>(&reply.payload);
+        let stored = &*reply.payload;
         let payload = stored.get(..reply.header.length()).unwrap_or(stored);
         Some(read(&reply.header, payload))
     }

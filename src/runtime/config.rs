@@ -38,7 +38,8 @@ pub struct RuntimeConfig {
     /// messages between lanes and kernels to it; else those who wait for replies do so themselves. It only ever spins while several clients
     /// share a kernel, or one is subscribed to a topic; with `Auto`, the default, if there is a core for it then.
     pub bridge_wait: WaitStrategy,
-    /// The core that the bridges' threads run on; `None`, the default, lets them run on any that is not reserved.
+    /// The core that the bridges' threads run on; building the runtime, or what needs a bridge later, fails if it cannot be
+    /// had. `None`, the default, lets them run on any that is not reserved.
     pub bridge_core: Option<usize>,
     /// Whether kernels keep [`Telemetry`](crate::kernel::Telemetry). It costs two counter reads (some 20 ns) a
     /// message.
@@ -185,8 +186,9 @@ impl RuntimeConfig {
             return invalid("dead_letter_bytes", reason);
         }
         self.cuda.validate()?;
-        for core in self.reserved_cores.iter().chain(&self.bridge_core) {
-            affinity::check_core(*core)?;
+        affinity::check_cores(&self.reserved_cores)?;
+        if let Some(core) = self.bridge_core {
+            affinity::try_core(core)?;
         }
         Ok(())
     }

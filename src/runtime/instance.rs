@@ -22,7 +22,7 @@ use crate::kernel::{
 };
 use crate::logging;
 use crate::process::{self, InChild};
-use crate::thread::{CoreLease, SpinPermit};
+use crate::thread::{CoreLease, PlacedThread, SpinPermit};
 use crate::time::{self, Deadline};
 
 /// Between two looks whether all blocks have followed a command; a block that spins follows within a microsecond.
@@ -405,7 +405,12 @@ impl KernelInstance {
             telemetry,
             dead_letters: self.signals.dead_letters.counts(),
             memory_bytes: self.memory_bytes,
-            cores: self.cores.clone(),
+            cores: self
+                .places
+                .iter()
+                .map(PlacedThread::core)
+                .collect::<Option<Vec<_>>>()
+                .unwrap_or_default(),
             spins: self.spins,
         }
     }

@@ -29,7 +29,7 @@ use crate::kernel::{
 };
 use crate::process;
 use crate::ring::RingLayout;
-use crate::thread::{CoreLease, KernelWait, SpinPermit, WaitStrategy, affinity};
+use crate::thread::{CoreLease, KernelWait, PlacedThread, SpinPermit, WaitStrategy, affinity};
 use crate::time::{Stamps, TimestampSource};
 
 /// Most blocks of a grid: on the CPU each is a thread.
@@ -63,7 +63,7 @@ pub(super) fn launch(
         .map_or(0, NonZeroU32::get);
     let layout = layout(config, registration, options, clock.is_some())?;
     let host_wait = options.host_wait.unwrap_or(config.host_wait);
-    let placement = Placing::choose(device, config, options, blocks)?;
+    let mut placement = Placing::choose(device, config, options, blocks)?;
 
     let signals = Arc::new(KernelSignals::new(
         name,
@@ -97,6 +97,10 @@ pub(super) fn launch(
         .collect();
 
     let replies = handler.replies();
+    let places: Arc<[PlacedThread]> = match device.info().kind {
+        DeviceKind::Cpu => (0..blocks).map(|_| PlacedThread::new()).collect(),
+        _ => Arc::new([]),
+    };
     let dispatch = device.dispatch(DispatchRequest {
         handler,
         signals: Arc::clone(&signals),
@@ -106,11 +110,14 @@ pub(super) fn launch(
         blocks: device_ends,
         wait: placement.wait,
         cores: placement.cores(),
-        shared_cores: placement.shared,
+        cores_are_named: !options.cores.is_empty(),
+        shared_cores: std::mem::take(&mut placement.shared),
+        places: Arc::clone(&places),
         telemetry: config.enable_telemetry,
         trace_every,
         heartbeat_interval: config.heartbeat_interval,
     })?;
+    placement.keep_held(&places);
     let memory_bytes = memory_bytes + dispatch.memory_bytes();
     // Cannot fail: the kernel was created here.
     let _ = signals.gate.transition(KernelState::Launched);
@@ -133,7 +140,8 @@ pub(super) fn launch(
         telemetry: config.enable_telemetry,
         tracing: clock.map(Tracing::new),
         spins: matches!(placement.wait, KernelWait::Spin | KernelWait::SpinYield),
-        cores: placement.leases.iter().map(CoreLease::core).collect(),
+        cores: placement.cores(),
+        places,
         memory_bytes,
         timestamps: match &options.hlc {
             Some(clock) => Stamps::Shared(Arc::clone(clock)),
@@ -274,9 +282,7 @@ impl Placing {
                 format!("{} cores for {blocks} blocks", options.cores.len()),
             );
         }
-        for core in &options.cores {
-            affinity::check_core(*core)?;
-        }
+        affinity::check_cores(&options.cores)?;
         if device.info().kind != DeviceKind::Cpu && !options.cores.is_empty() {
             return invalid(
                 "cores",
@@ -284,7 +290,7 @@ impl Placing {
             );
         }
         let strategy = options.wait.unwrap_or(config.kernel_wait);
-        let candidates = &device.info().cores;
+        let candidates = &affinity::still_usable(&device.info().cores, &config.reserved_cores);
         let wanted = if options.cores.is_empty() {
             candidates
         } else {
@@ -333,6 +339,14 @@ impl Placing {
             leases,
             shared,
         })
+    }
+
+    /// Gives the cores back that the system did not grant: of a kernel one of whose blocks runs elsewhere, all.
+    fn keep_held(&mut self, places: &[PlacedThread]) {
+        let mut blocks = self.leases.iter().zip(places);
+        if !blocks.all(|(lease, place)| place.core() == Some(lease.core())) {
+            self.leases.clear();
+        }
     }
 
     fn cores(&self) -> Vec<usize> {

@@ -18,7 +18,7 @@ use crate::kernel::signals::KernelSignals;
 use crate::kernel::{DeadLetterReason, FailureReason, KernelFailure, KernelState, Lost, TypeTable};
 use crate::message::{Extension, MessageHeader};
 use crate::ring::RingLayout;
-use crate::thread::{WaitStrategy, Waiter};
+use crate::thread::{PlacedThread, WaitStrategy, Waiter};
 use crate::time::Stamps;
 
 /// Everything about a launched kernel but who holds its sides and who controls it.
@@ -45,7 +45,10 @@ pub(crate) struct KernelLink {
     /// `None` unless messages are traced.
     pub(super) tracing: Option<Tracing>,
     pub(super) spins: bool,
+    /// The core of each block that has one of its own, as it was given; empty if they share cores.
     pub(super) cores: Vec<usize>,
+    /// Where the blocks run, if each is a thread.
+    pub(super) places: Arc<[PlacedThread]>,
     pub(super) memory_bytes: u64,
     pub(super) timestamps: Stamps,
     pub(super) calls: CallTable,

@@ -56,7 +56,8 @@ pub struct KernelMetrics {
     pub dead_letters: DeadLetterCounts,
     /// Bytes of memory that the kernel takes, on device and host.
     pub memory_bytes: u64,
-    /// The core of each block; empty if they share cores.
+    /// The core that each block runs on, read back from the system (on Linux; elsewhere the core that it was put on): of a
+    /// kernel that has ended, the last. Empty if a block may run on several, and for kernels on other devices than the CPU.
     pub cores: Vec<usize>,
     /// Whether the kernel's loops spin (rather than sleep) while they have nothing to do.
     pub spins: bool,

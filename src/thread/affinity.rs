@@ -1,42 +1,103 @@
 //! Which cores there are, and putting a thread on one of them.
+//!
+//! What can be had is asked of the system each time: a container's files may tell of other cores than it has, its cpuset
+//! may change while the process runs, and a sandbox may refuse to place threads.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::error::Error;
 use crate::logging;
+use crate::system;
 
-/// The cores that are online, by number, isolated ones included.
+#[cfg(target_os = "linux")]
+use super::core_mask::{CoreMask, inherited};
+
+/// Core numbers are below this. Larger ones are not of a core.
+#[cfg(target_os = "linux")]
+use super::core_mask::MOST_CORES;
+#[cfg(not(target_os = "linux"))]
+const MOST_CORES: usize = 1 << 16;
+
+/// Bytes of stack of a thread that asks what can be had.
+#[cfg(target_os = "linux")]
+const PROBE_STACK: usize = 64 * 1024;
+
+/// The cores that are online, by number, isolated ones included: those that the system lists, and those that this process
+/// has ([`usable_cores`]), which a container's list may leave out.
 ///
-/// May read `/sys`; for the control plane only.
+/// May read `/sys` and start a thread; for the control plane only.
 #[must_use]
 pub fn online_cores() -> Vec<usize> {
-    #[cfg(target_os = "linux")]
-    if let Ok(list) = std::fs::read_to_string("/sys/devices/system/cpu/online") {
-        let cores = parse_core_list(&list);
-        if !cores.is_empty() {
-            return cores;
-        }
+    let mut cores = usable_cores();
+    if let Some(list) = system::read("/sys/devices/system/cpu/online") {
+        cores.extend(parse_core_list(&list));
+        cores.sort_unstable();
+        cores.dedup();
     }
+    cores
+}
+
+/// The cores that kernels are put on when nobody names any: those that this process could use now.
+///
+/// On Linux these are the ones that the calling thread or the process's main thread may run on, or could run on before
+/// `main` began, as far as the process's cpuset still has them. A thread that pinned itself before it built the runtime, be
+/// it the main thread, therefore does not drag its kernels along. Where the system refuses to place threads, they are the
+/// calling thread's cores.
+///
+/// May start a thread; for the control plane only. Empty where the system tells nothing.
+#[must_use]
+pub fn usable_cores() -> Vec<usize> {
+    let cores = now_usable();
+    USABLE.store(cores.len().max(1), Ordering::Relaxed);
+    cores
+}
+
+#[cfg(not(target_os = "linux"))]
+fn now_usable() -> Vec<usize> {
     listed_cores()
 }
 
-/// The cores that kernels are put on when nobody names any: those that the calling thread or the process's main thread
-/// may run on, or could run on before `main` began (on Linux). A thread that pinned itself before it built the runtime, be
-/// it the main thread, therefore does not drag its kernels along.
-#[must_use]
-pub fn usable_cores() -> Vec<usize> {
-    #[cfg(target_os = "linux")]
-    {
-        // The main thread's id is the process id.
-        let main = libc::pid_t::try_from(std::process::id()).unwrap_or(0);
-        let mut cores = affinity_of(0);
-        cores.extend(affinity_of(main));
-        cores.extend(inherited::cores());
-        cores.sort_unstable();
-        cores.dedup();
-        if !cores.is_empty() {
-            return cores;
-        }
+#[cfg(target_os = "linux")]
+fn now_usable() -> Vec<usize> {
+    // The main thread's id is the process id.
+    let main = libc::pid_t::try_from(std::process::id()).unwrap_or(0);
+    let current = current_affinity();
+    let mut wanted = current.clone();
+    wanted.extend(affinity_of(main));
+    wanted.extend(inherited::cores());
+    wanted.sort_unstable();
+    wanted.dedup();
+    if wanted.is_empty() {
+        return listed_cores();
     }
-    listed_cores()
+    // A thread that this one starts may run where this one may, for certain; elsewhere it has to be tried.
+    if wanted == current {
+        return current;
+    }
+    match probe(&wanted) {
+        Some(found) if !found.is_empty() => found,
+        _ if current.is_empty() => wanted,
+        _ => current,
+    }
+}
+
+/// Which of `wanted` a thread that this one starts may run on now, as a thread finds out; if none, or if it may not
+/// choose, those that it may run on anyway. `None` if there can be no thread, or the system does not tell.
+#[cfg(target_os = "linux")]
+fn probe(wanted: &[usize]) -> Option<Vec<usize>> {
+    let mask = CoreMask::of(wanted)?;
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .name("rk-probe".into())
+            .stack_size(PROBE_STACK)
+            .spawn_scoped(scope, || {
+                let _ = mask.apply();
+                CoreMask::of_thread(0).ok().map(|mask| mask.cores())
+            })
+            .ok()?
+            .join()
+            .ok()?
+    })
 }
 
 /// The [`usable_cores`] without the reserved ones; all of them if that would leave none.
@@ -50,54 +111,39 @@ pub(crate) fn unreserved_cores(reserved: &[usize]) -> Vec<usize> {
     if cores.is_empty() { usable } else { cores }
 }
 
-/// What the process was allowed when it was started.
-#[cfg(target_os = "linux")]
-mod inherited {
-    use std::sync::atomic::{AtomicU64, Ordering};
-
-    const WORDS: usize = size_of::<libc::cpu_set_t>() / 8;
-
-    /// A bit a core; empty where nothing has run before `main`.
-    static CORES: [AtomicU64; WORDS] = [const { AtomicU64::new(0) }; WORDS];
-
-    /// Run before `main`, or when a library that holds this crate is loaded: afterwards threads may pin themselves.
-    #[used]
-    // SAFETY: the section holds pointers to functions of this type (System V ABI, "Initialization and Termination
-    // Functions"); this one only makes a system call and stores to atomics.
-    #[unsafe(link_section = ".init_array")]
-    static BEFORE_MAIN: extern "C" fn() = remember;
-
-    extern "C" fn remember() {
-        let mut words = [0_u64; WORDS];
-        // SAFETY: `cpu_set_t` is an array of words, one bit a core, and `words` is as large.
-        let got =
-            unsafe { libc::sched_getaffinity(0, size_of_val(&words), words.as_mut_ptr().cast()) };
-        if got == 0 {
-            for (to, from) in CORES.iter().zip(words) {
-                to.store(from, Ordering::Relaxed);
-            }
-        }
+/// Those of `cores`, which were usable once, that still are; the [`unreserved_cores`] if none is. None of none.
+pub(crate) fn still_usable(cores: &[usize], reserved: &[usize]) -> Vec<usize> {
+    if cores.is_empty() {
+        return Vec::new();
     }
-
-    pub(super) fn cores() -> impl Iterator<Item = usize> {
-        CORES.iter().enumerate().flat_map(|(index, word)| {
-            let word = word.load(Ordering::Relaxed);
-            (0..64)
-                .filter(move |bit| word >> bit & 1 != 0)
-                .map(move |bit| index * 64 + bit)
-        })
+    let usable = usable_cores();
+    let still: Vec<usize> = cores
+        .iter()
+        .copied()
+        .filter(|core| usable.contains(core))
+        .collect();
+    if still.is_empty() {
+        unreserved_cores(reserved)
+    } else {
+        still
     }
 }
 
-/// How many cores [`usable_cores`] gave when it was first asked for; one at least.
+/// How many cores [`usable_cores`] gave when it was last asked; 0 before.
+static USABLE: AtomicUsize = AtomicUsize::new(0);
+
+/// How many cores [`usable_cores`] gave when it was last asked for, by a launch for instance; one at least. Does not ask
+/// again, so that a wait may call it.
 pub(crate) fn usable_core_count() -> usize {
-    static COUNT: std::sync::OnceLock<usize> = std::sync::OnceLock::new();
-    *COUNT.get_or_init(|| usable_cores().len().max(1))
+    match USABLE.load(Ordering::Relaxed) {
+        0 => usable_cores().len().max(1),
+        count => count,
+    }
 }
 
 /// Looks the usable cores up, so that no wait has to. Control plane only.
 pub(crate) fn initialise() {
-    let _ = usable_core_count();
+    let _ = usable_cores();
 }
 
 /// The cores that the calling thread may run on; empty where the system does not tell.
@@ -109,23 +155,58 @@ pub fn current_affinity() -> Vec<usize> {
     Vec::new()
 }
 
-/// Fails unless the core exists.
+/// The cores that a thread of this process may run on, by its number in the system; empty where that does not tell.
+#[cfg(target_os = "linux")]
+pub(super) fn affinity_of(thread: libc::pid_t) -> Vec<usize> {
+    CoreMask::of_thread(thread).map_or_else(|_| Vec::new(), |mask| mask.cores())
+}
+
+/// Fails unless the core exists: unless the system lists it, this process has it, or a thread of it can be put there.
+///
+/// May read `/sys` and start a thread; for the control plane only.
 ///
 /// # Errors
 /// [`Error::CoreNotFound`].
 pub fn check_core(core: usize) -> Result<(), Error> {
-    let available = online_cores();
-    if available.contains(&core) {
-        Ok(())
-    } else {
-        Err(Error::CoreNotFound { core, available })
+    check_cores(&[core])
+}
+
+/// As [`check_core`], of each of them.
+pub(crate) fn check_cores(cores: &[usize]) -> Result<(), Error> {
+    if cores.is_empty() {
+        return Ok(());
     }
+    let available = online_cores();
+    for &core in cores {
+        #[cfg(target_os = "linux")]
+        let exists =
+            available.contains(&core) || probe(&[core]).is_some_and(|found| found == [core]);
+        #[cfg(not(target_os = "linux"))]
+        let exists = available.contains(&core);
+        if !exists {
+            return Err(Error::CoreNotFound { core, available });
+        }
+    }
+    Ok(())
+}
+
+/// Fails unless a thread of this process can be put on the core now, as a thread finds out. On other systems than Linux:
+/// unless the core exists.
+///
+/// # Errors
+/// [`Error::CoreNotFound`], [`Error::PinningFailed`]; [`Error::Os`] if there can be no thread.
+pub(crate) fn try_core(core: usize) -> Result<(), Error> {
+    check_core(core)?;
+    #[cfg(target_os = "linux")]
+    on_thread("rk-probe", || pin_current_thread(core))??;
+    Ok(())
 }
 
 /// Puts the calling thread on one core, and reads back that it is there (on Linux; elsewhere the system's word counts).
 ///
 /// # Errors
-/// [`Error::CoreNotFound`] if there is no such core, [`Error::PinningFailed`] if the thread ended up elsewhere.
+/// [`Error::CoreNotFound`] if there is no such core, [`Error::PinningFailed`] if the thread may not run there: the core is
+/// not in the process's cpuset, or the system refuses to place threads. The thread then runs where it did before.
 ///
 /// ```
 /// use ringkernel::{Error, thread::affinity};
@@ -135,50 +216,123 @@ pub fn check_core(core: usize) -> Result<(), Error> {
 /// # Ok::<(), Error>(())
 /// ```
 pub fn pin_current_thread(core: usize) -> Result<(), Error> {
-    check_core(core)?;
-    let accepted = core_affinity::set_for_current(core_affinity::CoreId { id: core });
-    let found = current_affinity();
-    if found == [core] || (found.is_empty() && accepted) {
-        return Ok(());
+    #[cfg(target_os = "linux")]
+    return match confine_current_thread(&[core]) {
+        Ok(()) => Ok(()),
+        Err(error) => {
+            let available = online_cores();
+            Err(if available.contains(&core) {
+                error
+            } else {
+                Error::CoreNotFound { core, available }
+            })
+        }
+    };
+    #[cfg(not(target_os = "linux"))]
+    {
+        check_core(core)?;
+        if core_affinity::set_for_current(core_affinity::CoreId { id: core }) {
+            return Ok(());
+        }
+        Err(Error::PinningFailed {
+            cores: vec![core],
+            reason: "the system refused it".into(),
+        })
     }
-    Err(Error::PinningFailed {
-        cores: vec![core],
-        reason: format!("its cores are {found:?}"),
-    })
 }
 
-/// Lets the calling thread run on any of `cores`, and on no other. Does nothing where the system has no such call.
+/// Lets the calling thread run on any of `cores`, which somebody named, and on no other. Does nothing where the system has
+/// no such call.
 ///
 /// # Errors
-/// [`Error::PinningFailed`] if the thread may not run on every one of them.
+/// [`Error::PinningFailed`] if the thread may not run on every one of them; it then runs where it did before.
 pub(crate) fn confine_current_thread(cores: &[usize]) -> Result<(), Error> {
     #[cfg(target_os = "linux")]
     {
-        let failed = |reason| Error::PinningFailed {
-            cores: cores.to_vec(),
-            reason,
-        };
-        // SAFETY: `cpu_set_t` is an array of integers; all zeros is the empty set.
-        let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-        for &core in cores {
-            if core >= libc::CPU_SETSIZE as usize {
-                return Err(failed(format!("core {core} exceeds the system's set")));
+        let before = CoreMask::of_thread(0);
+        let found = set_current(cores)?;
+        if !found.is_empty() && !cores.iter().all(|core| found.contains(core)) {
+            if let Ok(before) = before {
+                let _ = before.apply();
             }
-            // SAFETY: `core` is below CPU_SETSIZE, the number of bits in the set.
-            unsafe { libc::CPU_SET(core, &mut set) };
-        }
-        // SAFETY: the pointer and the size describe `set`; 0 names the calling thread.
-        if unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) } != 0 {
-            return Err(failed(std::io::Error::last_os_error().to_string()));
-        }
-        let found = current_affinity();
-        if found != cores {
-            return Err(failed(format!("its cores are {found:?}")));
+            return Err(Error::PinningFailed {
+                cores: cores.to_vec(),
+                reason: format!("of these, the process may use {found:?}"),
+            });
         }
     }
     #[cfg(not(target_os = "linux"))]
     let _ = cores;
     Ok(())
+}
+
+/// Lets the calling thread run on those of `cores`, which this crate chose, that can be had now, and on no other. Nothing
+/// is asked for if `cores` is empty. Does nothing where the system has no such call.
+///
+/// # Errors
+/// [`Error::PinningFailed`] if that changed nothing: none of them can be had, or the system refuses to place threads. The
+/// thread then runs where it did before, which is a warning's worth to those who call this.
+pub(crate) fn prefer_cores(cores: &[usize]) -> Result<(), Error> {
+    #[cfg(target_os = "linux")]
+    if !cores.is_empty() {
+        return match set_current(cores) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                let found = current_affinity();
+                let is_there = !found.is_empty() && found.iter().all(|core| cores.contains(core));
+                if is_there { Ok(()) } else { Err(error) }
+            }
+        };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = cores;
+    Ok(())
+}
+
+/// Asks for these cores, and gives those that the calling thread has then; empty if the system does not tell.
+#[cfg(target_os = "linux")]
+fn set_current(cores: &[usize]) -> Result<Vec<usize>, Error> {
+    let failed = |reason| Error::PinningFailed {
+        cores: cores.to_vec(),
+        reason,
+    };
+    let mask = CoreMask::of(cores)
+        .ok_or_else(|| failed(format!("numbers of cores are below {MOST_CORES}")))?;
+    match mask.apply() {
+        Ok(()) => Ok(current_affinity()),
+        Err(error) => Err(failed(match error.raw_os_error() {
+            Some(libc::EINVAL) => {
+                format!("{error}: none of them is online and in the process's cpuset")
+            }
+            Some(libc::EPERM) => format!("{error}: a sandbox refuses to place threads"),
+            _ => error.to_string(),
+        })),
+    }
+}
+
+/// Runs `body` on a thread of its own.
+///
+/// # Errors
+/// [`Error::Os`] if there can be no thread, or `body` panics.
+#[cfg(any(
+    target_os = "linux",
+    feature = "vulkan",
+    feature = "cuda",
+    feature = "metal"
+))]
+fn on_thread<T: Send>(name: &'static str, body: impl FnOnce() -> T + Send) -> Result<T, Error> {
+    let failed = |source| Error::Os {
+        operation: "run a thread for a moment",
+        source,
+    };
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .name(name.into())
+            .spawn_scoped(scope, body)
+            .map_err(failed)?
+            .join()
+            .map_err(|_| failed(std::io::Error::other("it panicked")))
+    })
 }
 
 /// Runs `body` on a thread of its own, which may run on `cores` only (anywhere, with a warning, if it may not).
@@ -191,25 +345,11 @@ pub(crate) fn on_cores<T: Send>(
     cores: &[usize],
     body: impl FnOnce() -> T + Send,
 ) -> Result<T, Error> {
-    let failed = |source| Error::Os {
-        operation: "run a thread to open a driver",
-        source,
-    };
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new()
-            .name(name.into())
-            .spawn_scoped(scope, || {
-                if !cores.is_empty()
-                    && let Err(error) = confine_current_thread(cores)
-                {
-                    logging::warning!("{name}: driver threads run anywhere: {error}");
-                }
-                body()
-            })
-            .map_err(failed)?;
-        thread
-            .join()
-            .map_err(|_| failed(std::io::Error::other("the driver panicked")))
+    on_thread(name, || {
+        if let Err(error) = prefer_cores(cores) {
+            logging::warning!("{name}: driver threads run anywhere: {error}");
+        }
+        body()
     })
 }
 
@@ -222,30 +362,19 @@ fn listed_cores() -> Vec<usize> {
         .collect()
 }
 
-#[cfg(target_os = "linux")]
-fn affinity_of(thread: libc::pid_t) -> Vec<usize> {
-    // SAFETY: `cpu_set_t` is an array of integers; all zeros is the empty set.
-    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    // SAFETY: the pointer and the size describe `set`.
-    if unsafe { libc::sched_getaffinity(thread, size_of_val(&set), &raw mut set) } != 0 {
-        return Vec::new();
-    }
-    (0..libc::CPU_SETSIZE as usize)
-        // SAFETY: the index is below CPU_SETSIZE, the number of bits in the set.
-        .filter(|&core| unsafe { libc::CPU_ISSET(core, &set) })
-        .collect()
-}
-
-/// Parses the kernel's list format, `0-3,8,10-11` (Documentation/admin-guide/cputopology.rst).
+/// Parses the kernel's list format, `0-3,8,10-11` (Documentation/admin-guide/cputopology.rst): each number once, in
+/// ascending order. A part that is not of this format, or names what is not a core's number, is left out.
 pub(super) fn parse_core_list(list: &str) -> Vec<usize> {
-    let mut cores = Vec::new();
+    let mut listed = vec![false; MOST_CORES];
     for part in list.trim().split(',') {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
-        if let (Ok(first), Ok(last)) = (first.parse::<usize>(), last.parse::<usize>()) {
-            cores.extend(first..=last);
+        if let (Ok(first), Ok(last)) = (first.parse::<usize>(), last.parse::<usize>())
+            && let Some(range) = listed.get_mut(first..=last)
+        {
+            range.fill(true);
         }
     }
-    cores
+    (0..MOST_CORES).filter(|core| listed[*core]).collect()
 }
 
 #[cfg(test)]
@@ -300,7 +429,7 @@ mod tests {
         .join();
         restrict(&of_main);
         assert_eq!(after.unwrap(), before);
-        assert!(inherited::cores().eq(before));
+        assert_eq!(inherited::cores(), before);
     }
 
     #[test]

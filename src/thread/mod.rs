@@ -16,12 +16,16 @@ pub(crate) mod watch;
 
 #[cfg(not(loom))]
 pub mod affinity;
+#[cfg(all(target_os = "linux", not(loom)))]
+mod core_mask;
 #[cfg(not(loom))]
 mod cores;
 #[cfg(not(loom))]
 pub(crate) mod own;
 #[cfg(not(loom))]
 pub mod periodic;
+#[cfg(not(loom))]
+mod placed;
 #[cfg(not(loom))]
 pub mod realtime;
 #[cfg(not(loom))]
@@ -30,6 +34,8 @@ mod wait;
 #[cfg(not(loom))]
 pub(crate) use cores::{CoreLease, SpinPermit};
 pub use mailbox::{MailboxReader, MailboxWriter, mailbox};
+#[cfg(not(loom))]
+pub(crate) use placed::PlacedThread;
 #[cfg(not(loom))]
 pub use wait::WaitStrategy;
 #[cfg(not(loom))]

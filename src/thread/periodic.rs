@@ -31,6 +31,7 @@ const DIGITS: u8 = 3;
 const SHORTEST: Duration = Duration::from_micros(10);
 const LONGEST: Duration = Duration::from_secs(86_400);
 
+#[cfg(target_os = "linux")]
 const NS_PER_SECOND: u64 = 1_000_000_000;
 
 /// What happens when a round took so long that its successor's time has passed already, by one period at least.

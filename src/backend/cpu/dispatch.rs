@@ -63,10 +63,12 @@ impl CpuDispatch {
         };
         let (started, startings) = sync_channel(request.blocks.len());
         for (index, ends) in request.blocks.into_iter().enumerate() {
-            let pin = match request.cores.get(index) {
-                Some(core) => Pin::Core(*core),
-                None => Pin::Any(request.shared_cores.clone()),
+            let pin = Pin {
+                core: request.cores.get(index).copied(),
+                is_named: request.cores_are_named,
+                shared: request.shared_cores.clone(),
             };
+            let places = Arc::clone(&request.places);
             let (setup, signals) = (Arc::clone(&setup), Arc::clone(&request.signals));
             let started = started.clone();
             let thread = std::thread::Builder::new()
@@ -74,6 +76,8 @@ impl CpuDispatch {
                 .spawn(move || {
                     let pinned = pin.apply();
                     let failed = pinned.is_err();
+                    let core = pinned.as_ref().map_or(None, |pinned| pinned.core);
+                    let _running = places.get(index).map(|place| place.run(core));
                     if failed {
                         ends.memory.control().store_state(BlockState::Ended);
                     } else {
@@ -91,9 +95,10 @@ impl CpuDispatch {
             dispatch.threads.push(Some(thread));
         }
         let deadline = Deadline::after(START_TIMEOUT);
+        let mut refused = None;
         for _ in 0..dispatch.threads.len() {
             match startings.recv_timeout(deadline.remaining()) {
-                Ok(pinned) => pinned?,
+                Ok(pinned) => refused = pinned?.refused.or(refused),
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                     return Err(Error::Timeout {
                         operation: "start",
@@ -102,6 +107,12 @@ impl CpuDispatch {
                     });
                 }
             }
+        }
+        if let Some(error) = refused {
+            logging::warning!(
+                "kernel '{}' runs where the system lets it: {error}",
+                request.signals.name
+            );
         }
         Ok(dispatch)
     }
@@ -186,19 +197,44 @@ impl Drop for CpuDispatch {
     }
 }
 
-/// Where a thread has to run.
+/// Where a thread is to run.
 #[derive(Debug)]
-enum Pin {
-    Core(usize),
-    Any(Vec<usize>),
+struct Pin {
+    core: Option<usize>,
+    /// Whether a user named the core: then it is an error if it cannot be had.
+    is_named: bool,
+    /// Where it runs otherwise.
+    shared: Vec<usize>,
+}
+
+/// Where a thread was put.
+#[derive(Debug, Default)]
+struct Pinned {
+    core: Option<usize>,
+    /// Why it is not where it was to be.
+    refused: Option<Error>,
 }
 
 impl Pin {
-    fn apply(&self) -> Result<(), Error> {
-        match self {
-            Self::Core(core) => affinity::pin_current_thread(*core),
-            Self::Any(cores) if cores.is_empty() => Ok(()),
-            Self::Any(cores) => affinity::confine_current_thread(cores),
-        }
+    fn apply(&self) -> Result<Pinned, Error> {
+        let refused = match self
+            .core
+            .map(|core| (core, affinity::pin_current_thread(core)))
+        {
+            Some((core, Ok(()))) => {
+                return Ok(Pinned {
+                    core: Some(core),
+                    refused: None,
+                });
+            }
+            Some((_, Err(error))) if self.is_named => return Err(error),
+            Some((_, Err(error))) => Some(error),
+            None => None,
+        };
+        let shared = affinity::prefer_cores(&self.shared).err();
+        Ok(Pinned {
+            core: None,
+            refused: refused.or(shared),
+        })
     }
 }

@@ -94,9 +94,7 @@ impl Monitor {
         let thread = std::thread::Builder::new()
             .name(format!("rk-bridge-{}", context.physical.info.index))
             .spawn(move || {
-                if !cores.is_empty()
-                    && let Err(error) = affinity::confine_current_thread(&cores)
-                {
+                if let Err(error) = affinity::prefer_cores(&cores) {
                     logging::warning!("the thread of a CUDA device runs anywhere: {error}");
                 }
                 watch.run();

@@ -132,9 +132,7 @@ impl Bridge {
         let thread = std::thread::Builder::new()
             .name(format!("rk-bridge-{}", info.index))
             .spawn(move || {
-                if !cores.is_empty()
-                    && let Err(error) = affinity::confine_current_thread(&cores)
-                {
+                if let Err(error) = affinity::prefer_cores(&cores) {
                     logging::warning!("the thread of a Metal device runs anywhere: {error}");
                 }
                 thread.run();

@@ -156,9 +156,7 @@ impl Lane {
                 context.physical.info.index
             ))
             .spawn(move || {
-                if !cores.is_empty()
-                    && let Err(error) = affinity::confine_current_thread(&cores)
-                {
+                if let Err(error) = affinity::prefer_cores(&cores) {
                     logging::warning!("the thread of a Vulkan queue runs anywhere: {error}");
                 }
                 bridge.run();

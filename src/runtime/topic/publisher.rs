@@ -10,7 +10,7 @@ use super::core::{PublisherShared, TopicShared};
 use super::options::PublisherStats;
 use crate::backend::HostProducer;
 use crate::error::{Error, Rejection, SendTimeoutError, TrySendError};
-use crate::message::RingMessage;
+use crate::message::{AlignedBytes, RingMessage};
 use crate::runtime::receive::Bytes;
 use crate::runtime::send::{refused, write_bytes, write_message};
 use crate::thread::Waiter;
@@ -166,8 +166,8 @@ impl Drop for PublisherLane {
 /// ```
 pub struct Publisher<M> {
     lane: PublisherLane,
-    /// Where messages are archived; 16-byte units, so that they are aligned.
-    archive: Box<[u128]>,
+    /// Where messages are archived.
+    archive: AlignedBytes,
     messages: PhantomData<fn(M)>,
 }
 
@@ -187,8 +187,7 @@ impl<M> Publisher<M> {
         };
         Self {
             lane,
-            // Written to, so that no message has to fault a page in.
-            archive: vec![1; bytes.div_ceil(size_of::<u128>())].into_boxed_slice(),
+            archive: AlignedBytes::zeroed(bytes),
             messages: PhantomData,
         }
     }
@@ -245,8 +244,7 @@ impl<M: RingMessage> Publisher<M> {
     #[inline]
     pub fn publish(&mut self, message: &M) -> Result<(), TrySendError> {
         let length = self.encode(message)?;
-        let payload = bytemuck::cast_slice(&self.archive);
-        self.lane.publish(&payload[..length])
+        self.lane.publish(&self.archive[..length])
     }
 
     /// As [`publish`](Self::publish), waiting for `timeout` at most while another publisher stands still. It never waits for a subscriber.
@@ -260,16 +258,15 @@ impl<M: RingMessage> Publisher<M> {
         timeout: Duration,
     ) -> Result<(), SendTimeoutError> {
         let length = self.encode(message)?;
-        let payload = bytemuck::cast_slice(&self.archive);
-        self.lane.publish_until(&payload[..length], timeout)
+        self.lane.publish_until(&self.archive[..length], timeout)
     }
 
     /// Archives a message before the topic is in hand: whatever the type does to be archived, nobody waits for it.
     #[inline]
     fn encode(&mut self, message: &M) -> Result<usize, Rejection> {
         let max = self.lane.topic.shape.message_size;
-        let body: &mut [u8] = bytemuck::cast_slice_mut(&mut self.archive);
-        let length = write_message(message, body).map_err(|_| Rejection::TooLarge { max })?;
+        let length =
+            write_message(message, &mut self.archive).map_err(|_| Rejection::TooLarge { max })?;
         if length > max {
             return Err(Rejection::TooLarge { max });
         }

@@ -3,6 +3,7 @@
 use std::hint::black_box;
 
 use super::report::{Refusal, Schedule};
+#[cfg(target_os = "linux")]
 use crate::thread::affinity;
 
 /// Step in which stack and heap are touched: the smallest page there is.
@@ -36,18 +37,12 @@ fn elsewhere() -> Refusal {
 /// On these cores, in ascending order, or where the thread was before.
 #[cfg(target_os = "linux")]
 pub(super) fn cores(cores: &[usize]) -> Result<(), Refusal> {
-    let before = affinity::current_affinity();
-    match affinity::confine_current_thread(cores) {
-        Ok(()) => Ok(()),
-        Err(error) => {
-            let reason = error.to_string();
-            let _ = affinity::confine_current_thread(&before);
-            Err(refused(
-                reason,
-                "name cores that are online and that the process's cpuset holds",
-            ))
-        }
-    }
+    affinity::confine_current_thread(cores).map_err(|error| {
+        refused(
+            error.to_string(),
+            "name cores that are online and that the process's cpuset holds",
+        )
+    })
 }
 
 #[cfg(not(target_os = "linux"))]

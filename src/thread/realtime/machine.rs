@@ -99,13 +99,14 @@ impl fmt::Display for RealtimeWarning {
 
 /// A small file of the system; empty where there is none.
 fn read(path: &str) -> String {
-    std::fs::read_to_string(path)
-        .map(|text| text.trim().to_owned())
-        .unwrap_or_default()
+    crate::system::read(path).unwrap_or_default()
 }
 
-fn cores_in(path: &str) -> Vec<usize> {
-    parse_core_list(&read(path))
+/// The cores in a list of the system, of those that are `online`.
+fn cores_in(path: &str, online: &[usize]) -> Vec<usize> {
+    let mut cores = parse_core_list(&read(path));
+    cores.retain(|core| online.binary_search(core).is_ok());
+    cores
 }
 
 /// Everything of note for a thread on these cores, scheduled so, with a device on this node.
@@ -118,13 +119,13 @@ pub(super) fn warnings(
     if !cfg!(target_os = "linux") {
         return warnings;
     }
+    let online = &crate::thread::affinity::online_cores();
     // By the kernel's command line, and by partitions of cpusets.
-    let mut isolated = cores_in("/sys/devices/system/cpu/isolated");
-    isolated.extend(cores_in("/sys/fs/cgroup/cpuset.cpus.isolated"));
+    let mut isolated = cores_in("/sys/devices/system/cpu/isolated", online);
+    isolated.extend(cores_in("/sys/fs/cgroup/cpuset.cpus.isolated", online));
     isolated.sort_unstable();
     isolated.dedup();
-    let tickless = cores_in("/sys/devices/system/cpu/nohz_full");
-    let online = crate::thread::affinity::online_cores();
+    let tickless = cores_in("/sys/devices/system/cpu/nohz_full", online);
     for &core in cores {
         if !isolated.contains(&core) {
             warnings.push(RealtimeWarning::NotIsolated {
@@ -136,11 +137,11 @@ pub(super) fn warnings(
             warnings.push(RealtimeWarning::Ticking { core });
         }
         let cpu = format!("/sys/devices/system/cpu/cpu{core}");
-        let siblings = cores_in(&format!("{cpu}/topology/thread_siblings_list"));
+        let siblings = cores_in(&format!("{cpu}/topology/thread_siblings_list"), online);
         warnings.extend(
             siblings
                 .into_iter()
-                .filter(|sibling| *sibling != core && online.contains(sibling))
+                .filter(|sibling| *sibling != core)
                 .map(|sibling| RealtimeWarning::Sibling { core, sibling }),
         );
         let governor = read(&format!("{cpu}/cpufreq/scaling_governor"));
@@ -149,7 +150,8 @@ pub(super) fn warnings(
         }
     }
     if let Some(node) = node {
-        let near = cores_in(&format!("/sys/devices/system/node/node{node}/cpulist"));
+        let path = format!("/sys/devices/system/node/node{node}/cpulist");
+        let near = cores_in(&path, online);
         if !near.is_empty() && !cores.iter().all(|core| near.contains(core)) {
             warnings.push(RealtimeWarning::OtherNode { node, cores: near });
         }

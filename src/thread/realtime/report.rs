@@ -1,6 +1,7 @@
 //! What was asked for, and what came of it.
 
 use std::fmt;
+#[cfg(target_os = "linux")]
 use std::io;
 use std::time::Duration;
 
@@ -85,6 +86,7 @@ pub struct Refusal {
 }
 
 impl Refusal {
+    #[cfg(target_os = "linux")]
     pub(super) fn of(error: &io::Error, limit: Option<String>, remedy: &'static str) -> Self {
         Self {
             errno: error.raw_os_error(),
