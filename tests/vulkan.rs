@@ -302,31 +302,111 @@ fn any_block_size_gives_the_same_answers() {
     }
 }
 
-#[test]
-fn loops_that_the_driver_cuts_fail_the_kernel() {
-    let Some(_turn) = turn() else { return };
-    for mode in MODES {
-        let runtime = runtime(mode);
-        if !is_software(&runtime) {
-            println!("skipped: only software drivers cut loops; hardware would hang");
-            return;
-        }
-        let kernel = active(&runtime, "test.stuck", small());
-        assert_eq!(kernel.call_bytes(b"", &mut [0; 8], LONG), Ok(0));
-        kernel.send_bytes(b"for ever").unwrap();
-        eventually("the failure", || {
-            kernel.status().state == KernelState::Failed
-        });
-        let failure = kernel.status().failure.unwrap();
-        assert_eq!(failure.reason, FailureReason::Fault);
-        assert!(failure.message.contains("iterations"), "{failure}");
-        // No reply of a run that was cut short.
-        assert_eq!(
-            kernel.recv_bytes_timeout(&mut [0; 8], LONG),
-            Err(RecvTimeoutError::Unavailable(Unavailable::Failed))
-        );
-        kernel.terminate().unwrap();
+/// As `active`, on a driver that compiles for long when it first runs a shader: an activation that comes late can be asked for again.
+fn active_at_last(runtime: &RingKernelRuntime, id: &str) -> KernelHandle {
+    let kernel = runtime.launch(id, 1, 1, small()).unwrap();
+    eventually("the activation", || match kernel.activate() {
+        Ok(()) => true,
+        Err(Error::Timeout { .. }) => false,
+        Err(error) => panic!("{error}"),
+    });
+    kernel
+}
+
+/// Whether the driver ends loops after 65 535 iterations, without a word.
+fn cuts_loops(mode: VulkanMode) -> bool {
+    let runtime = runtime(mode);
+    let kernel = active_at_last(&runtime, "test.loops");
+    let turns = 100_000_u32.to_ne_bytes();
+    match kernel.call_bytes(&turns, &mut [0; 8], LONG) {
+        Ok(8) => false,
+        Err(CallError::Unavailable(Unavailable::Failed)) => true,
+        outcome => panic!("{outcome:?}"),
     }
+}
+
+/// What a handler that never ends leads to: a driver that cuts its loops lets the kernel fail, any other holds the device up.
+#[test]
+fn a_handler_that_never_ends_fails_its_kernel_or_its_device() {
+    let Some(_turn) = turn() else { return };
+    if !is_software(&runtime(VulkanMode::Exchange)) {
+        println!("skipped: hardware would hang");
+        return;
+    }
+    for mode in MODES {
+        let cuts = cuts_loops(mode);
+        // In a process of its own: a driver that does not cut the loop goes on with it.
+        let name = "a_handler_is_asked_to_go_on_for_ever";
+        let output = ignored_test_with(name, &[(MODE, mode.name())]);
+        let expected = match cuts {
+            true => "the kernel failed, the device goes on",
+            false => "the device is lost",
+        };
+        assert!(output.contains(expected), "{mode:?}, {cuts}: {output}");
+        assert!(output.contains("1 passed"), "{mode:?}, {cuts}: {output}");
+    }
+}
+
+/// Names the mode of the test below.
+const MODE: &str = "RINGKERNEL_TEST_MODE";
+
+#[test]
+#[ignore = "run by `a_handler_that_never_ends_fails_its_kernel_or_its_device` in a process of its own"]
+fn a_handler_is_asked_to_go_on_for_ever() {
+    let mode: VulkanMode = std::env::var(MODE).unwrap().parse().unwrap();
+    let config = RuntimeConfig {
+        termination_timeout: Duration::from_secs(1),
+        // Long enough for a driver that first compiles what it runs, on a busy machine.
+        stall_timeout: Some(LONG / 2),
+        ..RuntimeConfig::default()
+    };
+    let runtime = runtime_from(vulkan::builder(mode, config));
+    let kernel = active_at_last(&runtime, "test.stuck");
+    let other = active_at_last(&runtime, "echo");
+    assert_eq!(kernel.call_bytes(b"", &mut [0; 8], LONG), Ok(0));
+    assert_eq!(other.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
+    kernel.send_bytes(b"for ever").unwrap();
+    // No reply of a run that was cut short, and a wait that ends in time whatever holds the kernel up.
+    let waited = Instant::now();
+    let timeout = Duration::from_millis(50);
+    match kernel.recv_bytes_timeout(&mut [0; 8], timeout) {
+        Err(RecvTimeoutError::Timeout | RecvTimeoutError::Unavailable(_)) => {}
+        outcome => panic!("{outcome:?}"),
+    }
+    assert!(waited.elapsed() < LONG / 3, "{:?}", waited.elapsed());
+    eventually("the failure", || {
+        kernel.status().state == KernelState::Failed
+    });
+    let failure = kernel.status().failure.unwrap();
+    let unavailable = match failure.reason {
+        FailureReason::Fault => {
+            assert!(failure.message.contains("iterations"), "{failure}");
+            assert_eq!(other.call_bytes(b"fine", &mut [0; 8], LONG), Ok(4));
+            println!("the kernel failed, the device goes on");
+            Unavailable::Failed
+        }
+        _ => {
+            assert_eq!(failure.reason, FailureReason::DeviceLost);
+            assert!(failure.message.contains("a handler that never ends"));
+            assert!(matches!(
+                runtime.launch("echo", 1, 1, small()),
+                Err(Error::DeviceLost { .. })
+            ));
+            eventually("the other's failure", || {
+                other.status().state == KernelState::Failed
+            });
+            println!("the device is lost");
+            Unavailable::DeviceLost
+        }
+    };
+    assert_eq!(
+        kernel.recv_bytes_timeout(&mut [0; 8], LONG),
+        Err(RecvTimeoutError::Unavailable(unavailable))
+    );
+    kernel.terminate().unwrap();
+    let begin = Instant::now();
+    drop((runtime, kernel, other));
+    assert!(begin.elapsed() < LONG, "{:?}", begin.elapsed());
 }
 
 #[test]
@@ -974,12 +1054,19 @@ fn the_environment_names_the_device() {
 
 /// Runs an ignored test of this file in a process of its own; what it printed.
 fn ignored_test(name: &str, device: Option<&str>) -> String {
-    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
-    child.args(["--exact", name, "--ignored", "--nocapture"]);
-    if let Some(device) = device {
-        child.env("RINGKERNEL_VULKAN_DEVICE", device);
+    match device {
+        Some(device) => ignored_test_with(name, &[("RINGKERNEL_VULKAN_DEVICE", device)]),
+        None => ignored_test_with(name, &[]),
     }
-    let output = child.output().unwrap();
+}
+
+/// The same with these variables in its environment.
+fn ignored_test_with(name: &str, variables: &[(&str, &str)]) -> String {
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--ignored", "--nocapture"])
+        .envs(variables.iter().copied())
+        .output()
+        .unwrap();
     format!(
         "{}{}",
         String::from_utf8_lossy(&output.stdout),

@@ -131,11 +131,19 @@ const NO_CLOCK: u32 = 8;
 const OTHER_CLOCK: u32 = 16;
 
 fn build(mode: VulkanMode) -> Result<RingKernelRuntime, Error> {
+    build_with(mode, None)
+}
+
+fn build_with(
+    mode: VulkanMode,
+    stall_timeout: Option<Duration>,
+) -> Result<RingKernelRuntime, Error> {
     RingKernelRuntime::builder()
         .backend(BackendType::Vulkan)
         .device(0)
         .config(RuntimeConfig {
             termination_timeout: Duration::from_secs(2),
+            stall_timeout,
             vulkan: VulkanConfig {
                 mode,
                 ..VulkanConfig::default()
@@ -160,7 +168,7 @@ fn active(runtime: &RingKernelRuntime, id: &str) -> KernelHandle {
 fn expect_loss(mode: VulkanMode, fault: Fault) {
     let other = build(mode).unwrap();
     let unharmed = active(&other, "echo");
-    let runtime = build(mode).unwrap();
+    let runtime = build_with(mode, Some(Duration::from_secs(2))).unwrap();
     let kernel = active(&runtime, "echo");
     let silent = active(&runtime, "sink");
     assert_eq!(kernel.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
@@ -188,7 +196,7 @@ fn expect_loss(mode: VulkanMode, fault: Fault) {
             Err(RecvTimeoutError::Unavailable(lost))
         );
         assert_eq!(caller.join().unwrap(), Err(CallError::Unavailable(lost)));
-        // A hanging fence is waited for as long as `termination_timeout`.
+        // A hanging fence is waited for as long as `stall_timeout`.
         let limit = if fault as u32 == Fault::Hang as u32 {
             LONG / 2
         } else {
@@ -252,6 +260,61 @@ fn slices_that_never_end_lose_their_device() {
     if in_child("slices_that_never_end_lose_their_device") {
         expect_loss(VulkanMode::Resident, Fault::Hang);
     }
+}
+
+/// Far longer than the termination timeout: as a driver that gets no processor time.
+#[test]
+fn a_driver_that_stands_still_for_seconds_is_late_and_not_lost() {
+    if !in_child("a_driver_that_stands_still_for_seconds_is_late_and_not_lost") {
+        return;
+    }
+    for mode in [
+        VulkanMode::Resident,
+        VulkanMode::Exchange,
+        VulkanMode::Staged,
+    ] {
+        let runtime = build(mode).unwrap();
+        let kernel = active(&runtime, "echo");
+        assert_eq!(kernel.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
+        arm(Fault::Hang, 0);
+        let begin = Instant::now();
+        // Who waits meanwhile waits as long as they asked for, and no longer.
+        let timeout = Duration::from_millis(100);
+        while begin.elapsed() < Duration::from_secs(5) {
+            let outcome = kernel.call_bytes(b"well", &mut [0; 8], timeout);
+            assert!(
+                matches!(
+                    outcome,
+                    Ok(4) | Err(CallError::Timeout | CallError::TooManyCalls)
+                ),
+                "{outcome:?}"
+            );
+            assert_eq!(kernel.status().state, KernelState::Active);
+        }
+        arm(Fault::None, 0);
+        assert_eq!(kernel.call_bytes(b"again", &mut [0; 8], LONG), Ok(5));
+        kernel.deactivate().unwrap();
+        kernel.activate().unwrap();
+        kernel.terminate().unwrap();
+        active(&runtime, "echo").terminate().unwrap();
+    }
+}
+
+/// A device that never answers keeps nobody who is done with it.
+#[test]
+fn a_device_that_stands_still_is_closed_in_time() {
+    if !in_child("a_device_that_stands_still_is_closed_in_time") {
+        return;
+    }
+    let runtime = build(VulkanMode::Resident).unwrap();
+    let kernel = active(&runtime, "echo");
+    arm(Fault::Hang, 0);
+    std::thread::sleep(Duration::from_millis(50));
+    let begin = Instant::now();
+    assert!(matches!(kernel.terminate(), Err(Error::Timeout { .. })));
+    drop((runtime, kernel));
+    // Two seconds for each; on software a device in use would be given thirty.
+    assert!(begin.elapsed() < LONG * 2 / 3, "{:?}", begin.elapsed());
 }
 
 #[test]

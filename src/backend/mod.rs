@@ -28,6 +28,8 @@ mod probe;
 mod resident;
 #[cfg(any(feature = "vulkan", feature = "metal"))]
 mod slices;
+#[cfg(any(feature = "vulkan", feature = "cuda", feature = "metal"))]
+pub(crate) mod stall;
 #[cfg(feature = "vulkan")]
 pub(crate) mod vulkan;
 

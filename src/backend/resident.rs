@@ -320,6 +320,25 @@ impl Resident {
     }
 }
 
+/// A number that changes with every progress that blocks make, as their memory shows it.
+pub(crate) fn life(blocks: &[Arc<BlockMemory>]) -> u32 {
+    blocks.iter().fold(0, |sum, block| {
+        let control = block.control();
+        let words = [
+            control.heartbeat(),
+            control.processed(),
+            control.produced(),
+            control.step(),
+            control.slice_number(),
+            control.state().map_or(0, |state| state as u32),
+        ];
+        // Apart from one another, so that no two changes cancel out.
+        words.into_iter().fold(sum, |sum, word| {
+            sum.wrapping_add(word).wrapping_mul(0x9e37_79b1)
+        })
+    })
+}
+
 /// The failure of a kernel whose device writes positions that cannot be.
 pub(crate) fn corrupt_device(block: u32) -> KernelFailure {
     KernelFailure {

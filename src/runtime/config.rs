@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+#[cfg(any(feature = "vulkan", feature = "cuda", feature = "metal"))]
+use crate::backend::stall::StallLimits;
 use crate::backend::{CudaConfig, MetalConfig, VulkanConfig};
 use crate::error::Error;
 use crate::ring::RingLayout;
@@ -34,6 +36,11 @@ pub struct RuntimeConfig {
     pub bridge_poll_interval: Duration,
     /// How long `activate`, `deactivate` and `terminate` wait for a kernel. Default 5 s; 1 ms to a day.
     pub termination_timeout: Duration,
+    /// How long nothing may come of the kernels that run on a device, no sign of life and no message, until the device counts as lost.
+    /// A device that answers, however late, is not lost; one whose driver says that it is, is lost at once. `None`, the default, means 10 s on
+    /// hardware and 30 s on a driver that runs on this machine's cores: one that gets no processor time is late. A handler that never returns
+    /// holds its device up for as long. At least 100 ms, at most a day. No effect on the CPU backend.
+    pub stall_timeout: Option<Duration>,
     /// How the thread of a device's bridge waits ([`RingBufferBridge`](crate::RingBufferBridge)). While it spins, clients leave the moving of
     /// messages between lanes and kernels to it; else those who wait for replies do so themselves. It only ever spins while several clients
     /// share a kernel, or one is subscribed to a topic; with `Auto`, the default, if there is a core for it then.
@@ -87,6 +94,7 @@ impl Default for RuntimeConfig {
             bridge_wait: WaitStrategy::Auto,
             bridge_core: None,
             termination_timeout: Duration::from_secs(5),
+            stall_timeout: None,
             enable_telemetry: true,
             kernel_wait: WaitStrategy::Auto,
             host_wait: WaitStrategy::Auto,
@@ -137,6 +145,12 @@ impl RuntimeConfig {
         }
     }
 
+    /// How long devices may show no progress.
+    #[cfg(any(feature = "vulkan", feature = "cuda", feature = "metal"))]
+    pub(crate) fn stall_limits(&self) -> StallLimits {
+        StallLimits::new(self.stall_timeout, self.termination_timeout)
+    }
+
     /// Fails on the first value that is out of its range.
     pub(crate) fn validate(&self) -> Result<(), Error> {
         let invalid = |option, reason: String| Err(Error::InvalidOption { option, reason });
@@ -165,6 +179,12 @@ impl RuntimeConfig {
             if value < Duration::from_millis(1) {
                 return invalid(option, format!("{value:?} is below 1 ms"));
             }
+        }
+        if let Some(value) = self.stall_timeout
+            && !(Duration::from_millis(100)..=LONGEST).contains(&value)
+        {
+            let reason = format!("{value:?} is not within 100 ms to a day");
+            return invalid("stall_timeout", reason);
         }
         if !(1..=64).contains(&self.cpu_devices) {
             return invalid(

@@ -57,7 +57,7 @@ impl Devices {
             BackendType::Vulkan => Box::new(crate::backend::vulkan::VulkanBackend::load(
                 &config.vulkan,
                 &config.reserved_cores,
-                config.termination_timeout,
+                config.stall_limits(),
             )?),
             #[cfg(not(feature = "vulkan"))]
             BackendType::Vulkan => {
@@ -70,7 +70,7 @@ impl Devices {
             BackendType::Cuda => Box::new(crate::backend::cuda::CudaBackend::load(
                 &config.cuda,
                 &config.reserved_cores,
-                config.termination_timeout,
+                config.stall_limits(),
             )?),
             #[cfg(not(feature = "cuda"))]
             BackendType::Cuda => {
@@ -83,7 +83,7 @@ impl Devices {
             BackendType::Metal => Box::new(crate::backend::metal::MetalBackend::load(
                 &config.metal,
                 &config.reserved_cores,
-                config.termination_timeout,
+                config.stall_limits(),
             )?),
             #[cfg(not(feature = "metal"))]
             BackendType::Metal => {

@@ -161,6 +161,14 @@ pub fn bad_configurations_are_refused<S: Subject>() {
             ..base()
         },
         RuntimeConfig {
+            stall_timeout: Some(long),
+            ..base()
+        },
+        RuntimeConfig {
+            stall_timeout: Some(Duration::from_millis(99)),
+            ..base()
+        },
+        RuntimeConfig {
             cpu_devices: 0,
             ..base()
         },

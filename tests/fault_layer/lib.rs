@@ -249,7 +249,8 @@ fn is_victim(device: vk::Device) -> bool {
 }
 
 fn is_lost(device: vk::Device) -> bool {
-    is_victim(device) && FAULT.load(Ordering::SeqCst) != HANG
+    let fault = FAULT.load(Ordering::SeqCst);
+    is_victim(device) && matches!(fault, LOSE_AT_SUBMIT | LOSE_AT_WAIT)
 }
 
 /// The next function of this name, as its own type.

@@ -12,6 +12,7 @@ use super::monitor::Monitor;
 use super::physical::{self, Physical};
 use super::{driver, unavailable};
 use crate::backend::cpp::{self, LaunchWords};
+use crate::backend::stall::StallLimits;
 use crate::backend::{
     Account, Backend, BlockClock, CudaConfig, CudaRingMemory, Device, DeviceInfo, DeviceMemory,
     Dispatch, DispatchRequest, Handler, Placement, ResidentDispatch, probe,
@@ -39,7 +40,7 @@ static OPENING: Mutex<()> = Mutex::new(());
 pub(crate) struct CudaBackend {
     config: CudaConfig,
     cores: Vec<usize>,
-    termination_timeout: Duration,
+    limits: StallLimits,
     devices: Vec<Physical>,
 }
 
@@ -48,7 +49,7 @@ impl CudaBackend {
     pub(crate) fn load(
         config: &CudaConfig,
         reserved_cores: &[usize],
-        termination_timeout: Duration,
+        limits: StallLimits,
     ) -> Result<Self, Error> {
         let cores = affinity::unreserved_cores(reserved_cores);
         let devices = affinity::on_cores("rk-cuda-open", &cores, || {
@@ -58,7 +59,7 @@ impl CudaBackend {
         Ok(Self {
             config: config.clone(),
             cores,
-            termination_timeout,
+            limits,
             devices,
         })
     }
@@ -112,7 +113,7 @@ impl Backend for CudaBackend {
                 opened => Ok((opened?, no_bar)),
             }
         })??;
-        let monitor = Monitor::start(&context, self.cores.clone(), self.termination_timeout)?;
+        let monitor = Monitor::start(&context, self.cores.clone(), self.limits)?;
         let mut device = CudaDevice {
             info: physical.info.clone(),
             config: self.config.clone(),

@@ -14,6 +14,8 @@ use parking_lot::Mutex;
 use super::context::Context;
 use super::launched::Launched;
 use crate::backend::Keeper;
+use crate::backend::resident::life;
+use crate::backend::stall::{Stall, StallLimits};
 use crate::error::Error;
 use crate::kernel::BlockState;
 use crate::kernel::outlet::Warden;
@@ -32,9 +34,6 @@ const IDLE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Polls of a slice at most; over PCIe its time (`LaunchWords`) is over before.
 const SLICE_POLLS: u32 = 50_000;
-
-/// How long a kernel may take to end at least, whatever the termination timeout is: looks and pauses take milliseconds.
-const SHORTEST_LIMIT: Duration = Duration::from_millis(500);
 
 /// What everybody may ask of a monitor.
 #[derive(Debug)]
@@ -77,7 +76,7 @@ impl Monitor {
     pub(super) fn start(
         context: &Arc<Context>,
         cores: Vec<usize>,
-        termination_timeout: Duration,
+        limits: StallLimits,
     ) -> Result<Self, Error> {
         let handle = Arc::new(MonitorHandle {
             inbox: Mutex::new(Vec::new()),
@@ -88,8 +87,7 @@ impl Monitor {
             context: Arc::clone(context),
             handle: Arc::clone(&handle),
             kernels: Vec::new(),
-            // Whoever waits for the kernel's end is told first that it did not come.
-            limit: (2 * termination_timeout).max(SHORTEST_LIMIT),
+            limits,
         };
         let thread = std::thread::Builder::new()
             .name(format!("rk-bridge-{}", context.physical.info.index))
@@ -127,8 +125,8 @@ impl Drop for Monitor {
 struct Watched {
     kernel: Arc<Launched>,
     heartbeats: u32,
-    /// When it was told to end.
-    ending: Option<Instant>,
+    /// For how long nothing has come of it since it was told to end.
+    ending: Option<Stall>,
     /// Whether it was told that its device is lost.
     lost: bool,
     /// Whether it was told to lead its replies elsewhere, and has not followed.
@@ -147,8 +145,7 @@ struct Watch {
     context: Arc<Context>,
     handle: Arc<MonitorHandle>,
     kernels: Vec<Watched>,
-    /// How long a kernel may take to end before the device counts as lost.
-    limit: Duration,
+    limits: StallLimits,
 }
 
 impl Watch {
@@ -197,12 +194,16 @@ impl Watch {
             }
             return;
         };
+        let limit = match self.handle.stop.load(Ordering::Acquire) {
+            true => self.limits.closing(false),
+            false => self.limits.in_use(false),
+        };
         let mut index = 0;
         while let Some(watched) = self.kernels.get_mut(index) {
             if let Some(reason) = context.lost() {
                 watched.lose(reason);
             }
-            match watched.look(&context, &self.handle, self.limit) {
+            match watched.look(&context, &self.handle, limit) {
                 // Nothing else here holds the kernel any more: what it took is given back before its end is known.
                 Ok(true) => Launched::finish(self.kernels.swap_remove(index).kernel),
                 Ok(false) => index += 1,
@@ -299,9 +300,13 @@ impl Watched {
         if runs {
             if !kernel.must_terminate() {
                 self.ending = None;
-            } else if self.ending.get_or_insert_with(Instant::now).elapsed() > limit {
+                return Ok(false);
+            }
+            let (life, now) = (life(&kernel.blocks), Instant::now());
+            let stall = self.ending.get_or_insert_with(|| Stall::new(life, now));
+            if stall.look(life, now) >= limit {
                 context.abandon(format!(
-                    "kernel '{}' did not end within {limit:?}: a handler that never ends, or blocks that never began",
+                    "kernel '{}' is to end, and nothing came of it for {limit:?}: a handler that never ends, or blocks that never began",
                     kernel.signals.name
                 ));
             }

@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::slice_kernel::SliceKernel;
+use crate::backend::resident::life;
 use crate::backend::slices::{Attention, PARKING_IDLE_POLLS, Pace, SHARED_POLLS};
+use crate::backend::stall::{Stall, StallLimits};
 use crate::backend::{DeviceInfo, ExecutionMode, Keeper};
 use crate::error::Error;
 use crate::kernel::BlockState;
@@ -26,10 +28,6 @@ const SLICES: usize = 2;
 /// Longest sleep without work, and between two looks whether a slice is overdue.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 const OVERDUE_LOOK: Duration = Duration::from_millis(50);
-
-/// How long a slice may take whatever the termination timeout is: far longer than its polls, but the system's own work may come
-/// first.
-const SHORTEST_LIMIT: Duration = Duration::from_secs(2);
 
 /// Whether a device still works, for everybody who uses it.
 #[derive(Debug)]
@@ -112,7 +110,7 @@ impl Bridge {
         mode: ExecutionMode,
         health: &Arc<Health>,
         cores: Vec<usize>,
-        termination_timeout: Duration,
+        limits: StallLimits,
     ) -> Result<Self, Error> {
         let handle = Arc::new(BridgeHandle {
             inbox: Mutex::new(Vec::new()),
@@ -126,8 +124,7 @@ impl Bridge {
             members: Vec::new(),
             on_request: mode == ExecutionMode::Exchange,
             shared: false,
-            // Whoever waits for a kernel's end is told first that it did not come.
-            limit: (2 * termination_timeout).max(SHORTEST_LIMIT),
+            limits,
         };
         let thread = std::thread::Builder::new()
             .name(format!("rk-bridge-{}", info.index))
@@ -170,6 +167,8 @@ struct Member {
     in_flight: VecDeque<(Instant, Option<u32>)>,
     /// When the last one was done.
     last_done: Instant,
+    /// For how long nothing has come of them.
+    stall: Stall,
     lost: bool,
 }
 
@@ -181,8 +180,7 @@ struct BridgeThread {
     on_request: bool,
     /// Whether several kernels were active when slices were last committed.
     shared: bool,
-    /// How long a slice may take before the device counts as lost.
-    limit: Duration,
+    limits: StallLimits,
 }
 
 impl BridgeThread {
@@ -199,6 +197,7 @@ impl BridgeThread {
                     pace: Pace::hardware(),
                     in_flight: VecDeque::with_capacity(SLICES),
                     last_done: Instant::now(),
+                    stall: Stall::new(0, Instant::now()),
                     lost: false,
                 }));
             self.collect();
@@ -226,6 +225,11 @@ impl BridgeThread {
     /// Takes note of slices that are done, or should be.
     fn collect(&mut self) {
         let now = Instant::now();
+        let is_closing = self.handle.stop.load(Ordering::Acquire) || self.health.is_lost();
+        let limit = match is_closing {
+            true => self.limits.closing(false),
+            false => self.limits.in_use(false),
+        };
         for member in &mut self.members {
             let outcomes = member.kernel.take_outcomes();
             let done = !outcomes.is_empty();
@@ -240,14 +244,14 @@ impl BridgeThread {
             if done {
                 member.attention.observe(&member.kernel, now);
             }
-            let Some((committed, _)) = member.in_flight.front() else {
+            if done || member.in_flight.is_empty() {
+                member.stall = Stall::new(life(&member.kernel.blocks), now);
                 continue;
-            };
-            let begin = (*committed).max(member.last_done);
-            if now.duration_since(begin) > self.limit {
+            }
+            if member.stall.look(life(&member.kernel.blocks), now) >= limit {
                 self.health.lose(format!(
-                    "a slice of kernel '{}' did not end within {:?}: a handler that never ends, or a driver that hangs",
-                    member.kernel.signals.name, self.limit
+                    "nothing came of a slice of kernel '{}' for {limit:?}: a handler that never ends, or a driver that hangs",
+                    member.kernel.signals.name
                 ));
                 // Left to the system: command buffers keep what they use.
                 member.in_flight.clear();

@@ -5,7 +5,6 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -13,6 +12,7 @@ use super::api::{Description, Gpu, Pipeline, Shared};
 use super::bridge::{Bridge, Health};
 use super::slice_kernel::SliceKernel;
 use crate::backend::cpp::{self, LaunchWords};
+use crate::backend::stall::StallLimits;
 use crate::backend::{
     Account, Backend, BackendType, Device, DeviceInfo, DeviceKind, DeviceMemory, Dispatch,
     DispatchRequest, ExecutionMode, Handler, MetalConfig, MetalDeviceInfo, MetalMode, Placement,
@@ -42,7 +42,7 @@ const PROBES: u32 = 3;
 pub(crate) struct MetalBackend {
     config: MetalConfig,
     cores: Vec<usize>,
-    termination_timeout: Duration,
+    limits: StallLimits,
     devices: Vec<(Arc<dyn Gpu>, Description, DeviceInfo)>,
 }
 
@@ -51,7 +51,7 @@ impl MetalBackend {
     pub(crate) fn load(
         config: &MetalConfig,
         reserved_cores: &[usize],
-        termination_timeout: Duration,
+        limits: StallLimits,
     ) -> Result<Self, Error> {
         let devices = super::gpus()?
             .into_iter()
@@ -65,7 +65,7 @@ impl MetalBackend {
         Ok(Self {
             config: config.clone(),
             cores: affinity::unreserved_cores(reserved_cores),
-            termination_timeout,
+            limits,
             devices,
         })
     }
@@ -114,13 +114,7 @@ impl Backend for MetalBackend {
         let account = Arc::new(Account::new(info.memory_limit));
         let open = |mode, coherent| {
             let health = Health::new(info);
-            let bridge = Bridge::start(
-                info,
-                mode,
-                &health,
-                self.cores.clone(),
-                self.termination_timeout,
-            )?;
+            let bridge = Bridge::start(info, mode, &health, self.cores.clone(), self.limits)?;
             Ok::<_, Error>(MetalDevice {
                 info: info.clone(),
                 mode,

@@ -1,7 +1,6 @@
 //! Vulkan devices: opening, probing, memory, and where kernels go.
 
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -13,6 +12,7 @@ use super::memory::Buffer;
 use super::physical::{self, Physical};
 use super::probe;
 use super::slice_kernel::SliceKernel;
+use crate::backend::stall::StallLimits;
 use crate::backend::{
     Account, Backend, BlockClock, Device, DeviceInfo, DeviceMemory, Dispatch, DispatchRequest,
     ExecutionMode, GridMemory, Handler, Placement, ResidentDispatch, VulkanConfig, VulkanMode,
@@ -33,7 +33,7 @@ const DEVICE_TO_HOST: &str = "device-to-host";
 pub(crate) struct VulkanBackend {
     config: VulkanConfig,
     reserved_cores: Vec<usize>,
-    termination_timeout: Duration,
+    limits: StallLimits,
     devices: Vec<Physical>,
     /// After `devices`, whose handles are its own.
     instance: Arc<Instance>,
@@ -44,7 +44,7 @@ impl VulkanBackend {
     pub(crate) fn load(
         config: &VulkanConfig,
         reserved_cores: &[usize],
-        termination_timeout: Duration,
+        limits: StallLimits,
     ) -> Result<Self, Error> {
         // Drivers start threads, which inherit the cores of the thread that calls them.
         let cores = driver_cores(reserved_cores, true);
@@ -54,7 +54,7 @@ impl VulkanBackend {
             Ok(Self {
                 config: config.clone(),
                 reserved_cores: reserved_cores.to_vec(),
-                termination_timeout,
+                limits,
                 devices,
                 instance,
             })
@@ -91,7 +91,7 @@ impl VulkanBackend {
                 Context::open(&self.instance, physical, account)
             })??;
             // The caller's thread exchanges messages with the probe: the driver's cores are busy.
-            VulkanDevice::open(context, config, cores, self.termination_timeout)
+            VulkanDevice::open(context, config, cores, self.limits)
         };
         match open(&self.config) {
             Err(Error::DeviceLost { reason, .. }) if self.config.mode == VulkanMode::Auto => {
@@ -128,7 +128,7 @@ pub(super) struct VulkanDevice {
     /// One a queue, started when first needed.
     lanes: Mutex<Vec<Lane>>,
     cores: Vec<usize>,
-    termination_timeout: Duration,
+    limits: StallLimits,
     /// What is known of the clock that shaders read, once a kernel is to be traced; or why it is of no use. One tries it at a time.
     clock: OnceLock<Result<Arc<ShaderClock>, String>>,
     clock_probe: Mutex<()>,
@@ -140,14 +140,14 @@ impl VulkanDevice {
         context: Arc<Context>,
         config: &VulkanConfig,
         cores: Vec<usize>,
-        termination_timeout: Duration,
+        limits: StallLimits,
     ) -> Result<Self, Error> {
         let mut device = Self {
             info: context.physical.info.clone(),
             mode: ExecutionMode::Resident,
             lanes: Mutex::new(Vec::new()),
             cores,
-            termination_timeout,
+            limits,
             clock: OnceLock::new(),
             clock_probe: Mutex::new(()),
             context,
@@ -271,7 +271,7 @@ impl VulkanDevice {
                     lanes.len() as u32,
                     self.mode,
                     self.cores.clone(),
-                    self.termination_timeout,
+                    self.limits,
                 )?;
                 let handle = Arc::clone(&lane.handle);
                 lanes.push(lane);

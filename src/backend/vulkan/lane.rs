@@ -20,6 +20,7 @@ use super::context::Context;
 use super::relay::Relay;
 use super::slice_kernel::{SOFTWARE_ITERATIONS, SliceKernel};
 use crate::backend::slices::{Attention, PARKING_IDLE_POLLS, Pace, SHARED_POLLS};
+use crate::backend::stall::{Stall, StallLimits};
 use crate::backend::{ExecutionMode, Keeper};
 use crate::error::Error;
 use crate::kernel::outlet::Warden;
@@ -29,9 +30,6 @@ use crate::thread::{affinity, own};
 
 /// Command buffers that take turns.
 const BATCHES: usize = 2;
-
-/// How long a fence may take whatever the termination timeout is: slices are far shorter, but a loaded machine is slow.
-const SHORTEST_FENCE_LIMIT: Duration = Duration::from_secs(2);
 
 /// Between two looks whether the device is lost, during one fence wait.
 const FENCE_CHUNK: Duration = Duration::from_millis(20);
@@ -135,7 +133,7 @@ impl Lane {
         queue_index: u32,
         mode: ExecutionMode,
         cores: Vec<usize>,
-        termination_timeout: Duration,
+        limits: StallLimits,
     ) -> Result<Self, Error> {
         let handle = Arc::new(LaneHandle {
             context: Arc::clone(context),
@@ -144,12 +142,7 @@ impl Lane {
             epoch: AtomicU32::new(1),
             stop: AtomicBool::new(false),
         });
-        let bridge = Bridge::new(
-            Arc::clone(&handle),
-            queue_index,
-            mode,
-            termination_timeout.max(SHORTEST_FENCE_LIMIT),
-        )?;
+        let bridge = Bridge::new(Arc::clone(&handle), queue_index, mode, limits)?;
         let thread = std::thread::Builder::new()
             .name(format!(
                 "rk-bridge-{}-{queue_index}",
@@ -237,7 +230,7 @@ struct Bridge {
     software: bool,
     /// How long a slice lasts that has its queue for itself.
     pace: Pace,
-    fence_limit: Duration,
+    limits: StallLimits,
     last_done: Instant,
 }
 
@@ -246,7 +239,7 @@ impl Bridge {
         handle: Arc<LaneHandle>,
         queue_index: u32,
         mode: ExecutionMode,
-        fence_limit: Duration,
+        limits: StallLimits,
     ) -> Result<Self, Error> {
         let context = Arc::clone(&handle.context);
         let software = context.physical.software;
@@ -270,7 +263,7 @@ impl Bridge {
                 true => Pace::software(SOFTWARE_ITERATIONS),
                 false => Pace::hardware(),
             },
-            fence_limit,
+            limits,
             last_done: Instant::now(),
             context: Arc::clone(&context),
             handle,
@@ -678,7 +671,7 @@ impl Bridge {
             return Ok(0);
         };
         let fence = [self.batches[index].fence];
-        let begin = Instant::now();
+        let mut stall = Stall::new(self.life(), Instant::now());
         loop {
             // SAFETY: the fence is this device's, and belongs to a submitted batch.
             let waited = unsafe {
@@ -691,21 +684,22 @@ impl Bridge {
                 Err(vk::Result::TIMEOUT) if self.context.lost().is_some() => {
                     self.context.check_lost()?;
                 }
-                Err(vk::Result::TIMEOUT) if begin.elapsed() < self.fence_limit => {
+                Err(vk::Result::TIMEOUT) => {
                     if self.mode == ExecutionMode::Resident {
-                        let in_flight = self.in_flight.iter().map(|index| &self.batches[*index]);
-                        in_flight
-                            .flat_map(|batch| &batch.kernels)
+                        self.in_flight_kernels()
                             .for_each(|kernel| kernel.tell_clock_half());
                     }
-                }
-                Err(vk::Result::TIMEOUT) => {
-                    let reason = format!(
-                        "slices did not end within {:?}: a handler that never ends, or a driver that hangs",
-                        self.fence_limit
-                    );
-                    self.context.abandon(reason);
-                    self.context.check_lost()?;
+                    let limit = match self.handle.stop.load(Ordering::Acquire) {
+                        true => self.limits.closing(self.software),
+                        false => self.limits.in_use(self.software),
+                    };
+                    if stall.look(self.life(), Instant::now()) >= limit {
+                        let reason = format!(
+                            "nothing came of its slices for {limit:?}: a handler that never ends, or a driver that hangs"
+                        );
+                        self.context.abandon(reason);
+                        self.context.check_lost()?;
+                    }
                 }
                 Err(error) => return self.context.check("wait for slices", Err(error)),
             }
@@ -714,9 +708,23 @@ impl Bridge {
         Ok(index)
     }
 
+    /// The kernels whose slices are in flight.
+    fn in_flight_kernels(&self) -> impl Iterator<Item = &Arc<SliceKernel>> {
+        let batches = self.in_flight.iter().map(|index| &self.batches[*index]);
+        batches.flat_map(|batch| &batch.kernels)
+    }
+
+    /// A number that changes with every progress of what is in flight.
+    fn life(&self) -> u32 {
+        self.in_flight_kernels().fold(0, |sum, kernel| {
+            sum.wrapping_mul(31).wrapping_add(kernel.life())
+        })
+    }
+
     /// Waits until nothing of this lane runs on a lost device any more, or the device must be left behind with it.
     fn await_the_end(&mut self) {
-        let begin = Instant::now();
+        let limit = self.limits.closing(self.software);
+        let mut stall = Stall::new(self.life(), Instant::now());
         while let Some(&index) = self.in_flight.front()
             && !self.context.is_abandoned()
         {
@@ -728,10 +736,12 @@ impl Bridge {
                     .wait_for_fences(&fence, true, FENCE_CHUNK.as_nanos() as u64)
             };
             match waited {
-                Err(vk::Result::TIMEOUT) if begin.elapsed() < self.fence_limit => {}
-                Err(vk::Result::TIMEOUT) => self
-                    .context
-                    .abandon("work on the lost device did not end".into()),
+                Err(vk::Result::TIMEOUT) => {
+                    if stall.look(self.life(), Instant::now()) >= limit {
+                        self.context
+                            .abandon("work on the lost device did not end".into());
+                    }
+                }
                 // Done, or lost: a lost device runs nothing (Vulkan specification, "Lost Device").
                 _ => {
                     self.in_flight.pop_front();

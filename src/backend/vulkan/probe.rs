@@ -25,12 +25,14 @@ mod tests {
 
     use super::*;
     use crate::backend::probe::{BLOCK_SIZES, run_block};
+    use crate::backend::stall::StallLimits;
     use crate::backend::vulkan::VulkanBackend;
     use crate::backend::{VulkanConfig, VulkanMode};
 
     /// The probe's messages cross the wrap-around of positions; here in the modes that are never probed, too.
     #[test]
     fn positions_wrap_around_in_every_mode() {
+        let limits = StallLimits::new(None, Duration::from_secs(5));
         for mode in [
             VulkanMode::Resident,
             VulkanMode::Exchange,
@@ -40,7 +42,7 @@ mod tests {
                 mode,
                 ..VulkanConfig::default()
             };
-            let backend = match VulkanBackend::load(&config, &[], Duration::from_secs(5)) {
+            let backend = match VulkanBackend::load(&config, &[], limits) {
                 Ok(backend) => backend,
                 Err(error) => {
                     assert!(

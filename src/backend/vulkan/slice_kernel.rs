@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 
 use super::context::{BINDINGS, Context, PushConstants, Specialization};
 use super::memory::Buffer;
+use crate::backend::resident::life;
 use crate::backend::{
     BlockMemory, DeviceMemory, DispatchRequest, GridMemory, Handler, Next, Resident,
 };
@@ -301,6 +302,14 @@ impl SliceKernel {
     pub(super) fn software_budget(&self) -> u32 {
         let whole = SOFTWARE_ITERATIONS - self.constants.message_cost;
         whole.min((FEW_GROUPS * SOFTWARE_ITERATIONS / self.simd_groups).max(LEAST_BUDGET))
+    }
+
+    /// A number that changes with every progress of its slices that the host can see while they run.
+    pub(super) fn life(&self) -> u32 {
+        match &self.relay_blocks[..] {
+            [] => life(&self.blocks),
+            blocks => life(blocks),
+        }
     }
 
     /// Workgroups of a slice.
