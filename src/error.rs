@@ -172,6 +172,9 @@ impl HandlerError {
     /// Code of the error of a reply that exceeds the reply ring's slots.
     pub const REPLY_TOO_LARGE: u32 = u32::MAX - 1;
 
+    /// Code of the error of a reply that has to wait for room beside its ring, for which there is no memory.
+    pub const OUT_OF_MEMORY: u32 = u32::MAX - 3;
+
     /// Code of the error of a reply that could not be written because the kernel is ending.
     pub const ENDING: u32 = u32::MAX - 2;
 

@@ -1102,3 +1102,96 @@ fn what_is_published_while_the_runtime_shuts_down_is_in_the_report() {
         assert_eq!(report.topics.accepted, taken, "{report}");
     }
 }
+
+/// The last value, newest-only lanes and the archive of a publisher are booked on the device, and given back.
+#[test]
+fn memory_of_topics_is_booked_and_may_be_refused() {
+    let _one = one_at_a_time();
+    const SIZE: usize = 1 << 20;
+    let config = RuntimeConfig {
+        cpu_memory_limit: Some(16 * SIZE as u64),
+        ..RuntimeConfig::default()
+    };
+    let runtime = runtime_with(config);
+    let options = TopicOptions {
+        message_size: Some(SIZE),
+        ..TopicOptions::default()
+    };
+    let topic = runtime.topic_bytes("t", options).unwrap();
+    let with_topic = runtime.memory_in_use(0).unwrap();
+    assert!(with_topic >= SIZE as u64);
+    // What is written, what is read, what lies between them, and what was left there.
+    let subscriber = topic.subscribe(SubscriberOptions::latest()).unwrap();
+    assert!(runtime.memory_in_use(0).unwrap() >= with_topic + 4 * SIZE as u64);
+    let mut subscribers = vec![subscriber];
+    let error = loop {
+        match topic.subscribe(SubscriberOptions::latest()) {
+            Ok(subscriber) => subscribers.push(subscriber),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
+    assert_eq!(subscribers.len(), 3);
+    assert!(matches!(
+        topic.publisher().map(drop),
+        Err(Error::OutOfMemory { .. })
+    ));
+    drop(subscribers);
+    // One that comes finds the memory that those had.
+    drop(topic.subscribe(SubscriberOptions::latest()).unwrap());
+    let others: Vec<_> = (0..20)
+        .map_while(|number| runtime.topic_bytes(&format!("t{number}"), options).ok())
+        .collect();
+    assert!(others.len() < 16, "{}", others.len());
+}
+
+/// A process that gets no more memory goes on.
+#[cfg(target_os = "linux")]
+#[test]
+fn refused_memory_for_a_topic_is_an_error_and_no_abort() {
+    const CHILD: &str = "RINGKERNEL_TEST_NO_MEMORY";
+    let name = "refused_memory_for_a_topic_is_an_error_and_no_abort";
+    if std::env::var_os(CHILD).is_none() {
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        assert!(child.status.success(), "{child:?}");
+        return;
+    }
+    let runtime = runtime_with(RuntimeConfig::default());
+    let options = TopicOptions {
+        message_size: Some(16_000_000),
+        ..TopicOptions::default()
+    };
+    let small = runtime
+        .topic_bytes("small", TopicOptions::default())
+        .unwrap();
+    let pages: u64 = std::fs::read_to_string("/proc/self/statm")
+        .unwrap()
+        .split(' ')
+        .next()
+        .unwrap()
+        .parse()
+        .unwrap();
+    let limit = libc::rlimit {
+        rlim_cur: pages * 4096 + (100 << 20),
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    // SAFETY: the pointer is to a local.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &limit) }, 0);
+    let mut topics = Vec::new();
+    let error = loop {
+        match runtime.topic_bytes(&format!("t{}", topics.len()), options) {
+            Ok(topic) => topics.push(topic),
+            Err(error) => break error,
+        }
+        assert!(topics.len() < 20);
+    };
+    assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
+    // It works on.
+    let mut subscriber = small.subscribe(SubscriberOptions::latest()).unwrap();
+    small.publisher().unwrap().publish_bytes(b"x").unwrap();
+    assert_eq!(subscriber.try_recv_bytes(&mut [0; 8]), Ok(1));
+}

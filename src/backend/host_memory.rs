@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::backend::DeviceMemory;
 use crate::error::Error;
+use crate::kernel::MemoryAccount;
 use crate::logging;
 use crate::ring::WriteCombining;
 
@@ -62,6 +63,16 @@ impl Account {
     }
 }
 
+impl MemoryAccount for Account {
+    fn take(&self, bytes: u64) -> bool {
+        self.take(bytes)
+    }
+
+    fn give_back(&self, bytes: u64) {
+        self.give_back(bytes);
+    }
+}
+
 /// Memory of this process that is booked on a device.
 #[derive(Clone, Debug)]
 pub(crate) struct HostPool {
@@ -74,15 +85,31 @@ impl HostPool {
         Self { device, account }
     }
 
+    /// One without a limit.
+    #[cfg(test)]
+    pub(crate) fn unlimited() -> Self {
+        Self::new("test".into(), Arc::new(Account::new(u64::MAX)))
+    }
+
     /// At least `bytes` of zeroed memory, every page of it present.
     pub(crate) fn allocate(&self, bytes: usize) -> Result<Arc<HostMemory>, Error> {
         match HostMemory::allocate(bytes, &self.account) {
             Some(memory) => Ok(Arc::new(memory)),
-            None => Err(Error::OutOfMemory {
-                device: self.device.clone(),
-                asked: bytes as u64,
-                available: self.account.available(),
-            }),
+            None => Err(self.refused(bytes as u64)),
+        }
+    }
+
+    /// Where the memory is booked.
+    pub(super) fn account(&self) -> &Arc<Account> {
+        &self.account
+    }
+
+    /// What is said where there is no such memory.
+    pub(super) fn refused(&self, bytes: u64) -> Error {
+        Error::OutOfMemory {
+            device: self.device.clone(),
+            asked: bytes,
+            available: self.account.available(),
         }
     }
 }

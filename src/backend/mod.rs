@@ -9,6 +9,7 @@
 //! here.
 
 mod block;
+mod booked;
 #[cfg(any(feature = "cuda", feature = "metal"))]
 pub(crate) mod cpp;
 pub(crate) mod cpu;
@@ -44,6 +45,7 @@ pub(crate) use block::{
     BlockLayout, BlockMemory, DeviceEnds, GridMemory, HostConsumer, HostProducer, host_ring,
     host_ring_bytes,
 };
+pub(crate) use booked::Booked;
 pub(crate) use host_memory::{Account, HostPool};
 pub use info::{
     CudaDeviceInfo, DeviceInfo, DeviceKind, ExecutionMode, MemoryHeap, MemoryPlacement,

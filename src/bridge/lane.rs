@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use crate::backend::{HostConsumer, HostPool, HostProducer, host_ring};
+use crate::backend::{Booked, HostConsumer, HostPool, HostProducer, host_ring};
 use crate::error::Error;
 use crate::message::{AlignedBytes, Extension, Head, MessageHeader, Priority};
 use crate::ring::{Peek, RingLayout};
 use crate::thread::event_count::EventCount;
-use crate::thread::{MailboxReader, MailboxWriter, mailbox};
+use crate::thread::{MailboxReader, MailboxWriter, mailbox_of};
 
 /// Levels of priority, each with a ring of its own.
 pub(crate) const LEVELS: usize = 4;
@@ -94,18 +94,18 @@ pub(crate) struct Letter {
     pub(crate) extension: Option<Extension>,
     pub(crate) length: usize,
     /// As aligned as in a slot.
-    body: AlignedBytes,
+    body: Booked<AlignedBytes>,
 }
 
 impl Letter {
     /// One with room for so many bytes of payload.
-    pub(crate) fn new(bytes: usize) -> Self {
-        Self {
+    pub(crate) fn new(pool: &HostPool, bytes: usize) -> Result<Self, Error> {
+        Ok(Self {
             head: Head::of_kind(0),
             extension: None,
             length: 0,
-            body: AlignedBytes::zeroed(bytes),
-        }
+            body: pool.payload(bytes)?,
+        })
     }
 
     /// All the room that there is for a payload.
@@ -205,7 +205,8 @@ impl LanePlan {
                     reason: error.to_string(),
                 })?;
         let (outbox, requests) = if self.newest_only {
-            let (writer, reader) = mailbox(|| Letter::new(layout.max_payload()));
+            let letter = || Letter::new(pool, layout.max_payload());
+            let (writer, reader) = mailbox_of([letter()?, letter()?, letter()?]);
             (Outbox::Mailbox(writer), Requests::Mailbox(reader))
         } else {
             let [a, b, c, d] = [

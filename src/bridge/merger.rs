@@ -9,7 +9,8 @@
 use std::sync::atomic::Ordering;
 
 use super::lane::{LEVELS, Lane, MAX_LANES};
-use crate::error::{TrySendError, Unavailable};
+use crate::backend::{Booked, HostPool};
+use crate::error::{Error, TrySendError, Unavailable};
 use crate::kernel::DeadLetterReason;
 use crate::message::{Extension, Head, MessageHeader};
 use crate::time;
@@ -101,7 +102,7 @@ pub(crate) trait Port: Send {
 #[derive(Debug)]
 struct Outstanding {
     /// Place of the lane, by position; twice as many as the ring has slots.
-    places: Box<[u8]>,
+    places: Booked<Box<[u8]>>,
     forwarded: u32,
     settled: u32,
 }
@@ -162,17 +163,18 @@ impl<P: Port> Merger<P> {
         capacity: u32,
         positions: &[(u32, u32)],
         clients_park: bool,
-    ) -> Self {
-        let outstanding = positions
-            .iter()
-            .map(|(processed, sent)| Outstanding {
+        pool: &HostPool,
+    ) -> Result<Self, Error> {
+        let outstanding = positions.iter().map(|(processed, sent)| {
+            Ok(Outstanding {
                 // Requests of nobody's; 0xff is no place.
-                places: vec![u8::MAX; 2 * capacity as usize].into_boxed_slice(),
+                places: pool.bytes(2 * capacity as usize, u8::MAX)?,
                 forwarded: *sent,
                 settled: *processed,
             })
-            .collect();
-        Self {
+        });
+        let outstanding = outstanding.collect::<Result<_, Error>>()?;
+        Ok(Self {
             port,
             lanes: (0..MAX_LANES).map(|_| None).collect(),
             order: Vec::with_capacity(MAX_LANES),
@@ -185,7 +187,7 @@ impl<P: Port> Merger<P> {
             clients_park,
             gave_back: false,
             is_over: false,
-        }
+        })
     }
 
     pub(crate) fn port(&self) -> &P {

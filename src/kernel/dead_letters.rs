@@ -318,7 +318,7 @@ impl DeadLetterQueue {
         slot.state.store(FULL, Ordering::Release);
     }
 
-    /// The oldest letter, which is taken. Does not wait; allocates its copy.
+    /// The oldest letter, which is taken. Does not wait; allocates its copy. One that there is no memory for stays.
     pub fn try_recv(&self) -> Option<DeadLetter> {
         // Another thread may take what was just found: then there is a newer one, or none.
         for _ in 0..=self.slots.len() {
@@ -331,9 +331,10 @@ impl DeadLetterQueue {
             if oldest.take(FULL) {
                 // SAFETY: the slot was taken above.
                 let letter = unsafe { &*oldest.content.get() }.read();
+                let state = if letter.is_some() { EMPTY } else { FULL };
                 // ORDERING: letters. The content has been read; pairs with `take`.
-                oldest.state.store(EMPTY, Ordering::Release);
-                return Some(letter);
+                oldest.state.store(state, Ordering::Release);
+                return letter;
             }
         }
         None
@@ -387,8 +388,12 @@ impl Content {
         self.at_ns = time::now_ns();
     }
 
-    fn read(&self) -> DeadLetter {
-        DeadLetter {
+    /// A copy; `None` if there is no memory for it.
+    fn read(&self) -> Option<DeadLetter> {
+        let mut payload = Vec::new();
+        payload.try_reserve_exact(self.kept).ok()?;
+        payload.extend_from_slice(&self.payload[..self.kept]);
+        Some(DeadLetter {
             kernel: String::from_utf8_lossy(&self.name[..self.name_bytes]).into_owned(),
             reason: self.reason,
             is_reply: self.is_reply,
@@ -396,10 +401,10 @@ impl Content {
             header: self.header,
             extension: self.extension,
             type_id: self.type_id,
-            payload: self.payload[..self.kept].to_vec(),
+            payload,
             payload_bytes: self.payload_bytes,
             at_ns: self.at_ns,
-        }
+        })
     }
 }
 

@@ -32,6 +32,8 @@ pub(crate) struct ReplyPort<'a> {
     plain: bool,
     /// Replies that a hosted block had no room for, in order.
     spilled: VecDeque<Spilled>,
+    /// Where their memory is booked.
+    account: Arc<dyn MemoryAccount>,
     pub(crate) control: ControlBlock<'a>,
     /// `None` if none is kept.
     pub(crate) telemetry: Option<&'a TelemetryBuffer>,
@@ -48,8 +50,18 @@ pub(crate) struct ReplyPort<'a> {
     pub(crate) bytes: u64,
 }
 
+/// Where memory is booked that this process takes for a device.
+pub(crate) trait MemoryAccount: Send + Sync + fmt::Debug {
+    /// Books `bytes`, unless that would exceed the limit.
+    fn take(&self, bytes: u64) -> bool;
+
+    /// Gives back what was taken.
+    fn give_back(&self, bytes: u64);
+}
+
 /// A reply that is still to be written.
 struct Spilled {
+    account: Arc<dyn MemoryAccount>,
     head: Head,
     extension: Option<Extension>,
     /// As aligned as a slot, for the handler that reads it.
@@ -57,7 +69,30 @@ struct Spilled {
     length: usize,
 }
 
+impl Drop for Spilled {
+    fn drop(&mut self) {
+        self.account.give_back(self.payload.len() as u64);
+    }
+}
+
 impl Spilled {
+    /// Room for so many bytes; `None` if there is no memory for it.
+    fn new(
+        account: &Arc<dyn MemoryAccount>,
+        head: Head,
+        extension: Option<&Extension>,
+        bytes: usize,
+    ) -> Option<Self> {
+        let payload = AlignedBytes::try_zeroed(bytes)?;
+        account.take(payload.len() as u64).then(|| Self {
+            account: Arc::clone(account),
+            head,
+            extension: extension.copied(),
+            payload,
+            length: 0,
+        })
+    }
+
     fn payload(&self) -> &[u8] {
         let payload = &*self.payload;
         payload.get(..self.length).unwrap_or(payload)
@@ -81,6 +116,7 @@ impl<'a> ReplyPort<'a> {
         signals: Arc<KernelSignals>,
         block: u32,
         may_nap: bool,
+        account: Arc<dyn MemoryAccount>,
     ) -> Self {
         Self {
             produced: producer.position(),
@@ -90,6 +126,7 @@ impl<'a> ReplyPort<'a> {
             hosted: false,
             plain: true,
             spilled: VecDeque::new(),
+            account,
             control,
             telemetry,
             signals,
@@ -484,17 +521,18 @@ impl ReplyPort<'_> {
             outlet.translate(head)?;
         }
         let max = self.producer.layout().max_payload() - head.extension_bytes();
-        let mut payload = AlignedBytes::zeroed(max);
-        let length = write(&mut payload[..max])?;
+        let spilled = Spilled::new(&self.account, head, extension, max);
+        let mut spilled = spilled
+            .filter(|_| self.spilled.try_reserve(1).is_ok())
+            .ok_or_else(|| {
+                HandlerError::new(HandlerError::OUT_OF_MEMORY, "no memory for the reply")
+            })?;
+        let length = write(&mut spilled.payload[..max])?;
         if length > max {
             return Err(too_large(PushError::TooLong { length, max }));
         }
-        self.spilled.push_back(Spilled {
-            head,
-            extension: extension.copied(),
-            payload,
-            length,
-        });
+        spilled.length = length;
+        self.spilled.push_back(spilled);
         // The handler is told that it is taken.
         self.count(length);
         Ok(())

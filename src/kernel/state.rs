@@ -116,7 +116,7 @@ pub struct UndeliveredMessage {
     pub header: MessageHeader,
     /// Its timestamp, deadline and trace id, if it carried them.
     pub extension: Option<Extension>,
-    /// Its payload.
+    /// Its payload; empty if there was no memory for a copy.
     pub payload: Vec<u8>,
 }
 

@@ -32,15 +32,6 @@ impl AlignedBytes {
             units: units.into_boxed_slice(),
         })
     }
-
-    /// As [`try_zeroed`](Self::try_zeroed), for sizes that are known to be small: ends the process if there is no memory.
-    pub(crate) fn zeroed(bytes: usize) -> Self {
-        Self {
-            // By elements, not by a zeroed allocation, whose pages are not there yet.
-            units: std::iter::repeat_n(Unit([0; MAX_ALIGNMENT]), bytes.div_ceil(MAX_ALIGNMENT))
-                .collect(),
-        }
-    }
 }
 
 impl std::ops::Deref for AlignedBytes {
@@ -72,14 +63,10 @@ mod tests {
     #[test]
     fn every_buffer_is_as_aligned_as_a_slot() {
         for bytes in [0, 1, 15, 16, 17, 48, 4096, 1 << 20] {
-            for buffer in [
-                AlignedBytes::zeroed(bytes),
-                AlignedBytes::try_zeroed(bytes).unwrap(),
-            ] {
-                assert!(buffer.as_ptr().addr().is_multiple_of(MAX_ALIGNMENT));
-                assert_eq!(buffer.len(), bytes.next_multiple_of(MAX_ALIGNMENT));
-                assert!(buffer.iter().all(|byte| *byte == 0));
-            }
+            let buffer = AlignedBytes::try_zeroed(bytes).unwrap();
+            assert!(buffer.as_ptr().addr().is_multiple_of(MAX_ALIGNMENT));
+            assert_eq!(buffer.len(), bytes.next_multiple_of(MAX_ALIGNMENT));
+            assert!(buffer.iter().all(|byte| *byte == 0));
         }
     }
 

@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use parking_lot::Mutex;
 
+use crate::backend::{Booked, HostPool};
+use crate::error::Error;
 use crate::message::codec::MAX_ALIGNMENT;
 use crate::message::{AlignedBytes, MessageHeader};
 
@@ -42,7 +44,7 @@ struct CallSlot {
 #[derive(Debug)]
 struct StoredReply {
     header: MessageHeader,
-    payload: AlignedBytes,
+    payload: Booked<AlignedBytes>,
 }
 
 /// A call's own slot; free again when dropped.
@@ -55,8 +57,8 @@ pub(super) struct PendingCall<'a> {
 }
 
 impl CallTable {
-    /// Room for `calls` at once, each with a reply of up to `payload` bytes; `None` if there is no memory for it.
-    pub(super) fn new(calls: usize, payload: usize) -> Option<Self> {
+    /// Room for `calls` at once, each with a reply of up to `payload` bytes.
+    pub(super) fn new(pool: &HostPool, calls: usize, payload: usize) -> Result<Self, Error> {
         let mut slots = Vec::new();
         for _ in 0..calls.min(MAX_CALLS) {
             slots.push(CallSlot {
@@ -64,11 +66,11 @@ impl CallTable {
                 generation: AtomicU32::new(0),
                 reply: Mutex::new(StoredReply {
                     header: MessageHeader::from_words([0; 4]),
-                    payload: AlignedBytes::try_zeroed(payload)?,
+                    payload: pool.payload(payload)?,
                 }),
             });
         }
-        Some(Self {
+        Ok(Self {
             slots: slots.into_boxed_slice(),
             hint: AtomicU32::new(0),
         })
@@ -205,13 +207,17 @@ fn correlation(index: usize, generation: u32) -> u32 {
 mod tests {
     use super::*;
 
+    fn pool() -> HostPool {
+        HostPool::unlimited()
+    }
+
     fn reply_to(correlation: u32, length: usize) -> MessageHeader {
         MessageHeader::from_words([0, correlation, length as u32, 0])
     }
 
     #[test]
     fn a_reply_reaches_its_call_and_no_other() {
-        let table = CallTable::new(2, 8).unwrap();
+        let table = CallTable::new(&pool(), 2, 8).unwrap();
         let (one, two) = (table.begin().unwrap(), table.begin().unwrap());
         assert!(table.begin().is_none());
         assert!(table.deliver(reply_to(two.correlation, 3), b"two"));
@@ -225,7 +231,7 @@ mod tests {
 
     #[test]
     fn a_late_reply_finds_nobody_even_when_the_slot_is_taken_again() {
-        let table = CallTable::new(1, 8).unwrap();
+        let table = CallTable::new(&pool(), 1, 8).unwrap();
         let first = table.begin().unwrap();
         let late = first.correlation;
         drop(first);
@@ -238,7 +244,7 @@ mod tests {
 
     #[test]
     fn generations_wrap_around_without_leaving_the_calls_half() {
-        let table = CallTable::new(1, 0).unwrap();
+        let table = CallTable::new(&pool(), 1, 0).unwrap();
         table.slots[0].generation.store(u32::MAX, Ordering::Relaxed);
         let last = table.begin().unwrap().correlation;
         let first = table.begin().unwrap();
@@ -249,7 +255,7 @@ mod tests {
 
     #[test]
     fn a_correlation_that_no_slot_has_is_nobodys() {
-        let table = CallTable::new(1, 0).unwrap();
+        let table = CallTable::new(&pool(), 1, 0).unwrap();
         assert!(!table.deliver(reply_to(CALL_BIT | 0xff, 0), b""));
     }
 }

@@ -101,12 +101,14 @@ impl KernelHandle {
                     .zip(send.positions())
                     .collect();
                 let port = KernelPort::new(Arc::clone(instance), send, receive);
+                // The kernel's sides go back with the port if this fails.
                 let merger = Merger::new(
                     port,
                     instance.ring.capacity(),
                     &positions,
                     instance.signals.callers_park,
-                );
+                    &instance.bridge.pool,
+                )?;
                 let attention = Arc::clone(&instance.bridge.attention);
                 let new = Arc::new(Hub::new(merger, attention));
                 // The kernel's sides go back with it if this fails.

@@ -65,7 +65,7 @@ pub struct RuntimeConfig {
     /// How many CPU devices there are; more than one share the cores and stand in for several devices. Default 1, at
     /// most 64.
     pub cpu_devices: usize,
-    /// Bytes that kernels may take on each CPU device; `None` means the machine's memory, shared evenly.
+    /// Bytes that kernels, their clients, and topics may take on each CPU device; `None` means the machine's memory, shared evenly.
     pub cpu_memory_limit: Option<u64>,
     /// Whether this process's memory for rings (those of kernels on the CPU backend, and clients' lanes on all) is to lie in huge pages: each
     /// ring of at least 2 MiB, by `madvise` on Linux, as far as the system grants it. No effect on other systems. Default false. Rings are

@@ -82,12 +82,7 @@ pub(super) fn launch(
     }
     let inbox = host_ring(&device.host_pool(), layout.ring)?;
     let call_bytes = CallTable::bytes(calls, layout.ring.max_payload());
-    let calls =
-        CallTable::new(calls, layout.ring.max_payload()).ok_or_else(|| Error::OutOfMemory {
-            device: device.info().name.clone(),
-            asked: call_bytes,
-            available: 0,
-        })?;
+    let calls = CallTable::new(&device.host_pool(), calls, layout.ring.max_payload())?;
     let memory_bytes = layout.total() as u64 * u64::from(blocks)
         + host_ring_bytes(layout.ring) as u64
         + call_bytes;

@@ -236,8 +236,8 @@ impl RingKernelRuntime {
         self.default_device
     }
 
-    /// Bytes that live kernels take on a device; 0 while the device has not been used. First gives back what failed
-    /// kernels took that no handle or endpoint refers to any more.
+    /// Bytes that live kernels, their clients, and topics take on a device; 0 while the device has not been used. First gives
+    /// back what failed kernels took that no handle or endpoint refers to any more.
     ///
     /// # Errors
     /// [`Error::DeviceNotFound`].

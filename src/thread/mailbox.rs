@@ -61,13 +61,14 @@ impl<T> fmt::Debug for MailboxReader<T> {
 /// assert_eq!(reader.take(), None);
 /// ```
 pub fn mailbox<T: Send>(mut make: impl FnMut() -> T) -> (MailboxWriter<T>, MailboxReader<T>) {
+    mailbox_of([make(), make(), make()])
+}
+
+/// A mailbox of three buffers that were made before; it is empty at first.
+pub(crate) fn mailbox_of<T: Send>(buffers: [T; 3]) -> (MailboxWriter<T>, MailboxReader<T>) {
     let shared = Arc::new(Shared {
         between: AtomicU32::new(1),
-        buffers: [
-            UnsafeCell::new(make()),
-            UnsafeCell::new(make()),
-            UnsafeCell::new(make()),
-        ],
+        buffers: buffers.map(UnsafeCell::new),
     });
     (
         MailboxWriter {

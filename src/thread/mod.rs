@@ -33,6 +33,7 @@ mod wait;
 
 #[cfg(not(loom))]
 pub(crate) use cores::{CoreLease, SpinPermit};
+pub(crate) use mailbox::mailbox_of;
 pub use mailbox::{MailboxReader, MailboxWriter, mailbox};
 #[cfg(not(loom))]
 pub(crate) use placed::PlacedThread;

@@ -115,7 +115,7 @@ impl Device for CpuDevice {
     }
 
     fn dispatch(&self, request: DispatchRequest) -> Result<Box<dyn Dispatch>, Error> {
-        Ok(Box::new(CpuDispatch::start(request)?))
+        Ok(Box::new(CpuDispatch::start(request, &self.account)?))
     }
 }
 

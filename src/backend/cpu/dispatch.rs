@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use super::worker::{Worker, WorkerSetup};
 use crate::backend::{
-    BackendType, BlockMemory, Dispatch, DispatchRequest, DispatchStatus, Handler, Leftovers,
+    Account, BackendType, BlockMemory, Dispatch, DispatchRequest, DispatchStatus, Handler,
+    Leftovers,
 };
 use crate::error::Error;
 use crate::kernel::signals::KernelSignals;
@@ -33,7 +34,7 @@ pub(super) struct CpuDispatch {
 
 impl CpuDispatch {
     /// Starts all threads, and returns once each has pinned itself and is idle.
-    pub(super) fn start(request: DispatchRequest) -> Result<Self, Error> {
+    pub(super) fn start(request: DispatchRequest, account: &Arc<Account>) -> Result<Self, Error> {
         let Handler::Cpu(handler) = request.handler else {
             return Err(Error::NoHandler {
                 kernel: request.signals.name.clone(),
@@ -54,6 +55,7 @@ impl CpuDispatch {
             telemetry: request.telemetry,
             trace_every: request.trace_every,
             heartbeat_interval: request.heartbeat_interval,
+            account: Arc::clone(account),
             blocks: Arc::clone(&blocks),
         });
         let mut dispatch = Self {

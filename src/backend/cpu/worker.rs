@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::berth::{Berth, Lent, Turn};
-use crate::backend::BlockMemory;
 use crate::backend::block::DeviceEnds;
+use crate::backend::{Account, BlockMemory};
 use crate::error::HandlerError;
 use crate::kernel::signals::KernelSignals;
 use crate::kernel::{
@@ -48,6 +48,8 @@ pub(super) struct WorkerSetup {
     /// One message in so many is traced; 0 if none is.
     pub(super) trace_every: u32,
     pub(super) heartbeat_interval: Duration,
+    /// Where replies are booked that wait for room.
+    pub(super) account: Arc<Account>,
     pub(super) blocks: Arc<[Arc<BlockMemory>]>,
 }
 
@@ -94,6 +96,7 @@ impl Worker {
                 Arc::clone(&signals),
                 memory.index,
                 setup.wait != KernelWait::Spin,
+                Arc::<Account>::clone(&setup.account),
             ),
             berth: None,
             panic: None,
@@ -545,7 +548,7 @@ impl BlockLoop<'_> {
                 block: self.memory.index,
                 header: *self.requests.header(),
                 extension: self.requests.extension(),
-                payload: self.requests.payload().to_vec(),
+                payload: copy_of(self.requests.payload()),
             }),
             _ => None,
         };
@@ -556,4 +559,13 @@ impl BlockLoop<'_> {
             request,
         }
     }
+}
+
+/// A copy; empty if there is no memory for it.
+fn copy_of(payload: &[u8]) -> Vec<u8> {
+    let mut copy = Vec::new();
+    if copy.try_reserve_exact(payload.len()).is_ok() {
+        copy.extend_from_slice(payload);
+    }
+    copy
 }

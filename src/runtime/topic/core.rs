@@ -299,21 +299,23 @@ impl TopicShared {
         letters: Letters,
         pool: HostPool,
         config: &RuntimeConfig,
-    ) -> Self {
+    ) -> Result<Self, Error> {
         let signals = Arc::new(Signals {
             state: AtomicU32::new(OPEN),
             publishers: AtomicU32::new(0),
             had_publisher: AtomicBool::new(false),
             letters,
         });
-        Self {
+        // A topic that retains nothing needs no room for it.
+        let retained = if shape.retain { shape.message_size } else { 0 };
+        Ok(Self {
             core: Errands::new(Core {
                 lanes: Lanes {
                     signals: Arc::clone(&signals),
                     retain: shape.retain,
                     lanes: Vec::with_capacity(MAX_SUBSCRIBERS),
                     retired: Vec::with_capacity(MAX_SUBSCRIBERS),
-                    last: Letter::new(shape.message_size),
+                    last: Letter::new(&pool, retained)?,
                     has_last: false,
                     published: 0,
                     gone: SubscriberStats::default(),
@@ -327,7 +329,7 @@ impl TopicShared {
             host_wait: config.host_wait,
             default_timeout: config.default_timeout,
             termination_timeout: config.termination_timeout,
-        }
+        })
     }
 
     /// Whether this process is the child of a fork, and the topic stays with its parent.
@@ -398,6 +400,16 @@ impl TopicShared {
             Ok(())
         });
         added?.map(|()| shared)
+    }
+
+    /// Gives the memory back that subscribers had which have gone.
+    pub(super) fn free_retired(&self) -> Result<(), Error> {
+        // Freed once the topic is in nobody's hands.
+        let mut retired = Vec::with_capacity(MAX_SUBSCRIBERS);
+        self.with(|core| {
+            core.lanes.sweep();
+            retired.append(&mut core.lanes.retired);
+        })
     }
 
     /// Adds a publisher.

@@ -16,7 +16,7 @@ use crate::message::{Head, MessageHeader, RAW_KIND};
 use crate::ring::{Peek, RingLayout};
 use crate::thread::baton::Baton;
 use crate::thread::event_count::EventCount;
-use crate::thread::{MailboxReader, MailboxWriter, mailbox};
+use crate::thread::{MailboxReader, MailboxWriter, mailbox_of};
 
 /// Kind of typed messages within a topic, which has one type.
 const TYPED_KIND: u16 = 1;
@@ -128,7 +128,7 @@ pub(super) struct LanePlan {
 
 impl LanePlan {
     /// Takes the lane's memory, every page of it present.
-    pub(super) fn build(self, pool: &HostPool) -> Result<LaneIn, Error> {
+    pub(super) fn build(&self, pool: &HostPool) -> Result<LaneIn, Error> {
         let slots = match self.overflow {
             Overflow::Latest => None,
             Overflow::DropNewest => Some(self.capacity),
@@ -151,22 +151,27 @@ impl LanePlan {
         let (box_in, box_out) = match self.overflow {
             Overflow::DropNewest => (None, None),
             Overflow::DropOldest | Overflow::Latest => {
-                let (writer, reader) = mailbox(|| Letter::new(self.message_size));
+                let letter = || Letter::new(pool, self.message_size);
+                let (writer, reader) = mailbox_of([letter()?, letter()?, letter()?]);
                 (Some(writer), Some(reader))
             }
+        };
+        let spare = match box_out {
+            Some(_) => Some(Letter::new(pool, self.message_size)?),
+            None => None,
         };
         Ok(LaneIn {
             shared: Arc::new(LaneShared {
                 out: Baton::new(Out {
                     ring: ring_out,
-                    spare: box_out.is_some().then(|| Letter::new(self.message_size)),
+                    spare,
                     mailbox: box_out,
                     kept: None,
                 }),
                 published: Tally::default(),
                 delivered: Tally::default(),
                 dropped: AtomicU64::new(0),
-                event: self.event,
+                event: Arc::clone(&self.event),
                 parks: self.parks,
                 closed: AtomicBool::new(false),
             }),

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::core::{PublisherShared, TopicShared};
 use super::options::PublisherStats;
-use crate::backend::HostProducer;
+use crate::backend::{Booked, HostProducer};
 use crate::error::{Error, Rejection, SendTimeoutError, TrySendError};
 use crate::message::{AlignedBytes, RingMessage};
 use crate::runtime::receive::Bytes;
@@ -167,7 +167,7 @@ impl Drop for PublisherLane {
 pub struct Publisher<M> {
     lane: PublisherLane,
     /// Where messages are archived.
-    archive: AlignedBytes,
+    archive: Booked<AlignedBytes>,
     messages: PhantomData<fn(M)>,
 }
 
@@ -180,16 +180,16 @@ impl<M> fmt::Debug for Publisher<M> {
 }
 
 impl<M> Publisher<M> {
-    pub(super) fn new(lane: PublisherLane) -> Self {
+    pub(super) fn new(lane: PublisherLane) -> Result<Self, Error> {
         let bytes = match lane.topic.shape.type_id {
             0 => 0,
             _ => lane.topic.shape.message_size,
         };
-        Self {
+        Ok(Self {
+            archive: lane.topic.pool.payload(bytes)?,
             lane,
-            archive: AlignedBytes::zeroed(bytes),
             messages: PhantomData,
-        }
+        })
     }
 
     /// Name of the topic.

@@ -16,6 +16,7 @@ use super::publisher::{Publisher, PublisherLane};
 use super::subscriber::{Subscriber, SubscriberLane};
 use crate::error::Error;
 use crate::kernel::DeadLetters;
+use crate::logging;
 use crate::message::RingMessage;
 use crate::process;
 use crate::runtime::client_options::ClientOptions;
@@ -148,7 +149,7 @@ impl<M> Topic<M> {
     /// [`Error::InvalidLifecycle`] once the runtime has shut down.
     pub fn publisher(&self) -> Result<Publisher<M>, Error> {
         let lane = PublisherLane::new(Arc::clone(&self.shared), false)?;
-        Ok(Publisher::new(lane))
+        Publisher::new(lane)
     }
 
     /// A subscriber of its own for one thread, one of at most 64 at a time, kernels included. Takes its lane's memory.
@@ -218,6 +219,8 @@ impl RingKernelRuntime {
         };
         self.check_running("open a topic")?;
         let pool = self.device(self.default_device())?.host_pool();
+        // Before the lock: taking memory may be logged.
+        let _deferral = logging::defer();
         let mut inner = self.topics.inner.lock();
         if inner.is_closed {
             return Err(Error::InvalidLifecycle {
@@ -240,7 +243,8 @@ impl RingKernelRuntime {
                     letters: DeadLetters::new(name, Some(self.letter_queue())),
                     type_id: Some(type_id).filter(|id| *id != 0),
                 };
-                let shared = Arc::new(TopicShared::new(name, shape, letters, pool, config));
+                let shared = TopicShared::new(name, shape, letters, pool, config)?;
+                let shared = Arc::new(shared);
                 process::register(&shared);
                 inner.topics.insert(name.to_owned(), Arc::clone(&shared));
                 shared

@@ -40,7 +40,14 @@ impl SubscriberLane {
             event,
             parks: wait.may_park(),
         };
-        let lane = plan.build(&topic.pool)?;
+        let lane = match plan.build(&topic.pool) {
+            // Of subscribers that have gone there may be some.
+            Err(Error::OutOfMemory { .. }) => {
+                topic.free_retired()?;
+                plan.build(&topic.pool)?
+            }
+            built => built?,
+        };
         let lane = topic.add_lane(lane, options.retained)?;
         Ok(Self { topic, lane, wait })
     }
