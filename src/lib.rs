@@ -107,6 +107,11 @@
 //!
 //! In `src/thread/wait.rs`, by which every blocking call waits.
 //!
+//! ### `a_wait_ends_in_time_though_the_counter_steps_back`
+//!
+//! `cargo test --test counter`, on Linux on x86-64: the CPU's counter steps back, steps forward
+//! (`no_wait_ends_early_though_the_counter_steps_forward`), stops, or differs between threads.
+//!
 //! ### `terminate_wakes_blocked_senders_and_receivers`
 //!
 //! In `tests/conformance/life.rs`, on every backend; `terminate_wakes_clients` in `clients.rs`.

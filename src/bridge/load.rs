@@ -66,7 +66,8 @@ pub struct BridgeLoad {
 }
 
 fn add(counter: &AtomicU64, count: u64) {
-    counter.store(counter.load(Ordering::Relaxed) + count, Ordering::Relaxed);
+    let sum = counter.load(Ordering::Relaxed).saturating_add(count);
+    counter.store(sum, Ordering::Relaxed);
 }
 
 fn raise(counter: &AtomicU64, value: u64) {

@@ -16,7 +16,7 @@ use crate::logging;
 use crate::process::{self, InChild};
 use crate::thread::event_count::EventCount;
 use crate::thread::{CoreLease, IdleStep, KernelWait, SpinPermit, WaitStrategy, affinity, own};
-use crate::time::{self, Deadline};
+use crate::time::{self, Deadline, Stopwatch};
 
 /// Kernels, connections and subscriptions of kernels that one bridge looks after at most.
 const MAX_STATIONS: usize = 1024;
@@ -428,16 +428,14 @@ impl Worker {
         let mut empty = 0_u32;
         let mut rounds = 0_u32;
         let mut sampled = Deadline::after(self.settings.sample_interval);
-        let mut before = time::ticks();
+        let mut watch = Stopwatch::start();
         loop {
             rounds = rounds.wrapping_add(1);
             if (empty > 0 || rounds.is_multiple_of(ROUNDS_PER_COMMAND)) && !self.obey() {
                 return;
             }
             let round = self.round();
-            let now = time::ticks();
-            self.load.round(now.wrapping_sub(before), round.moved);
-            before = now;
+            self.load.round(watch.lap().unwrap_or(0), round.moved);
             if rounds.is_multiple_of(ROUNDS_PER_COMMAND) || empty > 0 {
                 self.sample(&mut sampled);
             }
@@ -449,7 +447,7 @@ impl Worker {
             self.idle(empty, &round);
             if empty > 1 {
                 // Time that it slept, or spun for nothing, is no round.
-                before = time::ticks();
+                watch = Stopwatch::start();
             }
         }
     }

@@ -216,7 +216,7 @@ impl TelemetryWriter {
             self.handler_min_ticks = ticks;
         }
         self.handler_max_ticks = self.handler_max_ticks.max(ticks);
-        self.handler_total_ticks += ticks;
+        self.handler_total_ticks = self.handler_total_ticks.saturating_add(ticks);
         self.handler_count += 1;
     }
 

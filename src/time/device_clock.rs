@@ -98,7 +98,7 @@ impl DeviceClock {
     }
 
     /// What the host's clock showed when the device's showed `ticks`: on the line through the two brackets around it, or through the nearest
-    /// two. `None` before there are two.
+    /// two. `None` before there are two, and where readings are so far apart that nothing can be said.
     pub(crate) fn host_time(&self, ticks: u64) -> Option<HostTime> {
         let later = self
             .brackets
@@ -111,19 +111,24 @@ impl DeviceClock {
                     .filter(|last| *last > 0)?,
             );
         let (a, b) = (self.brackets.get(later - 1)?, self.brackets.get(later)?);
-        // Differences of clocks over a kernel's life, in 128 bits: their products do not overflow.
+        // Differences of clocks over a kernel's life. In 128 bits their products do not overflow, unless a device tells
+        // anything.
         let of = |value: u64, from: u64| i128::from(value) - i128::from(from);
         let (at, span) = (of(ticks, a.ticks), of(b.ticks, a.ticks).max(1));
         let passed = of(b.middle_ns(), a.middle_ns());
-        let ns = u64::try_from(i128::from(a.middle_ns()) + passed * at / span).ok()?;
+        let ns = i128::from(a.middle_ns()) + passed.checked_mul(at)? / span;
+        let ns = u64::try_from(ns).ok()?;
         // The clock shows the last of its steps, which take no longer than the steepest line that the brackets allow says.
         let ticks = i128::from(self.step.max(1));
         let most = passed + i128::from(a.error_ns()) + i128::from(b.error_ns()) + 1;
-        let step = ticks * most / (span - ticks).max(1) + 1;
+        let step = ticks.checked_mul(most)? / (span - ticks).max(1) + 1;
         let step = u64::try_from(step).ok()?;
         // A line through two points that are off by so much is off by no more than this between them, and by more and more beyond.
-        let part = |weight: i128, error: u64| weight.unsigned_abs() * u128::from(error);
-        let error = part(span - at, a.error_ns() + step) + part(at, b.error_ns() + step);
+        let part = |weight: i128, error: u64| {
+            let error = u128::from(error) + u128::from(step);
+            weight.unsigned_abs().checked_mul(error)
+        };
+        let error = part(span - at, a.error_ns())?.checked_add(part(at, b.error_ns())?)?;
         let error = error.div_ceil(span.unsigned_abs()) + u128::from(step);
         Some(HostTime {
             ns,
@@ -214,6 +219,25 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// A device may tell anything.
+        #[test]
+        fn no_reading_is_too_absurd(
+            brackets in proptest::collection::vec(any::<[u64; 3]>(), 1..6),
+            asked in any::<u64>(),
+            step in any::<u64>(),
+            is_step_known in any::<bool>(),
+        ) {
+            let mut clock = DeviceClock::default();
+            if is_step_known {
+                clock = DeviceClock::with_step(step);
+            }
+            for [before_ns, ticks, after_ns] in brackets {
+                clock.add(Bracket { before_ns, ticks, after_ns });
+                let _ = clock.host_time(asked);
+                let _ = clock.host_time(ticks);
+            }
+        }
 
         /// A device whose clock has any offset and rate is read between readings of the host, anywhere between them.
         #[test]

@@ -18,7 +18,7 @@ use crate::kernel::{
 use crate::message::RAW_KIND;
 use crate::ring::{Consumer, Corruption, Peek};
 use crate::thread::{IdleStep, KernelWait, POLLS_PER_STEP};
-use crate::time;
+use crate::time::{self, Stopwatch};
 
 /// Empty steps between two heartbeats: a few microseconds.
 const STEPS_PER_BEAT: u32 = 8;
@@ -366,20 +366,19 @@ impl BlockLoop<'_> {
 
     #[inline]
     fn handle(&mut self) {
-        let begin = if self.tracer.is_some() {
+        let seen_ns = if self.tracer.is_some() {
             // Not before the message was there.
-            time::ticks_ordered()
-        } else if self.setup.telemetry {
-            time::ticks()
+            time::now_ns_ordered()
         } else {
             0
         };
+        let watch = self.setup.telemetry.then(Stopwatch::start);
         self.in_hand = true;
         if let Err(error) = &self.call_handler() {
             self.reply_error(error);
         }
         if self.tracer.is_some() {
-            self.trace(begin);
+            self.trace(seen_ns);
         }
         let length = self.requests.header().length();
         self.in_hand = false;
@@ -388,9 +387,10 @@ impl BlockLoop<'_> {
         self.port.control.beat();
         self.telemetry.received += 1;
         self.telemetry.bytes_in += length as u64;
-        if self.setup.telemetry {
-            self.telemetry
-                .time_handler(time::ticks().saturating_sub(begin));
+        if let Some(watch) = watch {
+            if let Some(ticks) = watch.elapsed_ticks() {
+                self.telemetry.time_handler(ticks);
+            }
             self.unstored += 1;
             if self.unstored == MESSAGES_PER_STORE {
                 self.store_telemetry();
@@ -398,9 +398,9 @@ impl BlockLoop<'_> {
         }
     }
 
-    /// Samples the request in hand, which was seen when the counter stood at `begin`, if it is to be sampled.
+    /// Samples the request in hand, which was seen at `seen_ns`, if it is to be sampled.
     #[cold]
-    fn trace(&mut self, begin: u64) {
+    fn trace(&mut self, seen_ns: u64) {
         let extension = self.requests.extension();
         if let Some(tracer) = &mut self.tracer
             && tracer.wants(self.requests.position(), extension.as_ref())
@@ -408,7 +408,7 @@ impl BlockLoop<'_> {
             tracer.record(
                 self.requests.header().correlation(),
                 extension.as_ref(),
-                time::epoch_ns(begin),
+                seen_ns,
                 time::now_ns_ordered(),
             );
         }
