@@ -39,6 +39,8 @@ pub enum Unavailable {
     Closed,
     /// The topic had publishers and has none any more. May change at any time.
     NoPublisher,
+    /// The process is the child of a `fork`: what the handle leads to stays with the parent. A new runtime can be built.
+    Forked,
 }
 
 impl fmt::Display for Unavailable {
@@ -55,6 +57,9 @@ impl fmt::Display for Unavailable {
             Self::NotConnected => "the kernels are not connected",
             Self::Closed => "the topic is closed",
             Self::NoPublisher => "the topic has no publisher any more",
+            Self::Forked => {
+                "the process was forked, and what the handle leads to stays with its parent"
+            }
         })
     }
 }

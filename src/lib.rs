@@ -140,7 +140,11 @@
 #![warn(clippy::unwrap_used, clippy::expect_used)]
 
 pub mod error;
+#[cfg(all(feature = "std", not(loom)))]
+mod logging;
 pub mod message;
+#[cfg(all(feature = "std", not(loom)))]
+mod process;
 pub mod ring;
 mod sync;
 

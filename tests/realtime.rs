@@ -12,8 +12,11 @@ use std::time::Duration;
 use ringkernel::Error;
 use ringkernel::thread::affinity::{current_affinity, usable_cores};
 use ringkernel::thread::realtime::{
-    Need, RealtimeThread, RealtimeWarning, Refusal, Schedule, Setting,
+    Need, RealtimeHandle, RealtimeThread, RealtimeWarning, Refusal, Schedule, Setting,
 };
+
+/// Longer than any wait that ends.
+const LONG: Duration = Duration::from_secs(30);
 
 const CHILD: &str = "RINGKERNEL_REALTIME_CHILD";
 
@@ -516,5 +519,28 @@ fn the_machine_is_looked_at() {
     }
     for warning in &report.warnings {
         assert!(report.to_string().contains(&warning.to_string()));
+    }
+}
+
+#[test]
+fn a_realtime_thread_that_gives_up_its_own_handle_does_not_wait_for_itself() {
+    for joins in [false, true] {
+        let (give, take) = std::sync::mpsc::channel::<RealtimeHandle<()>>();
+        let (tell, told) = std::sync::mpsc::channel();
+        let handle = RealtimeThread::new("own-handle")
+            .spawn(move |context| {
+                let own = take.recv().unwrap();
+                let attempt = std::panic::AssertUnwindSafe(move || {
+                    if joins {
+                        assert!(own.join().is_err(), "it has not ended");
+                    }
+                });
+                let outcome = std::panic::catch_unwind(attempt).is_ok();
+                tell.send((outcome, context.must_stop())).unwrap();
+            })
+            .unwrap();
+        give.send(handle).unwrap();
+        let told = told.recv_timeout(LONG);
+        assert_eq!(told, Ok((true, true)), "joins: {joins}");
     }
 }

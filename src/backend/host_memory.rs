@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::backend::DeviceMemory;
 use crate::error::Error;
 use crate::kernel::MemoryAccount;
+use crate::logging;
 use crate::ring::WriteCombining;
 
 /// Size and alignment of a huge page, where there are any: what a page directory's entry covers with 4 KiB pages, on x86-64 and AArch64.
@@ -118,6 +119,8 @@ impl HostPool {
 pub(crate) struct HostMemory {
     start: NonNull<u8>,
     layout: Layout,
+    /// Whether it is cleared in the child of a fork.
+    is_cleared: bool,
     account: Arc<Account>,
 }
 
@@ -153,6 +156,7 @@ impl HostMemory {
             // SAFETY: all of it is within the allocation, which is nobody else's yet.
             unsafe { start.write_bytes(0, bytes) };
         }
+        let is_cleared = clear_in_child(start, bytes, true);
         for offset in (0..bytes).step_by(PAGE_BYTES) {
             // SAFETY: the offset is within the allocation. Volatile, so that the page is really written to.
             unsafe { start.add(offset).write_volatile(0) };
@@ -160,9 +164,27 @@ impl HostMemory {
         Some(Self {
             start,
             layout,
+            is_cleared,
             account: Arc::clone(account),
         })
     }
+}
+
+/// Has the child of a fork find zeros instead of its parent's messages, so that none is received twice; whether the system does so.
+#[cfg(target_os = "linux")]
+fn clear_in_child(start: NonNull<u8>, bytes: usize, is_cleared: bool) -> bool {
+    let advice = match is_cleared {
+        true => libc::MADV_WIPEONFORK,
+        false => libc::MADV_KEEPONFORK,
+    };
+    // SAFETY: the range is whole pages of an allocation of ours; the advice changes nothing of what they hold here.
+    unsafe { libc::madvise(start.as_ptr().cast(), bytes, advice) == 0 }
+}
+
+/// Other systems have no such advice.
+#[cfg(not(target_os = "linux"))]
+fn clear_in_child(_start: NonNull<u8>, _bytes: usize, is_cleared: bool) -> bool {
+    !is_cleared
 }
 
 /// Asks for huge pages; goes on without if there are none.
@@ -172,7 +194,7 @@ fn advise_huge_pages(start: NonNull<u8>, bytes: usize) {
     // behind it in its last page.
     let result = unsafe { libc::madvise(start.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
     if result != 0 {
-        log::debug!(
+        logging::debug!(
             "no huge pages for {bytes} bytes: {}",
             std::io::Error::last_os_error()
         );
@@ -199,6 +221,10 @@ impl DeviceMemory for HostMemory {
 
 impl Drop for HostMemory {
     fn drop(&mut self) {
+        if self.is_cleared && !clear_in_child(self.start, self.layout.size(), false) {
+            // The allocator may keep its own words there, which no child may lose: better never to have it back.
+            return;
+        }
         // SAFETY: `start` came from `alloc_zeroed` or `alloc` with this very layout, and is freed once.
         unsafe { dealloc(self.start.as_ptr(), self.layout) };
         self.account.give_back(self.layout.size() as u64);

@@ -61,6 +61,7 @@ impl KernelEnd {
         self.finished.store(true, Ordering::Release);
         self.event.notify();
         self.signals.wake_all();
+        self.signals.announce_failure();
     }
 }
 

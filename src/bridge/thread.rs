@@ -5,12 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, bounded};
 use parking_lot::Mutex;
 
 use super::load::{BridgeLoad, LoadMeter};
 use crate::backend::HostPool;
 use crate::error::Error;
+use crate::logging;
+use crate::process::{self, InChild};
 use crate::thread::bounded::{BoundedThread, Join};
 use crate::thread::event_count::EventCount;
 use crate::thread::{CoreLease, IdleStep, KernelWait, SpinPermit, WaitStrategy, affinity};
@@ -154,6 +156,8 @@ pub(crate) struct Bridge {
     taken: Arc<AtomicUsize>,
     thread: Mutex<Thread>,
     load: Arc<LoadMeter>,
+    /// Whether this process is the child of a fork, and the thread stays with its parent.
+    is_elsewhere: AtomicBool,
 }
 
 impl fmt::Debug for Bridge {
@@ -161,6 +165,12 @@ impl fmt::Debug for Bridge {
         f.debug_struct("Bridge")
             .field("settings", &self.settings)
             .finish_non_exhaustive()
+    }
+}
+
+impl InChild for Bridge {
+    fn close_in_child(&self) {
+        self.is_elsewhere.store(true, Ordering::Relaxed);
     }
 }
 
@@ -175,6 +185,7 @@ impl Bridge {
             taken: Arc::new(AtomicUsize::new(0)),
             thread: Mutex::new(Thread::NotStarted(receiver)),
             load: Arc::new(LoadMeter::default()),
+            is_elsewhere: AtomicBool::new(false),
         }
     }
 
@@ -301,6 +312,10 @@ impl Bridge {
     /// Ends the thread, and lets go of everything that it looked after. Does not wait on the thread itself, where the last one
     /// to let go of a kernel, or a logger, may call it.
     pub(crate) fn stop(&self) {
+        process::look();
+        if self.is_elsewhere.load(Ordering::Relaxed) {
+            return;
+        }
         let thread = std::mem::replace(&mut *self.thread.lock(), Thread::Stopped);
         let Thread::Running(mut thread) = thread else {
             return;
@@ -309,8 +324,8 @@ impl Bridge {
         self.attention.bell.notify();
         match thread.join(Deadline::after(STOP_TIMEOUT)) {
             Join::Ended => {}
-            Join::Panicked => log::error!("the bridge of {} panicked", self.settings.device),
-            Join::LeftBehind(place) => log::error!(
+            Join::Panicked => logging::error!("the bridge of {} panicked", self.settings.device),
+            Join::LeftBehind(place) => logging::error!(
                 "the thread of the bridge of {} is left behind: {place}",
                 self.settings.device
             ),
@@ -319,6 +334,10 @@ impl Bridge {
 
     /// How busy the thread is; `None` if it was never started.
     pub(crate) fn load(&self) -> Option<BridgeLoad> {
+        process::look();
+        if self.is_elsewhere.load(Ordering::Relaxed) {
+            return None;
+        }
         match *self.thread.lock() {
             Thread::NotStarted(_) => None,
             Thread::Running(_) | Thread::Stopped => Some(self.load.read()),
@@ -347,7 +366,7 @@ impl RingBufferBridge {
         &self.bridge.settings.device
     }
 
-    /// Its load; `None` while it has not been needed. Allocates; does not disturb the thread beyond the transfer of a few cache lines.
+    /// Its load; `None` while it has not been needed, and in the child of a fork. Allocates; does not disturb the thread beyond the transfer of a few cache lines.
     #[must_use]
     pub fn load(&self) -> Option<BridgeLoad> {
         self.bridge.load()
@@ -394,7 +413,7 @@ impl Worker {
             && let Err(error) = affinity::prefer_cores(&self.settings.cores)
         {
             // It works anywhere.
-            log::warn!("the bridge of {}: {error}", self.settings.device);
+            logging::warning!("the bridge of {}: {error}", self.settings.device);
         }
         self.load.begin();
         let mut empty = 0_u32;
@@ -426,11 +445,15 @@ impl Worker {
 
     /// Does what it is told; false once that is to end.
     fn obey(&mut self) -> bool {
-        while let Ok(Command(place, station)) = self.commands.try_recv() {
-            // No more than there are places.
-            self.stations.push((place, station));
+        loop {
+            match self.commands.try_recv() {
+                // No more than there are places.
+                Ok(Command(place, station)) => self.stations.push((place, station)),
+                Err(TryRecvError::Empty) => return !self.attention.stopped.load(Ordering::SeqCst),
+                // Without a bridge there is nothing to do.
+                Err(TryRecvError::Disconnected) => return false,
+            }
         }
-        !self.attention.stopped.load(Ordering::SeqCst)
     }
 
     fn round(&mut self) -> Round {

@@ -240,6 +240,11 @@ pub enum Error {
         /// Everything that was asked for, and what came of it: a line each.
         report: String,
     },
+    /// The process is the child of a `fork`: what was made before stays with its parent. A new runtime can be built.
+    Forked {
+        /// What was attempted.
+        operation: &'static str,
+    },
     /// The operating system refused a call.
     Os {
         /// What was attempted.
@@ -379,6 +384,10 @@ impl fmt::Display for Error {
                 reason,
                 ..
             } => write!(f, "thread '{thread}' requires {setting}: {reason}"),
+            Self::Forked { operation } => write!(
+                f,
+                "cannot {operation}: the process was forked, and what it was made for stays with its parent; build a new runtime"
+            ),
             Self::Os { operation, source } => write!(f, "{operation}: {source}"),
         }
     }

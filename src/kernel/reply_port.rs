@@ -472,7 +472,6 @@ impl ReplyPort<'_> {
         });
         self.hosted = hosted;
         if let Err(refused) = written {
-            log::debug!("kernel '{}': {refused}", self.signals.name);
             self.count(payload.len());
             self.lose(
                 &spilled,

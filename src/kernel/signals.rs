@@ -10,12 +10,15 @@ use super::dead_letters::{DeadLetterQueue, DeadLetters};
 use super::outlet::OutletSlot;
 use super::state::{FailureReason, KernelFailure, KernelState};
 use crate::error::Unavailable;
+use crate::logging;
 use crate::thread::event_count::EventCount;
 use crate::thread::watch::Watch;
 
 const STATE_MASK: u32 = 0xff;
 const DRAINING: u32 = 1 << 8;
 const DEVICE_LOST: u32 = 1 << 9;
+/// In the child of a fork. The state is `Failed` then, so that no check on the way of a message asks for it.
+const FORKED: u32 = 1 << 10;
 
 /// A kernel's state, and whether the runtime drains, in one word that every send looks at.
 #[derive(Debug)]
@@ -65,6 +68,7 @@ impl Gate {
     #[cold]
     fn why(bits: u32) -> Unavailable {
         match KernelState::from_bits(bits & STATE_MASK) {
+            _ if bits & FORKED != 0 => Unavailable::Forked,
             KernelState::Failed if bits & DEVICE_LOST != 0 => Unavailable::DeviceLost,
             KernelState::Failed => Unavailable::Failed,
             KernelState::Terminating | KernelState::Terminated => Unavailable::Terminated,
@@ -87,6 +91,17 @@ impl Gate {
             })
             .map(|bits| KernelState::from_bits(bits & STATE_MASK))
             .map_err(|bits| KernelState::from_bits(bits & STATE_MASK))
+    }
+
+    /// Closes it for good in the child of a fork. Stores only.
+    pub(crate) fn close_in_child(&self) {
+        let bits = KernelState::Failed as u32 | FORKED;
+        self.bits.store(bits, Ordering::SeqCst);
+    }
+
+    /// Whether this process is a child that the kernel is not in.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        self.bits.load(Ordering::Relaxed) & FORKED != 0
     }
 
     pub(crate) fn set_draining(&self) {
@@ -182,11 +197,12 @@ pub(crate) struct KernelSignals {
     pub(crate) outlet: OutletSlot,
     /// What the backend left for the block if the block before it runs it on its own thread.
     pub(crate) berth: Mutex<Option<Arc<dyn Any + Send + Sync>>>,
-    failure: Mutex<Option<KernelFailure>>,
-    /// Whether the failure is still to be logged; changed under its lock.
-    is_unlogged: AtomicBool,
-    /// Blocks whose handler panicked: the request that it had is still the first in its ring.
-    poisoned: Mutex<Vec<u32>>,
+    /// The first failure; of use only while the state is `Failed`.
+    failure: OnceLock<KernelFailure>,
+    /// Whether the log has the failure.
+    is_announced: AtomicBool,
+    /// Of each block, whether its handler panicked: the request that it had is still the first in its ring.
+    poisoned: Box<[AtomicBool]>,
     /// Whether the kernel has terminated as soon as its blocks have ended: its control plane is gone.
     ends_with_blocks: AtomicBool,
 }
@@ -215,34 +231,37 @@ impl KernelSignals {
             lanes: LaneWatch::new(),
             outlet: OutletSlot::default(),
             berth: Mutex::new(None),
-            failure: Mutex::new(None),
-            is_unlogged: AtomicBool::new(false),
-            poisoned: Mutex::new(Vec::new()),
+            failure: OnceLock::new(),
+            is_announced: AtomicBool::new(false),
+            poisoned: (0..blocks).map(|_| AtomicBool::new(false)).collect(),
             ends_with_blocks: AtomicBool::new(false),
         }
     }
 
-    /// Fails the kernel, keeps the first failure, and wakes everybody. Does nothing to a kernel that has ended.
+    /// Fails the kernel, keeps the first failure, wakes every thread that waits for it, and logs the failure. Does
+    /// nothing to a kernel that has ended.
     pub(crate) fn fail(&self, failure: KernelFailure) {
-        if let (Some(block), Some(_)) = (failure.block, &failure.request) {
-            self.poisoned.lock().push(block);
-        }
+        self.fail_silently(failure);
+        self.announce_failure();
+    }
+
+    /// As `fail`, but leaves the log to the next thread that announces the failure: the calling one holds a side of
+    /// the kernel, and a logger is foreign code.
+    pub(crate) fn fail_silently(&self, failure: KernelFailure) {
+        if let (Some(block), Some(_)) = (failure.block, &failure.request)
+            && let Some(poisoned) = self.poisoned.get(block as usize)
         {
-            let mut slot = self.failure.lock();
-            if self.is_unlogged.swap(false, Ordering::Relaxed) {
-                log::error!("kernel '{}' failed: {failure}", self.name);
-            }
-            if self.gate.state().is_final() {
-                return;
-            }
-            log::error!("kernel '{}' failed: {failure}", self.name);
-            if failure.reason == FailureReason::DeviceLost {
-                self.gate.bits.fetch_or(DEVICE_LOST, Ordering::AcqRel);
-            }
-            slot.get_or_insert(failure);
-            // The failure is there before the state that points to it.
-            let _ = self.gate.transition(KernelState::Failed);
+            poisoned.store(true, Ordering::Release);
         }
+        if self.gate.state().is_final() {
+            return;
+        }
+        let reason = failure.reason;
+        // The failure is there before the state that points to it. A later one changes nothing of it.
+        if self.failure.set(failure).is_ok() && reason == FailureReason::DeviceLost {
+            self.gate.bits.fetch_or(DEVICE_LOST, Ordering::AcqRel);
+        }
+        let _ = self.gate.transition(KernelState::Failed);
         self.wake_all();
     }
 
@@ -259,22 +278,19 @@ impl KernelSignals {
         }
     }
 
-    /// As `fail`, in a panic hook on the thread of the block that panics: waits for no lock, which that thread may hold, and logs
-    /// nothing. [`fail`](Self::fail) follows when the stack has been unwound, and logs the failure.
-    pub(crate) fn fail_before_hook(&self, failure: KernelFailure) {
+    /// Logs the failure if the kernel has failed and the log does not have it yet.
+    pub(crate) fn announce_failure(&self) {
+        if let Some(failure) = self.failed_with()
+            && !self.is_announced.swap(true, Ordering::Relaxed)
         {
-            let Some(mut slot) = self.failure.try_lock() else {
-                return;
-            };
-            if self.gate.state().is_final() {
-                return;
-            }
-            slot.get_or_insert(failure);
-            self.is_unlogged.store(true, Ordering::Relaxed);
-            // The failure is there before the state that points to it.
-            let _ = self.gate.transition(KernelState::Failed);
+            logging::error!("kernel '{}' failed: {failure}", self.name);
         }
-        self.wake_all();
+    }
+
+    fn failed_with(&self) -> Option<&KernelFailure> {
+        (self.gate.state() == KernelState::Failed)
+            .then(|| self.failure.get())
+            .flatten()
     }
 
     /// Wakes callers and blocks, to look at the state.
@@ -286,14 +302,23 @@ impl KernelSignals {
         }
     }
 
-    /// Blocks whose handler panicked.
-    pub(crate) fn poisoned_blocks(&self) -> Vec<u32> {
-        self.poisoned.lock().clone()
+    /// Whether the handler of a block panicked.
+    pub(crate) fn is_poisoned(&self, block: u32) -> bool {
+        let poisoned = self.poisoned.get(block as usize);
+        poisoned.is_some_and(|poisoned| poisoned.load(Ordering::Acquire))
     }
 
-    /// How the kernel failed, if it did.
+    /// How the kernel failed, if it did. Takes no lock.
     pub(crate) fn failure(&self) -> Option<KernelFailure> {
-        self.failure.lock().clone()
+        if self.gate.is_elsewhere() {
+            return Some(KernelFailure {
+                reason: FailureReason::Forked,
+                message: "the process was forked, and the kernel stays with its parent".into(),
+                block: None,
+                request: None,
+            });
+        }
+        self.failed_with().cloned()
     }
 
     /// Tells whoever has to look for it that there will be a reply, if the kernel will not.

@@ -147,6 +147,8 @@ pub enum FailureReason {
     Fault,
     /// The device is gone.
     DeviceLost,
+    /// The process is the child of a `fork`: the kernel goes on in the parent.
+    Forked,
 }
 
 impl fmt::Display for KernelFailure {
@@ -157,6 +159,7 @@ impl fmt::Display for KernelFailure {
             FailureReason::CorruptRing => "corrupt ring",
             FailureReason::Fault => "fault",
             FailureReason::DeviceLost => "device lost",
+            FailureReason::Forked => "forked",
         };
         write!(f, "{reason}")?;
         if let Some(block) = self.block {

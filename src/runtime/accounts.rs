@@ -14,6 +14,7 @@ use super::lifecycle::{MessageTally, ShutdownReport};
 use super::pipeline::Settling;
 use crate::backend::{Dispatch, Leftovers};
 use crate::kernel::{BlockState, DeadLetterReason, KernelState, Lost, UndeliveredMessage};
+use crate::logging;
 use crate::time::Deadline;
 
 /// Most returned messages that a report holds; beyond that they are only counted.
@@ -114,10 +115,15 @@ pub(super) struct Ended {
 impl Ended {
     /// `None` unless the kernel has ended.
     pub(super) fn of(instance: &Arc<KernelInstance>) -> Option<Self> {
-        instance.closing.lock().is_some().then(|| Self {
+        instance.has_ended().then(|| Self {
             instance: Arc::downgrade(instance),
             books: Arc::clone(&instance.books),
         })
+    }
+
+    /// Where the kernel is, or was.
+    pub(super) fn kernel(&self) -> *const KernelInstance {
+        self.instance.as_ptr()
     }
 
     /// Adds the accounts to a report if nothing changes any more; whether that is so.
@@ -149,7 +155,9 @@ impl Ended {
                 return;
             }
             if deadline.has_passed() {
-                log::error!("the accounts of a kernel whose last handle was dropped are missing");
+                logging::error!(
+                    "the accounts of a kernel whose last handle was dropped are missing"
+                );
                 return;
             }
             std::thread::yield_now();
@@ -163,7 +171,6 @@ impl KernelInstance {
     ///
     /// `is_between` says of a kernel of one block that its handler has no request, wherever its thread is.
     pub(super) fn close(&self, dispatch: &dyn Dispatch, is_between: bool) {
-        let poisoned = self.signals.poisoned_blocks();
         let letters = &self.signals.dead_letters;
         // Device code counts what it refuses; only this CPU's blocks have written letters.
         let refused: u64 = self
@@ -188,7 +195,7 @@ impl KernelInstance {
             let control = block.control();
             let position = control.processed();
             // A request that a handler panicked on, or sits on for ever, is still the first in its ring.
-            let in_hand = poisoned.contains(&block.index)
+            let in_hand = self.signals.is_poisoned(block.index)
                 || (control.state() != Some(BlockState::Ended) && !is_between);
             // In this order: a request that is counted only now was sent before, and lies in the ring.
             let (accepted, processed) = self.progress(counter, position);
@@ -287,7 +294,7 @@ impl KernelInstance {
         };
         match hub.take_before(Deadline::after(self.termination_timeout)) {
             Some(mut merger) => merger.give_back(),
-            None => log::error!(
+            None => logging::error!(
                 "kernel '{}': a client does not let go of the lanes; what is in them is not returned",
                 self.signals.name
             ),

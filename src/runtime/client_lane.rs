@@ -540,6 +540,10 @@ impl ClientLane {
 impl Drop for ClientLane {
     /// What was sent is handled all the same; replies that nobody has received go to the dead letters.
     fn drop(&mut self) {
+        if self.inbox.instance.is_elsewhere() {
+            // The child of a fork: no bridge is there to be told.
+            return;
+        }
         if self.is_watching {
             // Only after a panic. Who sleeps is woken by the bridge, which is called below.
             self.inbox.instance.signals.lanes.watch.leave();

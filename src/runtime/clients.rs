@@ -12,6 +12,7 @@ use super::port::KernelPort;
 use super::receive::{Bytes, kind_of};
 use crate::bridge::{Hub, Lane, LanePlan, Merger};
 use crate::error::Error;
+use crate::logging;
 use crate::message::{RAW_KIND, RingMessage};
 use crate::time::Deadline;
 
@@ -77,6 +78,7 @@ impl KernelHandle {
     /// A client but for the types of its messages.
     pub(super) fn lane(&self, options: ClientOptions) -> Result<ClientLane, Error> {
         let instance = &self.instance;
+        instance.check_here("make a client")?;
         let plan = LanePlan {
             capacity: options.checked_capacity()?,
             kernel: instance.ring,
@@ -84,6 +86,7 @@ impl KernelHandle {
             newest_only: options.newest_only(),
             priority: options.priority,
         };
+        let _deferral = logging::defer();
         // Memory first: what comes then can only fail before anything has changed.
         let (ends, lane) = plan.build(&instance.bridge.pool)?;
         let mut hub = instance.clients.lock();

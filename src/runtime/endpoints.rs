@@ -269,7 +269,13 @@ impl<M: RingMessage> Sender<M> {
 impl<M> Drop for Sender<M> {
     /// Gives the sending side back to the kernel's handles.
     fn drop(&mut self) {
-        *self.instance.send.lock() = self.side.take();
+        let side = self.side.take();
+        if self.instance.is_elsewhere() {
+            // The lock may be held by a thread that does not exist here.
+            std::mem::forget(side);
+            return;
+        }
+        *self.instance.send.lock() = side;
     }
 }
 
@@ -446,8 +452,14 @@ impl<M: RingMessage> Receiver<M> {
 impl<M> Drop for Receiver<M> {
     /// Gives the receiving side back to the kernel's handles.
     fn drop(&mut self) {
+        let side = self.side.take();
+        if self.instance.is_elsewhere() {
+            // As for a sender.
+            std::mem::forget(side);
+            return;
+        }
         let mut receive = self.instance.receive.lock();
-        *receive = self.side.take();
+        *receive = side;
         self.instance.receiver_split.store(false, Ordering::Release);
     }
 }

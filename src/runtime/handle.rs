@@ -256,12 +256,36 @@ impl KernelHandle {
             .instance
             .send
             .try_lock_for(PATIENCE)
-            .ok_or(TrySendError::Busy)?;
+            .ok_or_else(|| self.sender_in_use())?;
         let Some(side) = guard.as_mut() else {
             drop(guard);
             return self.send_once_settled(address, write);
         };
         side.try_send(&self.instance, address, write)
+    }
+
+    /// Why the sending side cannot be locked: in the child of a fork, its owner may not exist.
+    #[cold]
+    fn sender_in_use(&self) -> TrySendError {
+        match self.elsewhere() {
+            Some(unavailable) => unavailable.into(),
+            None => TrySendError::Busy,
+        }
+    }
+
+    /// As `sender_in_use`, of the receiving side.
+    #[cold]
+    fn receiver_in_use(&self) -> Miss {
+        match self.elsewhere() {
+            Some(unavailable) => Miss::Unavailable(unavailable),
+            None => Miss::Busy,
+        }
+    }
+
+    /// Whether this process is the child of a fork.
+    fn elsewhere(&self) -> Option<Unavailable> {
+        let is_elsewhere = self.instance.signals.gate.is_elsewhere();
+        is_elsewhere.then_some(Unavailable::Forked)
     }
 
     /// As `send_once`, after what a connection that has ended held back is there again.
@@ -271,6 +295,9 @@ impl KernelHandle {
         address: &Address,
         write: impl FnOnce(&mut [u8]) -> Result<usize, Rejection>,
     ) -> Result<(), TrySendError> {
+        if let Some(unavailable) = self.elsewhere() {
+            return Err(unavailable.into());
+        }
         self.instance.pipes.settle();
         let send = &self.instance.send;
         let mut guard = send.try_lock_for(PATIENCE).ok_or(TrySendError::Busy)?;
@@ -311,10 +338,17 @@ impl KernelHandle {
     /// As `split_off`, of the receiving side, unless what a connection that has ended held back is there again.
     #[cold]
     fn no_receiver(&self) -> Miss {
+        if let Some(unavailable) = self.elsewhere() {
+            return Miss::Unavailable(unavailable);
+        }
         self.instance.pipes.settle();
         let has_outlet = self.instance.pipes.has_outlet();
-        if !has_outlet && self.instance.receive.lock().is_some() {
-            return Miss::Busy;
+        if !has_outlet {
+            // A thread that holds the side may run a decoder, which is not waited for.
+            let receive = self.instance.receive.try_lock();
+            if receive.is_none_or(|side| side.is_some()) {
+                return Miss::Busy;
+            }
         }
         Miss::Unavailable(self.split_off(has_outlet))
     }
@@ -395,7 +429,7 @@ impl KernelHandle {
         } else {
             receive.try_lock()
         }
-        .ok_or(Miss::Busy)?;
+        .ok_or_else(|| self.receiver_in_use())?;
         let mut side = MutexGuard::try_map(guard, Option::as_mut).map_err(|guard| {
             drop(guard);
             self.no_receiver()
@@ -745,6 +779,9 @@ impl KernelHandle {
     }
 
     pub(super) fn take_sides(&self, last: &Self) -> Result<(SendSide, ReceiveSide), Error> {
+        for kernel in [&self.instance, &last.instance] {
+            kernel.check_here("split a kernel")?;
+        }
         let busy = |reason| last.busy(reason);
         let instance = &*last.instance;
         for kernel in [&self.instance, &last.instance] {

@@ -21,6 +21,8 @@ use crate::error::Error;
 use crate::kernel::{
     BlockState, FailureReason, KernelFailure, KernelState, MessageTrace, Telemetry,
 };
+use crate::logging;
+use crate::process::{self, InChild};
 use crate::thread::{CoreLease, PlacedThread, SpinPermit};
 use crate::time::{self, Deadline};
 
@@ -49,6 +51,8 @@ pub(crate) struct KernelInstance {
     pub(super) bridge: Arc<Bridge>,
     /// Where its clients' lanes meet.
     pub(super) clients: Mutex<LaneHub>,
+    /// Whether nothing of it runs any more, and its accounts are closed.
+    pub(super) ended: AtomicBool,
 }
 
 /// What only the control plane touches.
@@ -91,7 +95,9 @@ impl KernelInstance {
 
     /// Starts polling, and returns once every block does.
     pub(super) fn activate(&self) -> Result<(), Error> {
+        self.check_here("activate a kernel")?;
         self.check_not_here("activation")?;
+        let _deferral = logging::defer();
         let mut control = self.control.lock();
         let from = self.state();
         if !from.can_become(KernelState::Active) {
@@ -115,7 +121,9 @@ impl KernelInstance {
 
     /// Stops taking messages, then stops polling, and returns once no block does.
     pub(super) fn deactivate(&self) -> Result<(), Error> {
+        self.check_here("deactivate a kernel")?;
         self.check_not_here("deactivation")?;
+        let _deferral = logging::defer();
         let mut control = self.control.lock();
         self.change_state(KernelState::Deactivated)?;
         self.compare_clocks();
@@ -137,7 +145,7 @@ impl KernelInstance {
     fn change_state(&self, to: KernelState) -> Result<(), Error> {
         match self.signals.gate.transition(to) {
             Ok(from) => {
-                log::debug!("kernel '{}': {from} -> {to}", self.signals.name);
+                logging::debug!("kernel '{}': {from} -> {to}", self.signals.name);
                 Ok(())
             }
             Err(from) => Err(self.illegal(from, to)),
@@ -217,13 +225,15 @@ impl KernelInstance {
 
     /// Ends the kernel. A failed one keeps its state and gives its threads and cores back.
     pub(super) fn terminate(&self) -> Result<(), Error> {
+        self.check_here("terminate a kernel")?;
         self.check_not_here("termination")?;
+        let _deferral = logging::defer();
         let mut control = self.control.lock();
         if self.state() == KernelState::Active {
             self.compare_clocks();
         }
         match self.signals.gate.transition(KernelState::Terminating) {
-            Ok(from) => log::debug!("kernel '{}': {from} -> Terminating", self.signals.name),
+            Ok(from) => logging::debug!("kernel '{}': {from} -> Terminating", self.signals.name),
             Err(KernelState::Failed) if control.dispatch.is_some() => {}
             Err(from) => return Err(self.illegal(from, KernelState::Terminating)),
         }
@@ -253,7 +263,7 @@ impl KernelInstance {
             .transition(KernelState::Terminating)
             .is_ok()
         {
-            log::debug!(
+            logging::debug!(
                 "kernel '{}' ends once its handler returns",
                 self.signals.name
             );
@@ -264,6 +274,36 @@ impl KernelInstance {
         }
         control.permit = None;
         control.leases.clear();
+    }
+
+    /// Fails in the child of a fork. For the control plane.
+    pub(super) fn check_here(&self, operation: &'static str) -> Result<(), Error> {
+        if self.is_elsewhere() {
+            return Err(Error::Forked { operation });
+        }
+        Ok(())
+    }
+
+    /// Whether this process is the child of a fork, and the kernel stays with its parent.
+    pub(super) fn is_elsewhere(&self) -> bool {
+        process::look();
+        self.signals.gate.is_elsewhere()
+    }
+
+    /// Whether the kernel has ended, and only its accounts are left.
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    /// Ends a failed kernel if nothing of it runs any more. Waits for nothing.
+    pub(super) fn end_if_finished(&self) {
+        if let Some(mut control) = self.control.try_lock()
+            && let Some(dispatch) = &mut control.dispatch
+            && !matches!(dispatch.keep_alive(), DispatchStatus::Running)
+        {
+            // It has ended: there is nothing to wait for that could fail.
+            let _ = self.end(&mut control);
+        }
     }
 
     fn end(&self, control: &mut ControlPlane) -> Result<(), Error> {
@@ -297,11 +337,13 @@ impl KernelInstance {
         // Fails if the kernel has failed, which it then stays.
         let _ = self.signals.gate.transition(KernelState::Terminated);
         self.close(dispatch.as_ref(), is_between);
+        self.ended.store(true, Ordering::Release);
         drop(dispatch);
         control.permit = None;
         control.leases.clear();
         self.pipes.settle();
         self.signals.wake_all();
+        self.signals.announce_failure();
         outcome
     }
 
@@ -313,8 +355,11 @@ impl KernelInstance {
     }
 
     pub(super) fn status(&self) -> KernelStatus {
+        let _deferral = logging::defer();
         // Not while another thread moves the kernel to a new state: that may take a while.
-        if let Some(mut control) = self.control.try_lock() {
+        if !self.is_elsewhere()
+            && let Some(mut control) = self.control.try_lock()
+        {
             self.look_after(&mut control);
         }
         KernelStatus {
@@ -327,6 +372,10 @@ impl KernelInstance {
     }
 
     pub(super) fn traces(&self) -> Option<Vec<MessageTrace>> {
+        if self.is_elsewhere() {
+            return None;
+        }
+        let _deferral = logging::defer();
         let tracing = self.tracing.as_ref()?;
         let samples = tracing.read(&self.blocks);
         if self.state() == KernelState::Active {
@@ -342,7 +391,33 @@ impl KernelInstance {
         }
     }
 
+    /// What is known of it in the child of a fork: that it is not there.
+    fn metrics_elsewhere(&self) -> KernelMetrics {
+        KernelMetrics {
+            status: self.status(),
+            blocks: self.blocks.len() as u32,
+            accepted: 0,
+            processed: 0,
+            queue_depth: 0,
+            produced: 0,
+            received_replies: 0,
+            dropped: 0,
+            last_error: 0,
+            heartbeats: 0,
+            slices: 0,
+            heartbeat_age: None,
+            telemetry: None,
+            dead_letters: self.signals.dead_letters.counts(),
+            memory_bytes: 0,
+            cores: Vec::new(),
+            spins: false,
+        }
+    }
+
     pub(super) fn metrics(&self) -> KernelMetrics {
+        if self.is_elsewhere() {
+            return self.metrics_elsewhere();
+        }
         let telemetry = self.telemetry.then(|| {
             let mut sum = Telemetry::default();
             for block in &self.blocks {
@@ -394,9 +469,16 @@ impl KernelInstance {
     }
 }
 
+impl InChild for KernelInstance {
+    fn close_in_child(&self) {
+        self.signals.gate.close_in_child();
+    }
+}
+
 impl Drop for KernelInstance {
     /// Ends a kernel that was never terminated; the runtime has done so before, unless its launch failed half-way.
     fn drop(&mut self) {
+        let _deferral = logging::defer();
         let control = self.control.get_mut();
         if let Some(mut dispatch) = control.dispatch.take() {
             dispatch.request_stop();

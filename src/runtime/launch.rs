@@ -27,6 +27,7 @@ use crate::kernel::signals::KernelSignals;
 use crate::kernel::{
     DeadLetterQueue, Dim3, KernelRegistration, KernelState, LaunchOptions, TRACE_SLOTS,
 };
+use crate::process;
 use crate::ring::RingLayout;
 use crate::thread::{CoreLease, KernelWait, PlacedThread, SpinPermit, WaitStrategy, affinity};
 use crate::time::{Stamps, TimestampSource};
@@ -153,7 +154,7 @@ pub(super) fn launch(
         is_on_threads: device.info().kind == DeviceKind::Cpu,
         pipes: Pipes::default(),
     };
-    Ok(Arc::new(KernelInstance {
+    let instance = Arc::new(KernelInstance {
         link,
         send: Mutex::new(Some(SendSide::new(producers))),
         receiver_split: AtomicBool::new(false),
@@ -167,7 +168,10 @@ pub(super) fn launch(
         books: Arc::default(),
         bridge: Arc::clone(bridge),
         clients: Mutex::new(LaneHub::new()),
-    }))
+        ended: AtomicBool::new(false),
+    });
+    process::register(&instance);
+    Ok(instance)
 }
 
 /// A kernel's code for a backend.

@@ -23,6 +23,17 @@ pub enum LifecycleState {
 }
 
 impl LifecycleState {
+    /// The inverse of `as u8`; what is no state counts as the last one.
+    pub(super) const fn from_bits(bits: u8) -> Self {
+        match bits {
+            0 => Self::Initializing,
+            1 => Self::Running,
+            2 => Self::Draining,
+            3 => Self::ShuttingDown,
+            _ => Self::Stopped,
+        }
+    }
+
     /// The state's name.
     #[must_use]
     pub const fn name(self) -> &'static str {

@@ -251,7 +251,8 @@ impl KernelLink {
         for block in &self.blocks {
             block.control().set_terminate();
         }
-        self.signals.fail(KernelFailure {
+        // The caller holds a side of the kernel: the block that ends, or the control plane, logs it.
+        self.signals.fail_silently(KernelFailure {
             reason: FailureReason::CorruptRing,
             message: what.to_owned(),
             block: u32::try_from(block).ok(),

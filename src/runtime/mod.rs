@@ -11,6 +11,7 @@ mod client_options;
 mod clients;
 mod config;
 mod connection;
+mod devices;
 mod endpoints;
 mod handle;
 mod instance;
@@ -26,6 +27,7 @@ mod relay;
 mod replay;
 mod ring_kernel_runtime;
 mod send;
+mod snapshot;
 mod topic;
 mod traces;
 

@@ -25,10 +25,15 @@ use crate::error::Error;
 use crate::kernel::KernelState;
 use crate::kernel::outlet::{Counter, Guest, Outlet, Valve};
 use crate::kernel::signals::KernelSignals;
+use crate::logging;
 use crate::time::Deadline;
 
 /// Between two looks whether a block has followed.
 const NAP: Duration = Duration::from_micros(50);
+
+/// How long the control plane waits for a thread that uses a side: far longer than to copy a message, unless the
+/// message's own code takes its time.
+const SIDE_IN_USE: Duration = Duration::from_millis(100);
 
 /// How a connection works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -161,9 +166,10 @@ impl Joint {
             return;
         };
         {
-            let mut receive = from.receive.lock();
-            if let Some(side) = self.replies.lock().take() {
-                *receive = Some(side);
+            let mut replies = self.replies.lock();
+            if replies.is_some() {
+                // The kernel has no such side while it lies here, so that no thread decodes a message under this lock.
+                *from.receive.lock() = replies.take();
                 from.receiver_split.store(false, Ordering::Release);
             }
         }
@@ -387,7 +393,7 @@ pub(super) fn connect(
     *to.pipes.inlet.lock() = Some(Arc::clone(&joint));
     // Whoever waits for a reply or for room finds the side gone.
     from.signals.wake_all();
-    log::debug!("kernel '{}' -> kernel '{}'", joint.names[0], joint.names[1]);
+    logging::debug!("kernel '{}' -> kernel '{}'", joint.names[0], joint.names[1]);
     Ok(Way::Ring(joint))
 }
 
@@ -438,7 +444,7 @@ fn bridge(from: &Arc<KernelInstance>, to: &Arc<KernelInstance>) -> Result<Way, E
     // Whoever waits for a reply or for room finds the side gone.
     from.signals.wake_all();
     to.signals.wake_all();
-    log::debug!(
+    logging::debug!(
         "kernel '{}' -> bridge -> kernel '{}'",
         from.signals.name,
         to.signals.name
@@ -543,7 +549,7 @@ impl Entry {
         {
             return Ok(Self { inlet });
         }
-        let side = to.send.lock().take();
+        let side = lock_send(to)?.take();
         let side = side.ok_or_else(|| busy(to, "they are split off"))?;
         Ok(Self::new(to, side))
     }
@@ -555,9 +561,21 @@ impl Entry {
     }
 }
 
+/// The sending side of a kernel. A thread that encodes a message runs foreign code under this lock: not waited for.
+fn lock_send(kernel: &KernelInstance) -> Result<MutexGuard<'_, Option<SendSide>>, Error> {
+    let send = kernel.send.try_lock_for(SIDE_IN_USE);
+    send.ok_or_else(|| busy(kernel, "another thread is sending"))
+}
+
+/// As `lock_send`, of the receiving side, where messages are decoded.
+fn lock_receive(kernel: &KernelInstance) -> Result<MutexGuard<'_, Option<ReceiveSide>>, Error> {
+    let receive = kernel.receive.try_lock_for(SIDE_IN_USE);
+    receive.ok_or_else(|| busy(kernel, "another thread is receiving"))
+}
+
 /// Takes the receiving side of a kernel.
 fn take_replies(from: &KernelInstance) -> Result<ReceiveSide, Error> {
-    let mut receive = from.receive.lock();
+    let mut receive = lock_receive(from)?;
     if from.calls.any_pending() {
         return Err(busy(from, "a call is pending"));
     }
@@ -670,8 +688,8 @@ fn take_sides(
     from: &KernelInstance,
     to: &KernelInstance,
 ) -> Result<(HostProducer, ReceiveSide), Error> {
-    let mut send = to.send.lock();
-    let mut receive = from.receive.lock();
+    let mut send = lock_send(to)?;
+    let mut receive = lock_receive(from)?;
     if from.calls.any_pending() {
         return Err(busy(from, "a call is pending"));
     }

@@ -1,8 +1,9 @@
 //! The runtime: devices, registered kernels, launched kernels, and one life.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -11,35 +12,44 @@ use super::accounts::Ended;
 use super::builder::DeviceChoice;
 use super::config::RuntimeConfig;
 use super::connection::Connection;
+use super::devices::Devices;
 use super::handle::KernelHandle;
 use super::instance::KernelInstance;
 use super::launch;
 use super::lifecycle::{DrainReport, LifecycleState, ShutdownReport};
 use super::metrics::KernelStatus;
 use super::pipeline;
+use super::snapshot::Snapshot;
 use super::topic::Topics;
-use crate::backend::cpu::{CpuBackend, install_hook, running_here};
-use crate::backend::{Backend, BackendType, Device, DeviceInfo, ExecutionMode};
+use crate::backend::cpu::{install_hook, running_here};
+use crate::backend::{BackendType, Device, DeviceInfo};
 use crate::bridge::{Bridge, BridgeSettings, RingBufferBridge};
 use crate::error::Error;
 use crate::kernel::signals::KernelSignals;
 use crate::kernel::{
     DeadLetterQueue, Dim3, KernelRegistration, KernelState, LaunchOptions, registered_kernels,
 };
+use crate::logging;
+use crate::process::{self, Birth};
 use crate::thread::{affinity, foreign};
 use crate::time::{self, Deadline};
 
 /// Between two looks whether a drain is complete.
 const DRAIN_INTERVAL: Duration = Duration::from_micros(200);
 
-/// Names the Vulkan device to use, by index or part of its name, where the program does not.
-const DEVICE_VARIABLE: &str = "RINGKERNEL_VULKAN_DEVICE";
-
 /// A runtime of persistent kernels on the devices of one backend.
 ///
 /// Dropping it terminates its kernels and joins their threads, as [`complete_shutdown`](Self::complete_shutdown) does. In a handler of one of
 /// them, that kernel ends once the handler returns. Then it drops what the handlers of registered kernels captured, on this thread; a panic of
 /// theirs goes no further.
+///
+/// # `fork`
+/// Kernels, bridges and devices stay with the parent, which notices nothing. In the child every handle, endpoint, client,
+/// publisher and subscriber says so at once ([`Unavailable::Forked`](crate::error::Unavailable::Forked)), and everything else
+/// is [`Error::Forked`]; dropping them waits for no thread and calls no driver. A new runtime can be built there. Of devices
+/// other than the CPU, what their driver says to that is its own. A child that was made by the system call `clone`, without
+/// the handlers of `pthread_atfork`, learns of it when the control plane is asked, on Linux; a child of `vfork` may only
+/// execute another program, as ever.
 ///
 /// ```
 /// use std::time::Duration;
@@ -61,32 +71,29 @@ pub struct RingKernelRuntime {
     backend: BackendType,
     default_device: usize,
     config: RuntimeConfig,
-    devices: Devices,
-    registry: Mutex<BTreeMap<String, KernelRegistration>>,
-    /// Devices on which the code of registered kernels was made ready.
-    prepared: Mutex<BTreeSet<usize>>,
+    devices: Arc<Devices>,
+    /// The process that the runtime is of.
+    birth: Birth,
+    registry: Snapshot<BTreeMap<String, KernelRegistration>>,
     built: Instant,
     dead_letters: Arc<DeadLetterQueue>,
     /// One a device that kernels were launched on.
-    bridges: Mutex<BTreeMap<usize, Arc<Bridge>>>,
+    bridges: Snapshot<BTreeMap<usize, Arc<Bridge>>>,
     pub(super) topics: Topics,
+    /// A [`LifecycleState`]; changed under the lock of `inner`.
+    state: AtomicU8,
+    /// Launched, and neither booked into the totals nor forgotten.
+    kernels: Snapshot<Vec<Arc<KernelInstance>>>,
+    /// Held while kernels are connected.
+    connecting: Mutex<()>,
+    /// What no getter needs: it may be held while memory is allocated.
     inner: Mutex<Inner>,
-}
-
-/// The backend's devices, each opened when it is first used.
-#[derive(Debug)]
-struct Devices {
-    backend: Box<dyn Backend>,
-    described: Vec<DeviceInfo>,
-    open: Mutex<BTreeMap<usize, Arc<dyn Device>>>,
-    huge_pages: bool,
 }
 
 #[derive(Debug)]
 struct Inner {
-    state: LifecycleState,
-    /// Launched and neither terminated nor reaped.
-    kernels: Vec<Arc<KernelInstance>>,
+    /// Names of kernels that are being launched.
+    names: Vec<String>,
     /// Launches so far, for names.
     launches: u64,
     /// Accounts of the kernels that have ended, and that nothing changes any more.
@@ -99,7 +106,7 @@ impl fmt::Debug for RingKernelRuntime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RingKernelRuntime")
             .field("backend", &self.backend)
-            .field("devices", &self.devices.described.len())
+            .field("devices", &self.devices.count())
             .field("state", &self.state())
             .finish_non_exhaustive()
     }
@@ -112,6 +119,7 @@ impl RingKernelRuntime {
         config: RuntimeConfig,
         registrations: Vec<KernelRegistration>,
     ) -> Result<Self, Error> {
+        let _deferral = logging::defer();
         config.validate()?;
         time::initialise();
         affinity::initialise();
@@ -141,36 +149,41 @@ impl RingKernelRuntime {
                     asked: bytes,
                     available: 0,
                 })?;
+        let devices = Arc::new(devices);
+        process::register(&devices);
         let runtime = Self {
+            birth: Birth::here(),
             dead_letters: Arc::new(dead_letters),
             backend,
             default_device,
             config,
             devices,
-            registry: Mutex::new(registry),
-            prepared: Mutex::new(BTreeSet::new()),
+            registry: Snapshot::new(registry),
             built: Instant::now(),
-            bridges: Mutex::new(BTreeMap::new()),
+            bridges: Snapshot::new(BTreeMap::new()),
             topics: Topics::default(),
+            state: AtomicU8::new(LifecycleState::Initializing as u8),
+            kernels: Snapshot::new(Vec::new()),
+            connecting: Mutex::new(()),
             inner: Mutex::new(Inner {
-                state: LifecycleState::Initializing,
-                kernels: Vec::new(),
+                names: Vec::new(),
                 launches: 0,
                 totals: ShutdownReport::default(),
                 ended: Vec::new(),
             }),
         };
         runtime.device(default_device)?;
-        log::debug!("runtime built: backend {backend}, device {default_device}");
+        logging::debug!("runtime built: backend {backend}, device {default_device}");
         Ok(runtime)
     }
 
     /// An open device, whose kernels' code is ready.
     pub(super) fn device(&self, index: usize) -> Result<Arc<dyn Device>, Error> {
+        self.check_here("use a device")?;
+        let _deferral = logging::defer();
         let device = self.devices.get(self.backend, index)?;
-        if self.prepared.lock().insert(index) {
-            let registry = self.registry.lock();
-            for registration in registry.values() {
+        if self.devices.begin_preparing(index) {
+            for registration in self.registry.load().values() {
                 prepare(&*device, self.backend, registration);
             }
         }
@@ -180,8 +193,8 @@ impl RingKernelRuntime {
     /// The bridge of a device, whose thread runs from when it is first needed.
     fn bridge_of(&self, device: &dyn Device) -> Arc<Bridge> {
         let info = device.info();
-        let mut bridges = self.bridges.lock();
-        let bridge = bridges.entry(info.index).or_insert_with(|| {
+        let found = self.bridges.load().get(&info.index).cloned();
+        found.unwrap_or_else(|| {
             let settings = BridgeSettings {
                 device: format!("{}{}", self.backend, info.index),
                 wait: self.config.bridge_wait,
@@ -190,16 +203,24 @@ impl RingKernelRuntime {
                 cores: affinity::unreserved_cores(&self.config.reserved_cores),
                 sample_interval: self.config.heartbeat_interval,
             };
-            Arc::new(Bridge::new(settings, device.host_pool()))
-        });
-        Arc::clone(bridge)
+            let new = Arc::new(Bridge::new(settings, device.host_pool()));
+            process::register(&new);
+            self.bridges.update(|bridges| {
+                let mut bridges = bridges.clone();
+                // Another thread may have been faster: then its bridge counts.
+                let bridge = Arc::clone(bridges.entry(info.index).or_insert(Arc::clone(&new)));
+                (bridges, bridge)
+            })
+        })
     }
 
     /// The bridge of a device, once a kernel was launched there.
     #[must_use]
     pub fn bridge(&self, device: usize) -> Option<RingBufferBridge> {
-        let bridges = self.bridges.lock();
-        bridges.get(&device).map(RingBufferBridge::new)
+        if self.birth.is_elsewhere() {
+            return None;
+        }
+        self.bridges.load().get(&device).map(RingBufferBridge::new)
     }
 
     /// The backend in use.
@@ -211,16 +232,7 @@ impl RingKernelRuntime {
     /// The devices that kernels can be launched on. One that has not been used yet is only described.
     #[must_use]
     pub fn devices(&self) -> Vec<DeviceInfo> {
-        let open = self.devices.open.lock();
-        self.devices
-            .described
-            .iter()
-            .enumerate()
-            .map(|(index, described)| match open.get(&index) {
-                Some(device) => device.info().clone(),
-                None => described.clone(),
-            })
-            .collect()
+        self.devices.describe()
     }
 
     /// Index of the device that launches use unless they name one.
@@ -229,12 +241,16 @@ impl RingKernelRuntime {
         self.default_device
     }
 
-    /// Bytes that live kernels, their clients, and topics take on a device.
+    /// Bytes that live kernels, their clients, and topics take on a device; 0 while the device has not been used. First gives
+    /// back what failed kernels took that no handle or endpoint refers to any more.
     ///
     /// # Errors
     /// [`Error::DeviceNotFound`].
     pub fn memory_in_use(&self, device: usize) -> Result<u64, Error> {
-        Ok(self.device(device)?.memory_in_use())
+        let device = self.devices.opened(self.backend, device)?;
+        self.check_here("tell the memory in use")?;
+        self.reclaim();
+        Ok(device.map_or(0, |device| device.memory_in_use()))
     }
 
     /// The messages of its kernels and topics that could not be delivered, and how many there were; also of kernels that have ended.
@@ -258,10 +274,15 @@ impl RingKernelRuntime {
     /// # Errors
     /// [`Error::DuplicateKernel`] if its id is taken; [`Error::InvalidOption`].
     pub fn register(&self, registration: KernelRegistration) -> Result<(), Error> {
-        let open: Vec<_> = self.devices.open.lock().values().cloned().collect();
-        add(&mut self.registry.lock(), registration.clone())?;
-        for device in open {
-            prepare(&*device, self.backend, &registration);
+        self.check_here("register a kernel")?;
+        let _deferral = logging::defer();
+        self.registry.try_update(|registry| {
+            let mut registry = registry.clone();
+            add(&mut registry, registration.clone())?;
+            Ok::<_, Error>((registry, ()))
+        })?;
+        for device in self.devices.all_open() {
+            prepare(&**device, self.backend, &registration);
         }
         Ok(())
     }
@@ -269,7 +290,7 @@ impl RingKernelRuntime {
     /// Ids of all kernels that can be launched, sorted.
     #[must_use]
     pub fn registered(&self) -> Vec<String> {
-        self.registry.lock().keys().cloned().collect()
+        self.registry.load().keys().cloned().collect()
     }
 
     /// Launches a kernel: afterwards it is resident on its device, and idle until it is activated. Starts the runtime
@@ -286,45 +307,65 @@ impl RingKernelRuntime {
         block_size: impl Into<Dim3>,
         options: LaunchOptions,
     ) -> Result<KernelHandle, Error> {
-        let registration = {
-            let registry = self.registry.lock();
-            registry
-                .get(id)
-                .cloned()
-                .ok_or_else(|| Error::KernelNotFound {
-                    id: id.to_owned(),
-                    registered: registry.keys().cloned().collect(),
-                })?
-        };
+        self.check_here("launch a kernel")?;
+        let _deferral = logging::defer();
+        let registry = self.registry.load();
+        let registration = registry.get(id).ok_or_else(|| Error::KernelNotFound {
+            id: id.to_owned(),
+            registered: registry.keys().cloned().collect(),
+        })?;
         let device = self.device(options.device.unwrap_or(self.default_device))?;
-        let mut inner = self.inner.lock();
-        if inner.state > LifecycleState::Running {
-            return Err(Error::InvalidLifecycle {
-                state: inner.state.name(),
-                operation: "launch a kernel",
-            });
-        }
-        inner.sweep();
-        let name = inner.name_for(id, options.name.as_deref())?;
+        self.reclaim();
+        self.sweep();
+        let name = self.reserve_name(id, options.name.as_deref())?;
+        // No lock: a device may take seconds.
         let instance = launch::launch(
             device.as_ref(),
             &self.config,
-            &registration,
-            name,
+            registration,
+            name.name.clone(),
             (grid.into(), block_size.into()),
             &options,
             (&self.dead_letters, &self.bridge_of(&*device)),
         )?;
-        inner.state = LifecycleState::Running;
-        inner.launches += 1;
-        inner.kernels.push(Arc::clone(&instance));
-        log::info!(
+        let is_listed = {
+            let mut inner = self.inner.lock();
+            let is_in_time = self.state() <= LifecycleState::Running;
+            if is_in_time {
+                self.set_state(LifecycleState::Running);
+                inner.launches += 1;
+                self.kernels.update(|kernels| {
+                    let mut kernels = kernels.clone();
+                    kernels.push(Arc::clone(&instance));
+                    (kernels, ())
+                });
+            }
+            is_in_time
+        };
+        if !is_listed {
+            // The runtime was told to drain meanwhile. The kernel has never been active.
+            let _ = instance.terminate();
+            return Err(self.not_running("launch a kernel"));
+        }
+        logging::info!(
             "kernel '{}' launched on {} device {}",
             instance.signals.name,
             self.backend,
             instance.device
         );
         Ok(KernelHandle::new(instance))
+    }
+
+    /// Reserves a name that no live kernel has, as long as the result lives.
+    fn reserve_name(&self, id: &str, asked: Option<&str>) -> Result<ReservedName<'_>, Error> {
+        let mut inner = self.inner.lock();
+        self.check_running("launch a kernel")?;
+        let name = inner.name_for(id, asked, &self.kernels.load())?;
+        inner.names.push(name.clone());
+        Ok(ReservedName {
+            runtime: self,
+            name,
+        })
     }
 
     /// Makes the replies of `from` the requests of `to`. Chains of any length can be made so; a kernel may feed up to 32 others, each of which
@@ -384,29 +425,29 @@ impl RingKernelRuntime {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn connect(&self, from: &KernelHandle, to: &KernelHandle) -> Result<Connection, Error> {
+        self.check_here("connect kernels")?;
         for kernel in [from, to] {
             kernel.instance.check_not_here("connection")?;
         }
-        let inner = self.inner.lock();
-        if inner.state > LifecycleState::Running {
-            return Err(Error::InvalidLifecycle {
-                state: inner.state.name(),
-                operation: "connect kernels",
-            });
-        }
-        // Under the lock: no other connection is made meanwhile, so that cycles are seen.
-        let way = pipeline::connect(&from.instance, &to.instance, &inner.kernels)?;
+        let _deferral = logging::defer();
+        // No other connection is made meanwhile, so that cycles are seen.
+        let _one = self.connecting.lock();
+        self.check_running("connect kernels")?;
+        let way = pipeline::connect(&from.instance, &to.instance, &self.kernels.load())?;
         Ok(Connection::new(&from.instance, &to.instance, way))
     }
 
     /// Where each kernel stands that has not been terminated, in the order of their launches.
     #[must_use]
     pub fn kernels(&self) -> Vec<KernelStatus> {
-        let mut inner = self.inner.lock();
-        inner.sweep();
-        inner
-            .kernels
+        if !self.birth.is_elsewhere() {
+            let _deferral = logging::defer();
+            self.try_sweep();
+        }
+        self.kernels
+            .load()
             .iter()
+            .filter(|instance| !instance.has_ended())
             .map(|instance| instance.status())
             .collect()
     }
@@ -414,38 +455,80 @@ impl RingKernelRuntime {
     /// A handle to the kernel of this name, if it has not been terminated.
     #[must_use]
     pub fn kernel(&self, name: &str) -> Option<KernelHandle> {
-        let inner = self.inner.lock();
-        inner
-            .kernels
+        self.kernels
+            .load()
             .iter()
-            .find(|instance| instance.signals.name == name)
+            .find(|instance| !instance.has_ended() && instance.signals.name == name)
             .map(|instance| KernelHandle::new(Arc::clone(instance)))
     }
 
-    /// Fails once the runtime drains.
+    /// Fails in the child of a fork.
+    pub(super) fn check_here(&self, operation: &'static str) -> Result<(), Error> {
+        if self.birth.is_elsewhere() {
+            return Err(Error::Forked { operation });
+        }
+        Ok(())
+    }
+
+    /// Fails on a thread that runs a handler of one of the kernels, which would wait for itself.
+    fn check_none_here(&self, operation: &'static str) -> Result<(), Error> {
+        let kernels = self.kernels.load();
+        let is_ours = |signals: &Arc<KernelSignals>| {
+            let mut kernels = kernels.iter();
+            kernels.any(|kernel| Arc::ptr_eq(&kernel.signals, signals))
+        };
+        match running_here(is_ours) {
+            Some(kernel) => Err(Error::CalledFromHandler { operation, kernel }),
+            None => Ok(()),
+        }
+    }
+
+    /// Fails once the runtime drains, and in the child of a fork.
     pub(super) fn check_running(&self, operation: &'static str) -> Result<(), Error> {
+        self.check_here(operation)?;
         match self.state() {
             LifecycleState::Initializing | LifecycleState::Running => Ok(()),
-            state => Err(Error::InvalidLifecycle {
-                state: state.name(),
-                operation,
-            }),
+            _ => Err(self.not_running(operation)),
+        }
+    }
+
+    fn not_running(&self, operation: &'static str) -> Error {
+        Error::InvalidLifecycle {
+            state: self.state().name(),
+            operation,
         }
     }
 
     /// Whether a kernel is one of this runtime's, and has not been terminated.
     pub(super) fn has_kernel(&self, instance: &Arc<KernelInstance>) -> bool {
-        let inner = self.inner.lock();
-        inner
-            .kernels
+        self.kernels
+            .load()
             .iter()
             .any(|other| Arc::ptr_eq(other, instance))
     }
 
-    /// Where the runtime is in its life.
+    /// Where the runtime is in its life; `Stopped` in the child of a fork. It waits for nothing that the runtime does.
     #[must_use]
     pub fn state(&self) -> LifecycleState {
-        self.inner.lock().state
+        if self.birth.is_elsewhere() {
+            return LifecycleState::Stopped;
+        }
+        LifecycleState::from_bits(self.state.load(Ordering::Acquire))
+    }
+
+    /// Under the lock of `inner`.
+    fn set_state(&self, state: LifecycleState) {
+        self.state.store(state as u8, Ordering::Release);
+    }
+
+    /// Goes forward to `next`; staying is allowed only in `Running`. Under the lock of `inner`.
+    fn advance(&self, next: LifecycleState, operation: &'static str) -> Result<(), Error> {
+        let state = self.state();
+        if state < next || (state == next && next == LifecycleState::Running) {
+            self.set_state(next);
+            return Ok(());
+        }
+        Err(self.not_running(operation))
     }
 
     /// Makes the runtime `Running`; the first launch does so too. Does nothing if it is already.
@@ -453,7 +536,9 @@ impl RingKernelRuntime {
     /// # Errors
     /// [`Error::InvalidLifecycle`] once it drains or has stopped.
     pub fn start(&self) -> Result<(), Error> {
-        self.inner.lock().advance(LifecycleState::Running, "start")
+        self.check_here("start")?;
+        let _inner = self.inner.lock();
+        self.advance(LifecycleState::Running, "start")
     }
 
     /// Refuses new launches and messages, and waits until active kernels have handled all that they had accepted, and what had been
@@ -463,23 +548,20 @@ impl RingKernelRuntime {
     /// [`Error::InvalidLifecycle`] unless the runtime is running or draining; [`Error::CalledFromHandler`] in a handler of one of its
     /// kernels, whose request would never be done meanwhile.
     pub fn drain(&self, timeout: Duration) -> Result<DrainReport, Error> {
+        self.check_here("drain")?;
         let begin = Instant::now();
         let deadline = Deadline::after(timeout);
-        let kernels = {
-            let mut inner = self.inner.lock();
-            inner.check_none_here("drain")?;
-            if inner.state != LifecycleState::Draining {
-                if inner.state != LifecycleState::Running {
-                    return Err(Error::InvalidLifecycle {
-                        state: inner.state.name(),
-                        operation: "drain",
-                    });
-                }
-                inner.advance(LifecycleState::Draining, "drain")?;
+        self.check_none_here("drain")?;
+        {
+            let _inner = self.inner.lock();
+            match self.state() {
+                LifecycleState::Draining => {}
+                LifecycleState::Running => self.set_state(LifecycleState::Draining),
+                _ => return Err(self.not_running("drain")),
             }
-            // In this order, so that what a kernel has passed on is seen behind it.
-            pipeline::upstream_first(&inner.kernels)
-        };
+        }
+        // In this order, so that what a kernel has passed on is seen behind it.
+        let kernels = pipeline::upstream_first(&self.kernels.load());
         // What was published before reaches the kernels that subscribe.
         self.topics.drain(deadline);
         for kernel in &kernels {
@@ -515,239 +597,143 @@ impl RingKernelRuntime {
     /// [`Error::InvalidLifecycle`] if the runtime has been shut down before; [`Error::CalledFromHandler`] in a handler of one of its kernels:
     /// nothing has changed then.
     pub fn complete_shutdown(&self) -> Result<ShutdownReport, Error> {
-        self.inner.lock().check_none_here("shutdown")?;
+        self.check_here("shut down")?;
+        self.check_none_here("shutdown")?;
         self.shut_down()
     }
 
     /// As `complete_shutdown`. A kernel whose handler the calling thread is in ends once that returns.
     fn shut_down(&self) -> Result<ShutdownReport, Error> {
-        let kernels = {
-            let mut inner = self.inner.lock();
-            inner.advance(LifecycleState::ShuttingDown, "shut down")?;
-            pipeline::upstream_first(&inner.kernels)
-        };
+        self.check_here("shut down")?;
+        let _deferral = logging::defer();
+        {
+            let _inner = self.inner.lock();
+            self.advance(LifecycleState::ShuttingDown, "shut down")?;
+        }
+        let kernels = pipeline::upstream_first(&self.kernels.load());
         // Not under the lock: status calls must not wait for a stuck handler.
         let mut errors = Vec::new();
         self.topics.close(&mut errors);
         for kernel in &kernels {
             match kernel.terminate() {
                 Ok(()) => {}
-                // Somebody else has terminated it.
+                // Another thread has terminated it.
                 Err(Error::InvalidTransition { .. }) => {}
                 Err(Error::CalledFromHandler { .. }) => kernel.end_after_handler(),
                 Err(error) => errors.push(error),
             }
         }
         drop(kernels);
-        for bridge in self.bridges.lock().values() {
+        for bridge in self.bridges.load().values() {
             bridge.stop();
         }
-        let mut inner = self.inner.lock();
-        for instance in &inner.kernels {
+        for instance in &*self.kernels.load() {
             // Of one that another thread terminates.
             drop(instance.control.lock());
         }
-        inner.sweep();
-        inner.state = LifecycleState::Stopped;
+        let mut inner = self.inner.lock();
+        let forgotten = self.forget_ended(&mut inner);
+        self.set_state(LifecycleState::Stopped);
         let mut report = std::mem::take(&mut inner.totals);
-        for account in inner.ended.drain(..) {
+        let ended = std::mem::take(&mut inner.ended);
+        report.kernels = inner.launches;
+        drop(inner);
+        // Where no lock is held: it may be what drops a kernel.
+        drop(forgotten);
+        for account in ended {
             account.report(&mut report);
         }
-        report.kernels = inner.launches;
         report.uptime = self.built.elapsed();
         report.topics = self.topics.tally(&mut errors);
         report.errors = errors;
-        log::info!("runtime stopped after {:?}", report.uptime);
+        logging::info!("runtime stopped after {:?}", report.uptime);
         Ok(report)
     }
-}
 
-impl Devices {
-    fn new(backend: BackendType, config: &RuntimeConfig) -> Result<Self, Error> {
-        let backend: Box<dyn Backend> = match backend {
-            BackendType::Cpu => Box::new(CpuBackend::new(
-                config.cpu_devices,
-                config.cpu_memory_limit,
-                &config.reserved_cores,
-            )),
-            #[cfg(feature = "vulkan")]
-            BackendType::Vulkan => Box::new(crate::backend::vulkan::VulkanBackend::load(
-                &config.vulkan,
-                &config.reserved_cores,
-                config.stall_limits(),
-            )?),
-            #[cfg(not(feature = "vulkan"))]
-            BackendType::Vulkan => {
-                return Err(Error::BackendUnavailable {
-                    backend: backend.name(),
-                    reason: "this build lacks the feature `vulkan`".into(),
-                });
-            }
-            #[cfg(feature = "cuda")]
-            BackendType::Cuda => Box::new(crate::backend::cuda::CudaBackend::load(
-                &config.cuda,
-                &config.reserved_cores,
-                config.stall_limits(),
-            )?),
-            #[cfg(not(feature = "cuda"))]
-            BackendType::Cuda => {
-                return Err(Error::BackendUnavailable {
-                    backend: backend.name(),
-                    reason: "this build lacks the feature `cuda`".into(),
-                });
-            }
-            #[cfg(feature = "metal")]
-            BackendType::Metal => Box::new(crate::backend::metal::MetalBackend::load(
-                &config.metal,
-                &config.reserved_cores,
-                config.stall_limits(),
-            )?),
-            #[cfg(not(feature = "metal"))]
-            BackendType::Metal => {
-                return Err(Error::BackendUnavailable {
-                    backend: backend.name(),
-                    reason: "this build lacks the feature `metal`".into(),
-                });
-            }
-        };
-        Ok(Self {
-            described: backend.devices(),
-            backend,
-            open: Mutex::new(BTreeMap::new()),
-            huge_pages: config.huge_pages,
-        })
+    /// Forgets the kernels that have ended, but for their accounts.
+    fn sweep(&self) {
+        let mut inner = self.inner.lock();
+        let forgotten = self.forget_ended(&mut inner);
+        drop(inner);
+        // Where no lock is held.
+        drop(forgotten);
     }
 
-    /// The best backend: Vulkan, if it has hardware that keeps kernels resident and all kernels have code for it. CUDA and Metal are
-    /// for those who ask for them, until they have been seen to work on a GPU.
-    fn best(
-        config: &RuntimeConfig,
-        choice: &DeviceChoice,
-        runs_on: impl Fn(BackendType) -> bool,
-    ) -> Result<(BackendType, Self, usize), Error> {
-        if runs_on(BackendType::Vulkan) {
-            match Self::good(BackendType::Vulkan, config, choice) {
-                Ok(Some((devices, index))) => return Ok((BackendType::Vulkan, devices, index)),
-                Ok(None) => {
-                    log::debug!("no Vulkan device keeps kernels resident without taking cores");
-                }
-                Err(error) => log::debug!("not chosen: {error}"),
+    /// As `sweep`, for a getter: waits for nothing, and may leave it to the next one.
+    fn try_sweep(&self) {
+        let Some(mut inner) = self.inner.try_lock() else {
+            return;
+        };
+        let forgotten = self.forget_ended(&mut inner);
+        drop(inner);
+        drop(forgotten);
+    }
+
+    /// Ends failed kernels that only this runtime refers to any more, if that takes no time, and forgets them: their
+    /// memory, names and cores can be had again.
+    fn reclaim(&self) {
+        let _deferral = logging::defer();
+        for instance in &*self.kernels.load() {
+            // Another thread may still read an older list: the next look finds the kernel.
+            if instance.state() == KernelState::Failed && Arc::strong_count(instance) == 1 {
+                instance.end_if_finished();
             }
         }
-        let cpu = Self::new(BackendType::Cpu, config)?;
-        let index = cpu.choose(BackendType::Cpu, choice)?;
-        Ok((BackendType::Cpu, cpu, index))
+        self.try_sweep();
     }
 
-    /// The devices of a backend and the one that is meant, if it is better than the CPU.
-    fn good(
-        backend: BackendType,
-        config: &RuntimeConfig,
-        choice: &DeviceChoice,
-    ) -> Result<Option<(Self, usize)>, Error> {
-        let devices = Self::new(backend, config)?;
-        let index = devices.choose(backend, choice)?;
-        // A software device that is named is asked for; an index may as well be meant for the CPU.
-        let named = match choice {
-            DeviceChoice::Best => backend == BackendType::Vulkan && device_variable().is_some(),
-            DeviceChoice::Name(_) => true,
-            DeviceChoice::Index(_) => false,
-        };
-        let good = match devices.described.get(index) {
-            None => false,
-            Some(_) if named => true,
-            Some(info) => info.kind.is_hardware() && is_resident(&*devices.get(backend, index)?),
-        };
-        Ok(good.then_some((devices, index)))
-    }
-
-    fn get(&self, backend: BackendType, index: usize) -> Result<Arc<dyn Device>, Error> {
-        if index >= self.described.len() {
-            return Err(Error::DeviceNotFound {
-                backend: backend.name(),
-                index,
-                available: self.described.len(),
+    /// Takes the kernels that have ended out of the list, and keeps their accounts. What it returns is to be dropped behind
+    /// the lock: a kernel's end calls its driver, and frees what is its own.
+    fn forget_ended(&self, inner: &mut Inner) -> Forgotten {
+        // Only changed under this lock.
+        let kernels = self.kernels.load();
+        let before = inner.ended.len();
+        for instance in &*kernels {
+            let Some(account) = Ended::of(instance) else {
+                continue;
+            };
+            if instance.has_failed() {
+                let name = instance.signals.name.clone();
+                inner.totals.failed_kernels.push(name);
+            }
+            inner.ended.push(account);
+        }
+        if inner.ended.len() > before {
+            // One that ends meanwhile is still there, and is found by the next look.
+            let known: Vec<_> = inner.ended[before..].iter().map(Ended::kernel).collect();
+            self.kernels.update(|kernels| {
+                let is_left = |kernel: &&Arc<_>| !known.contains(&Arc::as_ptr(kernel));
+                (kernels.iter().filter(is_left).cloned().collect(), ())
             });
         }
-        let mut open = self.open.lock();
-        if let Some(device) = open.get(&index) {
-            return Ok(Arc::clone(device));
+        let Inner { ended, totals, .. } = inner;
+        let closed: Vec<_> = ended
+            .extract_if(.., |account| account.close(totals))
+            .collect();
+        Forgotten {
+            _kernels: kernels,
+            _closed: closed,
         }
-        let device = self.backend.open(index)?;
-        device.account().use_huge_pages(self.huge_pages);
-        open.insert(index, Arc::clone(&device));
-        Ok(device)
-    }
-
-    /// The index of the device that is meant.
-    fn choose(&self, backend: BackendType, choice: &DeviceChoice) -> Result<usize, Error> {
-        let named = |name: &str| {
-            let wanted = name.to_lowercase();
-            self.described
-                .iter()
-                .position(|info| info.name.to_lowercase().contains(&wanted))
-                .ok_or_else(|| Error::DeviceNotNamed {
-                    backend: backend.name(),
-                    name: name.to_owned(),
-                    available: self
-                        .described
-                        .iter()
-                        .map(|info| info.name.clone())
-                        .collect(),
-                })
-        };
-        match choice {
-            DeviceChoice::Index(index) => Ok(*index),
-            DeviceChoice::Name(name) => named(name),
-            DeviceChoice::Best if backend == BackendType::Cpu => Ok(0),
-            DeviceChoice::Best => match device_variable() {
-                Some(name) if backend == BackendType::Vulkan => match name.parse() {
-                    Ok(index) => Ok(index),
-                    Err(_) => named(&name),
-                },
-                _ => self.best_hardware(backend),
-            },
-        }
-    }
-
-    /// The first hardware device that keeps kernels resident; the first that runs them at all if none does.
-    fn best_hardware(&self, backend: BackendType) -> Result<usize, Error> {
-        let mut fallback = None;
-        let mut reasons = Vec::new();
-        // Vulkan's are sorted by kind, CUDA's are the driver's order.
-        for (index, info) in self.described.iter().enumerate() {
-            if !info.kind.is_hardware() {
-                reasons.push(format!(
-                    "device {index}, '{}', is software and must be asked for",
-                    info.name
-                ));
-                continue;
-            }
-            match self.get(backend, index) {
-                Ok(device) => {
-                    if is_resident(&*device) {
-                        return Ok(index);
-                    }
-                    fallback = fallback.or(Some(index));
-                }
-                Err(error) => reasons.push(format!("device {index}: {error}")),
-            }
-        }
-        fallback.ok_or_else(|| Error::BackendUnavailable {
-            backend: backend.name(),
-            reason: if reasons.is_empty() {
-                "there are no devices".into()
-            } else {
-                reasons.join("; ")
-            },
-        })
     }
 }
 
-/// The device that the environment names, if it names one.
-fn device_variable() -> Option<String> {
-    let name = std::env::var(DEVICE_VARIABLE).ok()?;
-    (!name.trim().is_empty()).then_some(name)
+/// What is dropped behind the runtime's lock.
+struct Forgotten {
+    _kernels: Arc<Vec<Arc<KernelInstance>>>,
+    _closed: Vec<Ended>,
+}
+
+/// The name of a kernel that is being launched.
+struct ReservedName<'a> {
+    runtime: &'a RingKernelRuntime,
+    name: String,
+}
+
+impl Drop for ReservedName<'_> {
+    fn drop(&mut self) {
+        let mut inner = self.runtime.inner.lock();
+        inner.names.retain(|name| *name != self.name);
+    }
 }
 
 /// Makes a kernel's code ready on a device. What is wrong with it is an error of its launch.
@@ -755,15 +741,7 @@ fn prepare(device: &dyn Device, backend: BackendType, registration: &KernelRegis
     if let Ok(handler) = launch::handler(backend, registration)
         && let Err(error) = device.prepare(registration.id(), &handler)
     {
-        log::debug!("kernel '{}' is not ready: {error}", registration.id());
-    }
-}
-
-/// Whether a running dispatch of the device sees messages.
-fn is_resident(device: &dyn Device) -> bool {
-    match &device.info().vulkan {
-        Some(vulkan) => vulkan.mode == ExecutionMode::Resident,
-        None => true,
+        logging::debug!("kernel '{}' is not ready: {error}", registration.id());
     }
 }
 
@@ -781,36 +759,16 @@ fn add(
 }
 
 impl Inner {
-    /// Goes forward to `next`; staying is allowed only in `Running`.
-    fn advance(&mut self, next: LifecycleState, operation: &'static str) -> Result<(), Error> {
-        if self.state < next || (self.state == next && next == LifecycleState::Running) {
-            self.state = next;
-            return Ok(());
-        }
-        Err(Error::InvalidLifecycle {
-            state: self.state.name(),
-            operation,
-        })
-    }
-
-    /// Fails on a thread that runs a handler of one of the kernels, which would wait for itself.
-    fn check_none_here(&self, operation: &'static str) -> Result<(), Error> {
-        let is_ours = |signals: &Arc<KernelSignals>| {
-            let mut kernels = self.kernels.iter();
-            kernels.any(|kernel| Arc::ptr_eq(&kernel.signals, signals))
-        };
-        match running_here(is_ours) {
-            Some(kernel) => Err(Error::CalledFromHandler { operation, kernel }),
-            None => Ok(()),
-        }
-    }
-
     /// A name that no live kernel has.
-    fn name_for(&self, id: &str, asked: Option<&str>) -> Result<String, Error> {
+    fn name_for(
+        &self,
+        id: &str,
+        asked: Option<&str>,
+        kernels: &[Arc<KernelInstance>],
+    ) -> Result<String, Error> {
         let taken = |name: &str| {
-            self.kernels
-                .iter()
-                .any(|instance| instance.signals.name == name)
+            let names = kernels.iter().map(|instance| &instance.signals.name);
+            names.chain(&self.names).any(|other| other == name)
         };
         let name = asked.unwrap_or(id);
         if name.contains('\0') {
@@ -834,41 +792,22 @@ impl Inner {
             .find(|name| !taken(name))
             .unwrap_or_default())
     }
-
-    /// Forgets the kernels that have ended, but for their accounts.
-    fn sweep(&mut self) {
-        let Self {
-            kernels,
-            ended,
-            totals,
-            ..
-        } = self;
-        kernels.retain(|instance| {
-            let Some(account) = Ended::of(instance) else {
-                return true;
-            };
-            if instance.has_failed() {
-                totals.failed_kernels.push(instance.signals.name.clone());
-            }
-            ended.push(account);
-            false
-        });
-        ended.retain(|account| !account.close(totals));
-    }
 }
 
 impl Drop for RingKernelRuntime {
     fn drop(&mut self) {
+        // In the child of a fork nothing is to be ended: it counts as stopped.
         if self.state() < LifecycleState::ShuttingDown
             && let Ok(report) = self.shut_down()
         {
             for error in report.errors {
-                log::warn!("shutdown: {error}");
+                logging::warning!("shutdown: {error}");
             }
         }
         // What handlers captured may panic when it is dropped, and this may be the drop of an unwinding thread.
-        let registry = std::mem::take(&mut *self.registry.lock());
-        for registration in registry.into_values() {
+        let registry = self.registry.load();
+        self.registry.update(|_| (BTreeMap::new(), ()));
+        for registration in Arc::unwrap_or_clone(registry).into_values() {
             let _ = foreign::contain(|| drop(registration));
         }
     }

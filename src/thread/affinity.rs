@@ -6,6 +6,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::error::Error;
+use crate::logging;
 use crate::system;
 
 #[cfg(target_os = "linux")]
@@ -346,7 +347,7 @@ pub(crate) fn on_cores<T: Send>(
 ) -> Result<T, Error> {
     on_thread(name, || {
         if let Err(error) = prefer_cores(cores) {
-            log::warn!("{name}: driver threads run anywhere: {error}");
+            logging::warning!("{name}: driver threads run anywhere: {error}");
         }
         body()
     })

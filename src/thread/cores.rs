@@ -7,12 +7,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use parking_lot::Mutex;
 
 use super::affinity;
+use crate::process::PerProcess;
 
-/// Threads that spin without end, or are about to.
-static SPINNERS: AtomicUsize = AtomicUsize::new(0);
+/// Threads that spin without end, or are about to. The child of a fork has none.
+static SPINNERS: PerProcess<AtomicUsize> = PerProcess::new(|| AtomicUsize::new(0));
 
-/// How many resident threads each core carries.
-static LEASES: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
+/// How many resident threads each core carries. As for spinners.
+static LEASES: PerProcess<Mutex<BTreeMap<usize, usize>>> =
+    PerProcess::new(|| Mutex::new(BTreeMap::new()));
 
 /// Permission for some threads to spin; gives it back when dropped.
 #[derive(Debug)]
@@ -33,12 +35,13 @@ impl SpinPermit {
 
     /// For threads that spin whether there are cores or not.
     pub(crate) fn forced(threads: usize) -> Self {
-        SPINNERS.fetch_add(threads, Ordering::Relaxed);
+        SPINNERS.get().fetch_add(threads, Ordering::Relaxed);
         Self { threads }
     }
 
     fn acquire(threads: usize, limit: usize) -> Option<Self> {
         SPINNERS
+            .get()
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |spinners| {
                 let after = spinners + threads;
                 (after <= limit).then_some(after)
@@ -50,7 +53,7 @@ impl SpinPermit {
 
 impl Drop for SpinPermit {
     fn drop(&mut self) {
-        SPINNERS.fetch_sub(self.threads, Ordering::Relaxed);
+        SPINNERS.get().fetch_sub(self.threads, Ordering::Relaxed);
     }
 }
 
@@ -64,7 +67,7 @@ impl CoreLease {
     /// The least used of `candidates`, of equals the highest: low cores are where an operating system puts interrupts
     /// and main threads. `None` only without candidates.
     pub(crate) fn least_used(candidates: &[usize]) -> Option<Self> {
-        let mut leases = LEASES.lock();
+        let mut leases = LEASES.get().lock();
         let core = candidates
             .iter()
             .copied()
@@ -75,13 +78,13 @@ impl CoreLease {
 
     /// This core, whoever else has it.
     pub(crate) fn of(core: usize) -> Self {
-        *LEASES.lock().entry(core).or_insert(0) += 1;
+        *LEASES.get().lock().entry(core).or_insert(0) += 1;
         Self { core }
     }
 
     /// How many different ones of `candidates` no resident thread spins on.
     pub(crate) fn unused(candidates: &[usize]) -> usize {
-        let leases = LEASES.lock();
+        let leases = LEASES.get().lock();
         let mut cores = candidates.to_vec();
         cores.sort_unstable();
         cores.dedup();
@@ -91,7 +94,7 @@ impl CoreLease {
 
     /// Those of `candidates` that no resident thread spins on; all of them if none is free.
     pub(crate) fn free_of(candidates: &[usize]) -> Vec<usize> {
-        let leases = LEASES.lock();
+        let leases = LEASES.get().lock();
         let free: Vec<usize> = candidates
             .iter()
             .copied()
@@ -111,7 +114,7 @@ impl CoreLease {
 
 impl Drop for CoreLease {
     fn drop(&mut self) {
-        let mut leases = LEASES.lock();
+        let mut leases = LEASES.get().lock();
         if let Some(count) = leases.get_mut(&self.core) {
             *count -= 1;
             if *count == 0 {

@@ -25,6 +25,8 @@ mod cores;
 #[cfg(not(loom))]
 pub(crate) mod foreign;
 #[cfg(not(loom))]
+pub(crate) mod own;
+#[cfg(not(loom))]
 pub mod periodic;
 #[cfg(not(loom))]
 mod placed;

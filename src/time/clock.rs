@@ -10,6 +10,8 @@ use super::checked::{CheckedCounter, Readings, Seen};
 use super::counter;
 use super::system::system_ns;
 
+use crate::logging;
+
 /// How long the x86 counter is compared with the system's clock. Both ends of the comparison are known to
 /// some 40 ns, so that 10 ms give 8 ppm.
 #[cfg(target_arch = "x86_64")]
@@ -102,7 +104,7 @@ pub(crate) fn initialise() {
         return;
     }
     let reason = clock.objection.as_deref();
-    log::info!(
+    logging::info!(
         "time is read from the system's clock, not from the CPU's counter: {}",
         reason.unwrap_or("the counter disagreed with that clock")
     );

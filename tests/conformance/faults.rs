@@ -218,6 +218,44 @@ pub fn a_failed_launch_leaves_nothing_behind<S: Subject>() {
     assert_eq!(report.unwrap().kernels, 0);
 }
 
+pub fn a_failed_kernel_that_nothing_refers_to_gives_everything_back<S: Subject>() {
+    let runtime = runtime::<S>();
+    let named = || LaunchOptions {
+        name: Some("the only one".into()),
+        wait: Some(ringkernel::WaitStrategy::Spin),
+        ..LaunchOptions::default()
+    };
+    // More than the bridge has places for, if each kept one.
+    for _ in 0..20 {
+        let kernel = runtime.launch("test.panic", 1, 1, named()).unwrap();
+        kernel.activate().unwrap();
+        let mut client = kernel.client_bytes().unwrap();
+        client.try_send_bytes(b"panic").unwrap();
+        eventually("the failure", || {
+            kernel.status().state == KernelState::Failed
+        });
+        // While it is referred to, it keeps its name and can be asked.
+        assert!(matches!(
+            runtime.launch("test.panic", 1, 1, named()),
+            Err(Error::InvalidOption { option: "name", .. })
+        ));
+        let status = runtime.kernels();
+        assert_eq!(status.len(), 1);
+        assert_eq!(status[0].state, KernelState::Failed);
+        drop(client);
+        drop(kernel);
+        eventually("its memory", || runtime.memory_in_use(0).unwrap() == 0);
+        assert!(runtime.kernels().is_empty());
+        assert!(runtime.kernel("the only one").is_none());
+    }
+    let kernel = active(&runtime, "echo", named());
+    assert_eq!(kernel.call_bytes(b"x", &mut [0; 8], LONG), Ok(1));
+    let report = runtime.complete_shutdown().unwrap();
+    assert_eq!(report.failed_kernels.len(), 20);
+    assert_eq!(report.kernels, 21);
+    assert!(report.requests.adds_up(), "{report}");
+}
+
 pub fn panics_of_several_blocks_are_all_accounted_for<S: Subject>() {
     let runtime = runtime::<S>();
     let kernel = runtime

@@ -187,6 +187,7 @@ macro_rules! conformance {
                     a_panic_in_one_block_ends_the_whole_grid,
                     a_handler_that_never_returns_is_reported_in_time,
                     a_failed_launch_leaves_nothing_behind,
+                    a_failed_kernel_that_nothing_refers_to_gives_everything_back,
                     panics_of_several_blocks_are_all_accounted_for,
                 }
             }

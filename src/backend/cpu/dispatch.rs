@@ -13,6 +13,7 @@ use crate::backend::{
 use crate::error::Error;
 use crate::kernel::signals::KernelSignals;
 use crate::kernel::{BlockState, FailureReason};
+use crate::logging;
 use crate::thread::affinity;
 use crate::thread::bounded::{BoundedThread, Join};
 use crate::time::Deadline;
@@ -116,7 +117,7 @@ impl CpuDispatch {
             }
         }
         if let Some(error) = refused {
-            log::warn!(
+            logging::warning!(
                 "kernel '{}' runs where the system lets it: {error}",
                 request.signals.name
             );
@@ -169,8 +170,10 @@ impl CpuDispatch {
 
 impl Dispatch for CpuDispatch {
     fn keep_alive(&mut self) -> DispatchStatus {
-        // A block reports its failure itself.
-        if self.has_ended() {
+        // A block reports its failure itself. A thread in a destructor of the crate's user still runs.
+        let (has_ended, now) = (self.has_ended(), Deadline::after(Duration::ZERO));
+        let mut threads = self.threads.iter_mut();
+        if has_ended && threads.all(|thread| !matches!(thread.join(now), Join::LeftBehind(_))) {
             DispatchStatus::Ended
         } else {
             DispatchStatus::Running
@@ -195,7 +198,11 @@ impl Dispatch for CpuDispatch {
             std::thread::sleep(JOIN_INTERVAL);
         }
         self.join_threads(deadline);
-        self.keep_alive()
+        if self.has_ended() {
+            DispatchStatus::Ended
+        } else {
+            DispatchStatus::Running
+        }
     }
 
     fn left_behind(&self) -> Vec<String> {
@@ -220,7 +227,7 @@ impl Drop for CpuDispatch {
             let _ = self.join(Deadline::after(Duration::from_millis(100)));
         }
         for thread in &self.left_behind {
-            log::warn!(
+            logging::warning!(
                 "kernel '{}': a thread was left behind: {thread}",
                 self.signals.name
             );

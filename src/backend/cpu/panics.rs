@@ -29,7 +29,7 @@ pub(crate) fn install_hook() {
 /// process.
 fn tell(info: &PanicHookInfo<'_>) {
     if let Some((signals, block, request)) = panicking_handler() {
-        signals.fail_before_hook(KernelFailure {
+        signals.fail_silently(KernelFailure {
             reason: FailureReason::Panic,
             message: message(info.payload()),
             block: Some(block),

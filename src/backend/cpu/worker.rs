@@ -176,8 +176,7 @@ impl Drop for Ending<'_> {
             for block in self.blocks {
                 block.control().set_terminate();
             }
-            // The failure is logged, and a logger is foreign code.
-            let _ = foreign::contain(|| self.signals.fail(failure));
+            self.signals.fail_silently(failure);
         }
         // In this order: whoever finds that the block has ended finds its failure as well.
         self.memory.control().store_state(BlockState::Ended);
@@ -189,6 +188,8 @@ impl Drop for Ending<'_> {
             self.signals.blocks_ended();
         }
         self.signals.wake_all();
+        // A logger is foreign code.
+        let _ = foreign::contain(|| self.signals.announce_failure());
     }
 }
 
@@ -546,18 +547,12 @@ impl BlockLoop<'_> {
     fn reply_error(&mut self, error: &HandlerError) {
         self.telemetry.errors += 1;
         self.port.control.store_last_error(error.code);
-        if let Err(refused) = self
+        // Fails only while the kernel ends: the caller learns that instead.
+        let _ = self
             .port
             .reply(self.requests.header().error_head(), None, |body| {
                 Ok(error.encode(body))
-            })
-        {
-            // The kernel is ending: the caller learns that instead.
-            log::debug!(
-                "kernel '{}': error reply not written: {refused}",
-                self.port.signals.name
-            );
-        }
+            });
     }
 
     /// Passes an error reply of the kernel before this one on, so that the caller at the end of the pipeline learns of it.
@@ -565,7 +560,8 @@ impl BlockLoop<'_> {
     #[cold]
     fn pass_error_on(&mut self) {
         let payload = self.requests.payload();
-        let passed = self
+        // As for the handler's own errors.
+        let _ = self
             .port
             .reply(self.requests.header().error_head(), None, |body| {
                 // A slot has room for every error.
@@ -573,12 +569,6 @@ impl BlockLoop<'_> {
                 body[..length].copy_from_slice(&payload[..length]);
                 Ok(length)
             });
-        if let Err(refused) = passed {
-            log::debug!(
-                "kernel '{}': error not passed on: {refused}",
-                self.port.signals.name
-            );
-        }
     }
 
     fn store_telemetry(&mut self) {

@@ -11,6 +11,7 @@ use range_alloc::RangeAllocator;
 
 use super::bar::{Bar, BarMemory, Exported, NotGiven};
 use super::driver::{CallFailed, check};
+use crate::logging;
 use crate::ring::WriteCombining;
 
 /// What pieces are multiples of: more than any alignment that is needed, and a power of two.
@@ -258,7 +259,7 @@ impl Arena {
                 }
             }
             if let Err(error) = freed {
-                log::warn!("{error}");
+                logging::warning!("{error}");
             }
         }
     }

@@ -21,6 +21,7 @@ use super::unavailable;
 use crate::backend::{Account, CudaConfig, CudaRingMemory, DeviceMemory, Placement};
 use crate::error::Error;
 use crate::kernel::CudaSource;
+use crate::logging;
 use crate::ring::WriteCombining;
 
 /// An open device.
@@ -250,7 +251,7 @@ impl Context {
     /// Marks the device as lost; the first reason is kept.
     pub(super) fn lose(&self, reason: String) {
         if self.lost.set(reason).is_ok() {
-            log::error!(
+            logging::error!(
                 "device '{}' is lost: {}",
                 self.name(),
                 self.lost().unwrap_or("")
@@ -362,7 +363,7 @@ impl Context {
             && self.rings_anywhere
             && self.lost().is_none()
         {
-            log::info!(
+            logging::info!(
                 "device '{}': a ring lies in host memory: {error}",
                 self.name()
             );

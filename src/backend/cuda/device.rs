@@ -19,6 +19,7 @@ use crate::backend::{
 };
 use crate::error::Error;
 use crate::kernel::CudaCode;
+use crate::logging;
 use crate::thread::event_count::EventCount;
 use crate::thread::{KernelWait, affinity};
 
@@ -121,7 +122,7 @@ impl Backend for CudaBackend {
             context,
         };
         let (ring_memory, reason) = device.place_rings(no_bar)?;
-        log::info!(
+        logging::info!(
             "device '{}' has rings in {} memory: {reason}",
             device.info.name,
             ring_memory.name()
@@ -220,12 +221,12 @@ impl CudaDevice {
         for _ in 0..PROBES {
             match probe::run(self, &echo())? {
                 Ok(seen) => {
-                    log::info!("device '{}': {seen}", self.info.name);
+                    logging::info!("device '{}': {seen}", self.info.name);
                     return Ok(());
                 }
                 Err(failed) => reason = failed,
             }
-            log::debug!("device '{}': probe: {reason}", self.info.name);
+            logging::debug!("device '{}': probe: {reason}", self.info.name);
         }
         Err(unavailable(format!(
             "'{}' cannot be used: the probe failed: {reason}",

@@ -10,6 +10,7 @@ use super::driver::{CallFailed, check};
 use super::nvrtc;
 use crate::error::Error;
 use crate::kernel::CudaSource;
+use crate::logging;
 
 /// What the prelude says by its name: the layout that it was built for.
 const LAYOUT: &CStr = c"rk_layout_3";
@@ -146,7 +147,7 @@ impl Module {
     pub(super) unsafe fn unload(&self) {
         // SAFETY: the caller's promise.
         if let Err(error) = check("unload a module", unsafe { sys::cuModuleUnload(self.raw) }) {
-            log::debug!("{error}");
+            logging::debug!("{error}");
         }
     }
 }

@@ -18,6 +18,7 @@ use crate::backend::stall::{Stall, StallLimits};
 use crate::error::Error;
 use crate::kernel::BlockState;
 use crate::kernel::outlet::Warden;
+use crate::logging;
 use crate::thread::affinity;
 use crate::thread::bounded::{BoundedThread, Join};
 use crate::thread::event_count::EventCount;
@@ -94,7 +95,7 @@ impl Monitor {
         let name = format!("rk-bridge-{}", context.physical.info.index);
         let thread = BoundedThread::spawn(name, move || {
             if let Err(error) = affinity::prefer_cores(&cores) {
-                log::warn!("the thread of a CUDA device runs anywhere: {error}");
+                logging::warning!("the thread of a CUDA device runs anywhere: {error}");
             }
             watch.run();
         })
@@ -118,9 +119,9 @@ impl Drop for Monitor {
         self.handle.doorbell.notify();
         match self.thread.join(Deadline::after(self.patience)) {
             Join::Ended => {}
-            Join::Panicked => log::error!("the thread of a CUDA device panicked"),
+            Join::Panicked => logging::error!("the thread of a CUDA device panicked"),
             Join::LeftBehind(place) => {
-                log::error!("the thread of a CUDA device is left behind: {place}");
+                logging::error!("the thread of a CUDA device is left behind: {place}");
             }
         }
     }
@@ -156,6 +157,8 @@ struct Watch {
 impl Watch {
     fn run(mut self) {
         loop {
+            // What is logged while locks are held leaves at the end of the round.
+            let deferral = logging::defer();
             let admitted = std::mem::take(&mut *self.handle.inbox.lock());
             self.kernels
                 .extend(admitted.into_iter().map(|kernel| Watched {
@@ -177,6 +180,7 @@ impl Watch {
                     watched.kernel.ask_to_end();
                 }
             }
+            drop(deferral);
             self.sleep();
         }
     }

@@ -10,6 +10,7 @@ use crate::backend::{
     BackendType, CudaConfig, CudaDeviceInfo, CudaRingMemory, DeviceInfo, DeviceKind,
 };
 use crate::error::Error;
+use crate::logging;
 
 /// Oldest architecture that has loads and stores of system scope and `nanosleep` (PTX ISA 6.3).
 const OLDEST: (u32, u32) = (7, 0);
@@ -67,7 +68,7 @@ pub(super) fn enumerate(config: &CudaConfig) -> Result<Vec<Physical>, Error> {
     match last {
         Some(error) if devices.is_empty() => Err(failed(error)),
         Some(error) => {
-            log::warn!("a CUDA device is left out: {error}");
+            logging::warning!("a CUDA device is left out: {error}");
             Ok(devices)
         }
         None => Ok(devices),

@@ -17,6 +17,7 @@ use crate::backend::stall::{Stall, StallLimits};
 use crate::backend::{DeviceInfo, ExecutionMode, Keeper};
 use crate::error::Error;
 use crate::kernel::BlockState;
+use crate::logging;
 use crate::thread::affinity;
 use crate::thread::bounded::{BoundedThread, Join};
 use crate::thread::event_count::EventCount;
@@ -47,7 +48,7 @@ impl Health {
     /// Marks the device as lost; the first reason is kept.
     fn lose(&self, reason: String) {
         if self.lost.set(reason).is_ok() {
-            log::error!("device '{}' is lost: {}", self.name, self.reason());
+            logging::error!("device '{}' is lost: {}", self.name, self.reason());
         }
     }
 
@@ -131,7 +132,7 @@ impl Bridge {
         let name = format!("rk-bridge-{}", info.index);
         let thread = BoundedThread::spawn(name, move || {
             if let Err(error) = affinity::prefer_cores(&cores) {
-                log::warn!("the thread of a Metal device runs anywhere: {error}");
+                logging::warning!("the thread of a Metal device runs anywhere: {error}");
             }
             thread.run();
         })
@@ -155,9 +156,9 @@ impl Drop for Bridge {
         self.handle.look();
         match self.thread.join(Deadline::after(self.patience)) {
             Join::Ended => {}
-            Join::Panicked => log::error!("the thread of a Metal device panicked"),
+            Join::Panicked => logging::error!("the thread of a Metal device panicked"),
             Join::LeftBehind(place) => {
-                log::error!("the thread of a Metal device is left behind: {place}");
+                logging::error!("the thread of a Metal device is left behind: {place}");
             }
         }
     }
@@ -191,6 +192,8 @@ struct BridgeThread {
 impl BridgeThread {
     fn run(mut self) {
         loop {
+            // What is logged while locks are held leaves at the end of the round.
+            let deferral = logging::defer();
             let admitted = std::mem::take(&mut *self.handle.inbox.lock());
             let on_request = self.on_request;
             self.members
@@ -220,6 +223,7 @@ impl BridgeThread {
                     member.kernel.ask_to_end();
                 }
             }
+            drop(deferral);
             self.sleep();
         }
     }

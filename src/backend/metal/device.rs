@@ -20,6 +20,7 @@ use crate::backend::{
 };
 use crate::error::Error;
 use crate::kernel::MetalCode;
+use crate::logging;
 use crate::ring::WriteCombining;
 use crate::thread::affinity;
 use crate::thread::event_count::EventCount;
@@ -160,7 +161,7 @@ impl Backend for MetalBackend {
             Ok::<_, Error>((open(mode, coherent)?, reason))
         })?;
         let (mut device, reason) = opened?;
-        log::info!(
+        logging::info!(
             "device '{}' is in {} mode: {reason}",
             device.info.name,
             device.mode.name()
@@ -198,7 +199,7 @@ impl MetalDevice {
             match &outcome {
                 Ok(_) => break,
                 Err(reason) => {
-                    log::debug!("device '{}': probe: {reason}", self.info.name);
+                    logging::debug!("device '{}': probe: {reason}", self.info.name);
                 }
             }
         }

@@ -12,6 +12,7 @@ use super::device::VulkanDevice;
 use super::probe;
 use crate::backend::DriverClock;
 use crate::backend::probe::{ClockReading, read_clock};
+use crate::logging;
 
 /// A shader's clock that is the driver's as well.
 #[derive(Debug)]
@@ -59,7 +60,7 @@ pub(super) fn probe(
     let readings = read_clock(device, &probe::traced_echo(), || context.ticks())
         .map_err(|error| error.to_string())??;
     Ok(judge(&readings).map(|found| {
-        log::debug!("device '{}': clock: {found:?}", context.name());
+        logging::debug!("device '{}': clock: {found:?}", context.name());
         Arc::new(ShaderClock {
             context: Arc::clone(context),
             found,

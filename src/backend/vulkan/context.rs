@@ -15,6 +15,7 @@ use super::{spirv, unavailable};
 use crate::backend::Account;
 use crate::error::Error;
 use crate::kernel::ShaderSource;
+use crate::logging;
 use crate::thread::event_count::EventCount;
 
 /// Bindings of the prelude: host-to-device memory, device-to-host memory, state, where replies go. As many as every device has.
@@ -267,7 +268,7 @@ impl Context {
     /// Marks the device as lost; the first reason is kept.
     pub(super) fn lose(&self, reason: String) {
         if self.lost.set(reason).is_ok() {
-            log::error!(
+            logging::error!(
                 "device '{}' is lost: {}",
                 self.name(),
                 self.lost().unwrap_or("")
@@ -429,24 +430,25 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
+        let _deferral = logging::defer();
         if self.is_abandoned() {
             // Destroying what a dispatch still uses is undefined; the process keeps it to its end.
-            std::mem::forget(self.allocator.lock().take());
+            std::mem::forget(self.allocator.get_mut().take());
             // The driver runs that work: its instance and its library stay, too.
             std::mem::forget(Arc::clone(&self.instance));
-            log::warn!("device '{}' was left behind with work on it", self.name());
+            logging::warning!("device '{}' was left behind with work on it", self.name());
             return;
         }
         // SAFETY: every object that uses the device holds the context, and waited for its own work, so that nothing of
         // it is in use; each is destroyed once. Null handles are allowed.
         unsafe {
-            for (_, pipeline) in self.pipelines.lock().drain() {
+            for (_, pipeline) in self.pipelines.get_mut().drain() {
                 self.raw.destroy_pipeline(pipeline, None);
             }
             self.raw.destroy_pipeline_layout(self.pipeline_layout, None);
             self.raw
                 .destroy_descriptor_set_layout(self.set_layout, None);
-            drop(self.allocator.lock().take());
+            drop(self.allocator.get_mut().take());
             self.raw.destroy_device(None);
         }
     }

@@ -18,6 +18,7 @@ use crate::backend::{
     ExecutionMode, GridMemory, Handler, Placement, ResidentDispatch, VulkanConfig, VulkanMode,
 };
 use crate::error::Error;
+use crate::logging;
 use crate::thread::affinity;
 use crate::thread::event_count::EventCount;
 
@@ -163,9 +164,10 @@ impl VulkanDevice {
         };
         device.mode = mode;
         // Lanes of the probe belong to its mode.
-        device.lanes.lock().clear();
+        let lanes = std::mem::take(device.lanes.get_mut());
+        drop(lanes);
         let placements = device.placements()?;
-        log::info!(
+        logging::info!(
             "device '{}' is in {} mode: {reason}",
             device.info.name,
             mode.name()
@@ -193,7 +195,7 @@ impl VulkanDevice {
                 Ok(seen) => return Ok((ExecutionMode::Resident, seen)),
                 Err(failed) => reason = failed,
             }
-            log::debug!("device '{}': probe: {reason}", self.info.name);
+            logging::debug!("device '{}': probe: {reason}", self.info.name);
         }
         Ok((
             ExecutionMode::Exchange,
@@ -213,7 +215,7 @@ impl VulkanDevice {
                 Ok(found) => return self.clock.get_or_init(|| found).clone(),
                 Err(late) => reason = late,
             }
-            log::debug!("device '{}': its clock: {reason}", self.info.name);
+            logging::debug!("device '{}': its clock: {reason}", self.info.name);
         }
         // Tried again by the next one that asks.
         Err(reason)
@@ -366,7 +368,7 @@ impl Device for VulkanDevice {
         match found {
             Ok(clock) => Some(BlockClock::Driver(clock)),
             Err(reason) => {
-                log::warn!(
+                logging::warning!(
                     "a kernel on device '{}' cannot be traced: {reason}",
                     self.info.name
                 );

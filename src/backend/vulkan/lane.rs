@@ -24,6 +24,7 @@ use crate::backend::{ExecutionMode, Keeper};
 use crate::error::Error;
 use crate::kernel::outlet::Warden;
 use crate::kernel::{BlockState, FailureReason, KernelFailure};
+use crate::logging;
 use crate::thread::affinity;
 use crate::thread::bounded::{BoundedThread, Join};
 use crate::time::Deadline;
@@ -148,7 +149,7 @@ impl Lane {
         let name = format!("rk-bridge-{}-{queue_index}", context.physical.info.index);
         let thread = BoundedThread::spawn(name, move || {
             if let Err(error) = affinity::prefer_cores(&cores) {
-                log::warn!("the thread of a Vulkan queue runs anywhere: {error}");
+                logging::warning!("the thread of a Vulkan queue runs anywhere: {error}");
             }
             bridge.run();
         })
@@ -167,13 +168,14 @@ impl Lane {
 impl Drop for Lane {
     /// Ends the thread. Bounded: a fence that never signals ends the device, and a thread that a driver keeps is left behind.
     fn drop(&mut self) {
+        let _deferral = logging::defer();
         self.handle.stop.store(true, Ordering::Release);
         self.handle.look();
         match self.thread.join(Deadline::after(self.patience)) {
             Join::Ended => {}
-            Join::Panicked => log::error!("the thread of a Vulkan queue panicked"),
+            Join::Panicked => logging::error!("the thread of a Vulkan queue panicked"),
             Join::LeftBehind(place) => {
-                log::error!("the thread of a Vulkan queue is left behind: {place}");
+                logging::error!("the thread of a Vulkan queue is left behind: {place}");
             }
         }
     }
@@ -304,6 +306,8 @@ impl Bridge {
 
     fn run(mut self) {
         loop {
+            // What is logged while the lane holds locks, or a driver calls back, leaves at the end of the round.
+            let deferral = logging::defer();
             let mut failed = self.admit();
             if failed.is_none() && self.context.lost().is_none() {
                 failed = match self.mode {
@@ -325,6 +329,7 @@ impl Bridge {
             {
                 return;
             }
+            drop(deferral);
             if self.in_flight.is_empty() {
                 self.sleep();
             }

@@ -9,6 +9,7 @@ use ash::{ext, khr, vk};
 use super::unavailable;
 use crate::backend::VulkanConfig;
 use crate::error::Error;
+use crate::logging;
 
 /// Lowest version with everything the shaders and the backend use.
 pub(super) const API_VERSION: u32 = vk::API_VERSION_1_1;
@@ -133,6 +134,7 @@ impl Instance {
 
 impl Drop for Instance {
     fn drop(&mut self) {
+        let _deferral = logging::defer();
         // SAFETY: every device of the instance holds it, so that none is left; both are destroyed once.
         unsafe {
             if let Some((loader, messenger)) = self.messenger.take() {
@@ -175,6 +177,6 @@ unsafe extern "system" fn log_message(
     } else {
         log::Level::Warn
     };
-    log::log!(target: VALIDATION_TARGET, level, "{text}");
+    logging::record!(target: VALIDATION_TARGET, level, "{text}");
     vk::FALSE
 }

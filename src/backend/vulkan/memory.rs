@@ -14,6 +14,7 @@ use gpu_allocator::{AllocationError, MemoryLocation};
 use super::context::Context;
 use crate::backend::{DeviceMemory, MemoryPlacement, Placement};
 use crate::error::Error;
+use crate::logging;
 use crate::ring::WriteCombining;
 
 /// A buffer with memory of its own, mapped for as long as it lives if the host can reach it.
@@ -93,7 +94,7 @@ impl Buffer {
             Ok(allocation) => allocation,
             Err(AllocationError::OutOfMemory) => return Err(context.out_of_memory(asked)),
             Err(error) => {
-                log::warn!("device '{}': {error}", context.name());
+                logging::warning!("device '{}': {error}", context.name());
                 return Err(context.out_of_memory(asked));
             }
         };
@@ -178,6 +179,7 @@ impl DeviceMemory for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
+        let _deferral = logging::defer();
         self.context.account.give_back(self.bytes);
         if self.context.is_abandoned() {
             // A dispatch that never ended may still use it.
@@ -191,7 +193,7 @@ impl Drop for Buffer {
             && let Some(allocator) = self.context.allocator.lock().as_mut()
             && let Err(error) = allocator.free(allocation)
         {
-            log::warn!("device '{}': {error}", self.context.name());
+            logging::warning!("device '{}': {error}", self.context.name());
         }
     }
 }

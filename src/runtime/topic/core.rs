@@ -16,6 +16,7 @@ use crate::backend::{HostConsumer, HostPool, HostProducer, host_ring};
 use crate::bridge::{Letter, Tally};
 use crate::error::{Error, Unavailable};
 use crate::kernel::DeadLetterReason;
+use crate::process::{self, InChild};
 use crate::ring::{Peek, RingLayout};
 use crate::runtime::config::RuntimeConfig;
 use crate::thread::WaitStrategy;
@@ -32,6 +33,8 @@ const NAP: Duration = Duration::from_micros(20);
 const OPEN: u32 = 0;
 const DRAINING: u32 = 1;
 const CLOSED: u32 = 2;
+/// In the child of a fork.
+const FORKED: u32 = 3;
 
 /// What a topic is opened with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +79,7 @@ impl Signals {
             OPEN => Ok(()),
             DRAINING if by_kernel => Ok(()),
             DRAINING => Err(Unavailable::Draining),
+            FORKED => Err(Unavailable::Forked),
             _ => Err(Unavailable::Closed),
         }
     }
@@ -83,8 +87,12 @@ impl Signals {
     /// Why no message will come, if so. To be looked at before a lane is.
     #[inline]
     pub(super) fn check_receive(&self) -> Result<(), Unavailable> {
-        if self.state.load(Ordering::Acquire) == CLOSED {
-            return Err(Unavailable::Closed);
+        let state = self.state.load(Ordering::Acquire);
+        if state >= CLOSED {
+            return Err(match state {
+                FORKED => Unavailable::Forked,
+                _ => Unavailable::Closed,
+            });
         }
         // In this order: one that comes now is counted before it is known that there ever was one.
         if self.had_publisher.load(Ordering::Acquire)
@@ -96,7 +104,7 @@ impl Signals {
     }
 
     pub(super) fn is_closed(&self) -> bool {
-        self.state.load(Ordering::Acquire) == CLOSED
+        self.state.load(Ordering::Acquire) >= CLOSED
     }
 }
 
@@ -236,7 +244,7 @@ impl Core {
 
     /// Nothing is published from now on. What publishers were told is taken reaches the lanes before.
     fn close(&mut self, deadline: Deadline) {
-        self.lanes.signals.state.store(CLOSED, Ordering::SeqCst);
+        self.lanes.signals.state.fetch_max(CLOSED, Ordering::SeqCst);
         // ORDERING: leaving. See `PublisherShared::announce`.
         fence(Ordering::SeqCst);
         for outbox in &mut self.outboxes {
@@ -324,8 +332,19 @@ impl TopicShared {
         })
     }
 
+    /// Whether this process is the child of a fork, and the topic stays with its parent.
+    pub(super) fn is_elsewhere(&self) -> bool {
+        process::look();
+        self.signals.state.load(Ordering::Relaxed) == FORKED
+    }
+
     /// The core in hand, for the control plane.
     fn with<R>(&self, mut act: impl FnMut(&mut Core) -> R) -> Result<R, Error> {
+        if self.is_elsewhere() {
+            return Err(Error::Forked {
+                operation: "use a topic",
+            });
+        }
         let deadline = Deadline::after(self.termination_timeout);
         loop {
             if let Some(result) = self.core.try_with(&mut act) {
@@ -454,8 +473,14 @@ impl TopicShared {
         let deadline = Deadline::after(self.termination_timeout);
         let closed = self.with(|core| core.close(deadline));
         // Even if whoever has it stands still: nobody is to publish any more.
-        self.signals.state.store(CLOSED, Ordering::SeqCst);
+        self.signals.state.fetch_max(CLOSED, Ordering::SeqCst);
         closed
+    }
+}
+
+impl InChild for TopicShared {
+    fn close_in_child(&self) {
+        self.signals.state.store(FORKED, Ordering::SeqCst);
     }
 }
 

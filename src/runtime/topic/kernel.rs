@@ -320,6 +320,9 @@ impl KernelSubscription {
 impl Drop for KernelSubscription {
     /// The bridge ends it; what waits in its lane then goes to the dead letters.
     fn drop(&mut self) {
+        if self.pump.kernel.is_elsewhere() {
+            return;
+        }
         self.pump.cancelled.store(true, Ordering::Release);
         self.pump.kernel.bridge.attention.bell.notify();
     }

@@ -118,6 +118,9 @@ impl PublisherLane {
 impl Drop for PublisherLane {
     /// What was published reaches the subscribers all the same.
     fn drop(&mut self) {
+        if self.topic.is_elsewhere() {
+            return;
+        }
         self.shared.closed.store(true, Ordering::Release);
         self.topic.core.leave();
     }

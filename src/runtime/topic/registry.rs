@@ -16,7 +16,9 @@ use super::publisher::{Publisher, PublisherLane};
 use super::subscriber::{Subscriber, SubscriberLane};
 use crate::error::Error;
 use crate::kernel::DeadLetters;
+use crate::logging;
 use crate::message::RingMessage;
+use crate::process;
 use crate::runtime::client_options::ClientOptions;
 use crate::runtime::handle::KernelHandle;
 use crate::runtime::lifecycle::MessageTally;
@@ -217,6 +219,8 @@ impl RingKernelRuntime {
         };
         self.check_running("open a topic")?;
         let pool = self.device(self.default_device())?.host_pool();
+        // Before the lock: taking memory may be logged.
+        let _deferral = logging::defer();
         let mut inner = self.topics.inner.lock();
         if inner.is_closed {
             return Err(Error::InvalidLifecycle {
@@ -241,6 +245,7 @@ impl RingKernelRuntime {
                 };
                 let shared = TopicShared::new(name, shape, letters, pool, config)?;
                 let shared = Arc::new(shared);
+                process::register(&shared);
                 inner.topics.insert(name.to_owned(), Arc::clone(&shared));
                 shared
             }
@@ -256,6 +261,7 @@ impl RingKernelRuntime {
     /// # Errors
     /// As [`Topic::stats`].
     pub fn topics(&self) -> Result<BTreeMap<String, TopicStats>, Error> {
+        self.check_here("list topics")?;
         let topics = self.topics.all();
         topics
             .iter()

@@ -115,6 +115,9 @@ impl SubscriberLane {
 impl Drop for SubscriberLane {
     /// What it has not received goes to the dead letters.
     fn drop(&mut self) {
+        if self.topic.is_elsewhere() {
+            return;
+        }
         self.lane.closed.store(true, Ordering::Release);
         self.topic.core.leave();
     }

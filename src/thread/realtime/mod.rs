@@ -35,7 +35,10 @@ use std::time::Duration;
 pub use machine::RealtimeWarning;
 pub use report::{Grant, Need, RealtimeReport, Refusal, Schedule, Setting};
 
+use super::own;
 use crate::error::Error;
+use crate::logging;
+use crate::process::Birth;
 use crate::time::Deadline;
 
 /// Between two looks whether a thread has ended.
@@ -236,6 +239,7 @@ impl RealtimeThread {
         };
         match outcome {
             Ok(report) => Ok(RealtimeHandle {
+                birth: Birth::here(),
                 report,
                 stop,
                 thread: Some(thread),
@@ -306,7 +310,7 @@ impl RealtimeThread {
 /// The report, or the error that it amounts to.
 fn check(report: RealtimeReport) -> Result<RealtimeReport, Error> {
     for (setting, refusal) in report.refused() {
-        log::warn!("thread '{}': {setting} refused: {refusal}", report.thread);
+        logging::warning!("thread '{}': {setting} refused: {refusal}", report.thread);
     }
     match report.fatal() {
         None => Ok(report),
@@ -346,9 +350,12 @@ impl RealtimeContext {
 
 /// A realtime thread that was started.
 ///
-/// Dropping it asks the thread to end, and waits until it has: for as long as its body takes to notice.
+/// Dropping it asks the thread to end, and waits until it has: for as long as its body takes to notice. A thread
+/// that drops its own handle does not wait for itself: it has been asked to end, and goes on.
 #[derive(Debug)]
 pub struct RealtimeHandle<T> {
+    /// The process that the thread is of.
+    birth: Birth,
     report: RealtimeReport,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<Option<T>>>,
@@ -366,10 +373,10 @@ impl<T> RealtimeHandle<T> {
         self.stop.store(true, Ordering::Relaxed);
     }
 
-    /// Whether its body has ended.
+    /// Whether its body has ended. Always so in the child of a `fork`, where there is no such thread.
     #[must_use]
     pub fn is_finished(&self) -> bool {
-        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+        self.birth.is_elsewhere() || self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
     /// Waits until its body has ended, but no longer than `timeout`; whether it has.
@@ -390,8 +397,18 @@ impl<T> RealtimeHandle<T> {
     /// [`wait_finished`](Self::wait_finished) for a bound.
     ///
     /// # Errors
-    /// What the body panicked with.
+    /// What the body panicked with. On the thread itself, which cannot wait for its own end, a text that
+    /// says so; nothing is waited for then. So it is in the child of a `fork`.
     pub fn join(mut self) -> Result<T, Box<dyn Any + Send>> {
+        if self.thread.as_ref().is_some_and(own::is_current) {
+            // Dropping the handle tells the thread to end.
+            return Err(Box::new("a realtime thread cannot join itself"));
+        }
+        if self.birth.is_elsewhere() {
+            return Err(Box::new(
+                "the process was forked, and the realtime thread stays with its parent",
+            ));
+        }
         match self.thread.take().map(JoinHandle::join) {
             Some(Ok(Some(value))) => Ok(value),
             Some(Err(panic)) => Err(panic),
@@ -403,11 +420,17 @@ impl<T> RealtimeHandle<T> {
 
 impl<T> Drop for RealtimeHandle<T> {
     fn drop(&mut self) {
+        if self.birth.is_elsewhere() {
+            // No such thread is here, neither to be joined nor to be detached.
+            std::mem::forget(self.thread.take());
+            return;
+        }
         self.stop();
         if let Some(thread) = self.thread.take()
+            && !own::is_current(&thread)
             && thread.join().is_err()
         {
-            log::error!("realtime thread '{}' panicked", self.report.thread);
+            logging::error!("realtime thread '{}' panicked", self.report.thread);
         }
     }
 }
