@@ -199,6 +199,7 @@ impl KernelInstance {
                 || (control.state() != Some(BlockState::Ended) && !is_between);
             // In this order: a request that is counted only now was sent before, and lies in the ring.
             let (accepted, processed) = self.progress(counter, position);
+            let processed = processed + uncounted(accepted, position, self.capacity);
             let refused = u64::from(control.dropped());
             let mut found = 0;
             let mut failed = 0;
@@ -334,5 +335,29 @@ impl KernelInstance {
     /// Whether it has failed, for the report.
     pub(super) fn has_failed(&self) -> bool {
         self.state() == KernelState::Failed
+    }
+}
+
+/// Requests that a block has handled and that their sender, which had just published them, has not counted: none of a position that cannot be.
+fn uncounted(accepted: u64, position: u32, capacity: u64) -> u64 {
+    let ahead = u64::from(position.wrapping_sub(accepted as u32));
+    if ahead <= capacity { ahead } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::uncounted;
+
+    #[test]
+    fn what_was_handled_before_it_was_counted_is_not_forgotten() {
+        assert_eq!(uncounted(7, 7, 16), 0);
+        assert_eq!(uncounted(7, 8, 16), 1);
+        assert_eq!(uncounted(7, 23, 16), 16);
+        // Some of them wait, and around the end of the positions.
+        assert_eq!(uncounted(7, 3, 16), 0);
+        assert_eq!(uncounted(u64::from(u32::MAX), 1, 16), 2);
+        assert_eq!(uncounted((1 << 32) + 1, u32::MAX, 16), 0);
+        // Nothing that a ring could have held.
+        assert_eq!(uncounted(7, 24, 16), 0);
     }
 }
