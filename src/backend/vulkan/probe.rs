@@ -8,14 +8,18 @@ use crate::kernel::ShaderCode;
 
 /// The built-in `echo`.
 pub(super) fn echo() -> Handler {
-    let code = ShaderCode::spirv(include_bytes!("../../../shaders/echo.spv").as_slice());
+    let echo = include_bytes!("../../../shaders/echo.spv").as_slice();
+    // SAFETY: a module of our own, validated when it is built.
+    let code = unsafe { ShaderCode::spirv(echo) };
     Handler::Shader(Arc::new(code))
 }
 
 /// The same, with traces.
 pub(super) fn traced_echo() -> Handler {
-    let code = ShaderCode::spirv(include_bytes!("../../../shaders/echo.spv").as_slice())
-        .traced(include_bytes!("../../../shaders/echo.traced.spv").as_slice());
+    let echo = include_bytes!("../../../shaders/echo.spv").as_slice();
+    let traced = include_bytes!("../../../shaders/echo.traced.spv").as_slice();
+    // SAFETY: modules of our own, validated when they are built.
+    let code = unsafe { ShaderCode::spirv(echo).traced(traced) };
     Handler::Shader(Arc::new(code))
 }
 
