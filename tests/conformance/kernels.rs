@@ -58,6 +58,8 @@ macro_rules! module {
     }};
 }
 
+// Not every test file has kernels beside these.
+#[allow(unused_imports)]
 pub(super) use module;
 
 /// The source of the same, for other devices.
