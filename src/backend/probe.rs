@@ -41,6 +41,10 @@ const ENOUGH: u32 = 8;
 /// together is no chance: on a busy machine one message in four came back so.
 const UNSEEN_ROUNDS: u32 = 8;
 
+/// Longest pause between two looks for a reply in an exchange that says something: a thread that is held up finds the reply when other slices
+/// run already.
+const PROMPT: Duration = Duration::from_micros(500);
+
 /// Slices after which a message that has not come back never will: more than two command buffers hold.
 const SLICES_TO_SEE: u32 = 256;
 
@@ -49,7 +53,7 @@ const START: u32 = u32::MAX - MESSAGES / 2;
 
 /// How long an attempt may take, and how long nothing may come of it meanwhile. Milliseconds are usual; the rest is for machines without
 /// a core to spare.
-const TIMEOUT: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(5);
 const QUIET: Duration = Duration::from_secs(3);
 
 /// For the first slice, which a driver may compile the kernel for, and for the last one.
@@ -58,8 +62,9 @@ const START_TIMEOUT: Duration = Duration::from_secs(15);
 /// Block sizes that are tried: more than one SIMD group or warp, and the least. They are held together differently.
 pub(crate) const BLOCK_SIZES: [u32; 2] = [64, 1];
 
-/// Attempts with each block size, while they are slow.
+/// Attempts with each block size, while they are slow: at least so many, and for so long.
 const ATTEMPTS: u32 = 3;
+const ATTEMPTS_TIME: Duration = Duration::from_secs(10);
 
 /// What one attempt, or several, showed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,7 +73,7 @@ pub(crate) struct Seen {
     pub(crate) received: u32,
     /// Those that came back from the dispatch that ran when they were sent.
     pub(crate) mid_slice: u32,
-    /// Exchanges that were completed.
+    /// Exchanges that were completed, and of which the host saw each step at once.
     rounds: u32,
     /// Whether those that did not come back had slices enough to be seen by.
     is_lost: bool,
@@ -89,7 +94,9 @@ pub(crate) fn run(device: &dyn Device, echo: &Handler) -> Result<Result<String, 
     let mut all = Seen::default();
     let mut is_slow = false;
     for block_size in BLOCK_SIZES {
-        match judge(|| run_block(device, echo, block_size, UNSEEN_ROUNDS))? {
+        match judge(ATTEMPTS_TIME, || {
+            run_block(device, echo, block_size, UNSEEN_ROUNDS)
+        })? {
             Ok((seen, slow)) => {
                 all.sent += seen.sent;
                 all.received += seen.received;
@@ -113,11 +120,15 @@ pub(crate) fn run(device: &dyn Device, echo: &Handler) -> Result<Result<String, 
 
 /// Makes attempts until they show something. All that was seen, and whether it took more than one good attempt; or why it is not enough.
 fn judge(
+    time: Duration,
     mut attempt: impl FnMut() -> Result<Result<Seen, Failed>, Error>,
 ) -> Result<Result<(Seen, bool), String>, Error> {
     let mut all = Seen::default();
     let mut last = String::new();
-    for attempts in 1..=ATTEMPTS {
+    let begin = Instant::now();
+    let mut attempts = 0;
+    while attempts < ATTEMPTS || begin.elapsed() < time {
+        attempts += 1;
         match attempt()? {
             Ok(seen) => {
                 all.sent += seen.sent;
@@ -138,17 +149,19 @@ fn judge(
                     "only {} of {} messages were answered by the dispatch that was running when they were sent",
                     all.mid_slice, all.received
                 );
+                if all.mid_slice == 0 && all.rounds >= ATTEMPTS * UNSEEN_ROUNDS {
+                    return Ok(Err(last));
+                }
             }
             Err(Failed::Broken(reason)) => return Ok(Err(reason)),
             Err(Failed::Slow(reason)) => last = reason,
         }
         crate::logging::debug!("probe, attempt {attempts}: {last}");
     }
-    Ok(match (all.mid_slice, all.rounds) {
-        (1.., _) => Ok((all, true)),
-        (0, rounds) if rounds >= ATTEMPTS * UNSEEN_ROUNDS => Err(last),
-        _ => Err(format!(
-            "slow: {ATTEMPTS} attempts did not show whether a running dispatch sees messages: {last}"
+    Ok(match all.mid_slice {
+        1.. => Ok((all, true)),
+        0 => Err(format!(
+            "slow: {attempts} attempts did not show whether a running dispatch sees messages: {last}"
         )),
     })
 }
@@ -313,9 +326,12 @@ fn exchange(
             sent += 1;
         }
         let sent_in = slice_number();
+        let (mut looked, mut is_prompt) = (Instant::now(), true);
         while received < sent {
             // Before the look for a reply: this thread may be held up between the two.
             let (now, looked_in) = (Instant::now(), slice_number());
+            is_prompt &= now.duration_since(looked) < PROMPT;
+            looked = now;
             match consumer.try_next() {
                 Ok(Some(reply)) => {
                     if reply.header().correlation() != received + 1
@@ -354,7 +370,7 @@ fn exchange(
                 }
             }
         }
-        rounds += 1;
+        rounds += u32::from(is_prompt);
     }
     Ok(Seen {
         sent,
@@ -491,7 +507,7 @@ mod tests {
     /// The verdict on attempts that come out like this, and how many were made.
     fn verdict(attempts: &[Result<Seen, Failed>]) -> (Result<(Seen, bool), String>, usize) {
         let mut made = 0;
-        let outcome = judge(|| {
+        let outcome = judge(Duration::ZERO, || {
             made += 1;
             Ok(attempts[made - 1].clone())
         });
