@@ -206,7 +206,8 @@ impl Stages {
             })
             .register(
                 KernelRegistration::new("stage")
-                    .shader(ShaderCode::spirv(echo.as_slice()))
+                    // SAFETY: a module of our own, validated when it is built.
+                    .shader(unsafe { ShaderCode::spirv(echo.as_slice()) })
                     .cpu_handler(|request, context| context.echo(request)),
             );
         let on_threads = config.backend == BackendType::Cpu;

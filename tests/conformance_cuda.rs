@@ -466,9 +466,16 @@ fn code_that_is_none_and_source_that_does_not_compile_say_why() {
     let wrong = "RK_HANDLER {\n    uint n = rk_in_words();\n    rk_reply(m);\n}\n";
     let double = "RK_HANDLER { RK_FOR(i, rk_in_words()) { rk_out(i, 2u * rk_in(i)); } rk_reply(rk_in_bytes()); }";
     let kernel = KernelRegistration::new;
+    // SAFETY: no driver takes either.
+    let (noise, foreign) = unsafe {
+        (
+            CudaCode::cubin(vec![7; 100]),
+            CudaCode::ptx(b".version 7.0".as_slice()),
+        )
+    };
     let runtime = Cuda::builder()
-        .register(kernel("noise").cuda(CudaCode::cubin(vec![7; 100])))
-        .register(kernel("foreign").cuda(CudaCode::ptx(b".version 7.0".as_slice())))
+        .register(kernel("noise").cuda(noise))
+        .register(kernel("foreign").cuda(foreign))
         .register(kernel("wrong").cuda(CudaCode::source(wrong)))
         .register(kernel("double").portable(PortableCode::new(double)))
         .register(kernel("cpu").cpu_handler(|_, _| Ok(())))

@@ -218,11 +218,15 @@ fn code_that_is_none_is_refused_before_a_driver_sees_it() {
         .rposition(|word| word == 50_u32.wrapping_add(4 << 16).to_le_bytes())
         .unwrap();
     newer[version + 12] = 9;
+    let with_module = |id, module: Vec<u8>| {
+        // SAFETY: each of them fails the checks, and no driver sees it.
+        KernelRegistration::new(id).shader(unsafe { ShaderCode::spirv(module) })
+    };
     let runtime = vulkan::builder(VulkanMode::Exchange, RuntimeConfig::default())
-        .register(KernelRegistration::new("empty").shader(ShaderCode::spirv(Vec::new())))
-        .register(KernelRegistration::new("noise").shader(ShaderCode::spirv(vec![7; 400])))
-        .register(KernelRegistration::new("cut").shader(ShaderCode::spirv(echo[..1000].to_vec())))
-        .register(KernelRegistration::new("newer").shader(ShaderCode::spirv(newer)))
+        .register(with_module("empty", Vec::new()))
+        .register(with_module("noise", vec![7; 400]))
+        .register(with_module("cut", echo[..1000].to_vec()))
+        .register(with_module("newer", newer))
         .register(KernelRegistration::new("none").cpu_handler(|_, _| Ok(())))
         .build()
         .unwrap();
@@ -1175,9 +1179,16 @@ fn a_module_for_traces_reads_a_clock() {
     let Some(_turn) = turn() else { return };
     let plain = include_bytes!("../shaders/echo.spv").as_slice();
     let with_traces = include_bytes!("../shaders/echo.traced.spv").as_slice();
+    // SAFETY: modules of our own, validated when they are built.
+    let (twice, always) = unsafe {
+        (
+            ShaderCode::spirv(plain).traced(plain),
+            ShaderCode::spirv(with_traces),
+        )
+    };
     let runtime = vulkan::builder(VulkanMode::Auto, RuntimeConfig::default())
-        .register(KernelRegistration::new("twice").shader(ShaderCode::spirv(plain).traced(plain)))
-        .register(KernelRegistration::new("always").shader(ShaderCode::spirv(with_traces)))
+        .register(KernelRegistration::new("twice").shader(twice))
+        .register(KernelRegistration::new("always").shader(always))
         .build()
         .unwrap();
     match runtime.launch("twice", 1, 1, traced(1)) {

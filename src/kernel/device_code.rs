@@ -21,7 +21,9 @@ pub struct PortableCode {
 }
 
 impl PortableCode {
-    /// The source of a handler.
+    /// The source of a handler. Within the functions of the prelude no index reaches beyond what it is for; but the compilers behind
+    /// take more than these functions, and do not confine what else a source does. It must be the program's own, as any other code
+    /// that is compiled into it: never text from elsewhere.
     #[must_use]
     pub fn new(handler: impl Into<Cow<'static, str>>) -> Self {
         Self {
@@ -84,20 +86,28 @@ impl fmt::Debug for CudaCode {
 
 impl CudaCode {
     /// PTX text that was built with `kernels/ringkernel.cuh`; the driver compiles it at launch.
+    ///
+    /// # Safety
+    /// What the driver takes runs on the device, and can write to this process's memory: it must have been compiled from a source
+    /// behind that prelude, and access no memory but what the prelude's accessors give it or it allocates itself, whatever
+    /// messages it is sent.
     #[must_use]
-    pub fn ptx(text: impl Into<Cow<'static, [u8]>>) -> Self {
+    pub unsafe fn ptx(text: impl Into<Cow<'static, [u8]>>) -> Self {
         Self::from_source(CudaSource::Image(text.into()))
     }
 
     /// A cubin that was built with `kernels/ringkernel.cuh`, for the device's very architecture.
+    ///
+    /// # Safety
+    /// As for [`ptx`](Self::ptx).
     #[must_use]
-    pub fn cubin(image: impl Into<Cow<'static, [u8]>>) -> Self {
+    pub unsafe fn cubin(image: impl Into<Cow<'static, [u8]>>) -> Self {
         Self::from_source(CudaSource::Image(image.into()))
     }
 
     /// The source of a handler, portable or in CUDA C++, which NVRTC compiles behind `kernels/ringkernel.cuh` at launch. An error
     /// there is [`Error::Compile`](crate::Error::Compile) with the compiler's log, whose line numbers are those of this
-    /// source.
+    /// source. As for [`PortableCode::new`], the source must be the program's own.
     #[must_use]
     pub fn source(handler: impl Into<Cow<'static, str>>) -> Self {
         Self::from_source(CudaSource::Handler(handler.into()))
@@ -154,7 +164,8 @@ impl fmt::Debug for MetalCode {
 
 impl MetalCode {
     /// The source of a handler, portable or in the Metal Shading Language, which the system compiles at launch. An error there is
-    /// [`Error::Compile`](crate::Error::Compile) with the compiler's log, whose line numbers are those of this source.
+    /// [`Error::Compile`](crate::Error::Compile) with the compiler's log, whose line numbers are those of this source. As for
+    /// [`PortableCode::new`], the source must be the program's own.
     #[must_use]
     pub fn source(handler: impl Into<Cow<'static, str>>) -> Self {
         Self {

@@ -10,7 +10,9 @@ use std::fmt;
 ///
 /// // Built by: glslangValidator -V --target-env vulkan1.1 -Ishaders -o echo.spv echo.comp
 /// static SPIRV: &[u8] = include_bytes!("../../shaders/echo.spv");
-/// let registration = KernelRegistration::new("mine").shader(ShaderCode::spirv(SPIRV));
+/// // SAFETY: the module is what the compiler made of our source, which uses the prelude's accessors alone.
+/// let code = unsafe { ShaderCode::spirv(SPIRV) };
+/// let registration = KernelRegistration::new("mine").shader(code);
 /// # assert_eq!(registration.id(), "mine");
 /// ```
 #[derive(Clone)]
@@ -51,15 +53,21 @@ impl ShaderCode {
     /// beside them and include it.
     pub const PRELUDE: &str = include_str!("../../shaders/ringkernel.glsl");
 
-    /// A SPIR-V module that was built with `shaders/ringkernel.glsl`. It is checked at launch.
+    /// A SPIR-V module that was built with `shaders/ringkernel.glsl`. At launch its header, its entry point, its layout and what it needs of
+    /// the device are checked, and [`Error::InvalidCode`](crate::Error::InvalidCode) says what is wrong. It is not validated.
+    ///
+    /// # Safety
+    /// A module that passes these checks must be valid SPIR-V for Vulkan 1.1, as `spirv-val --target-env vulkan1.1` finds, and its code must
+    /// access no memory beyond its arrays and buffers, whatever messages it is sent: the prelude's accessors see to that. Drivers trust
+    /// modules: one that is not valid can crash the process, or worse.
     #[must_use]
-    pub fn spirv(module: impl Into<Cow<'static, [u8]>>) -> Self {
+    pub unsafe fn spirv(module: impl Into<Cow<'static, [u8]>>) -> Self {
         Self::from_source(ShaderSource::Spirv(module.into()))
     }
 
     /// The source of a handler, `RK_HANDLER { ... }`, which is compiled behind `shaders/ringkernel.glsl` at launch. An
     /// error there is [`Error::Compile`](crate::Error::Compile) with the compiler's log, whose line numbers are those
-    /// of this source.
+    /// of this source. As for [`PortableCode::new`](super::PortableCode::new), the source must be the program's own.
     #[cfg(feature = "glsl")]
     #[must_use]
     pub fn glsl(handler: impl Into<Cow<'static, str>>) -> Self {
@@ -69,8 +77,11 @@ impl ShaderCode {
     /// The same kernel built with `-DRK_TRACES` beside: the module that is taken where
     /// [`LaunchOptions::trace_every`](crate::LaunchOptions::trace_every) asks for traces and the device's shaders can read a clock. A kernel
     /// without is not traced on Vulkan; one in GLSL needs none.
+    ///
+    /// # Safety
+    /// As for [`spirv`](Self::spirv).
     #[must_use]
-    pub fn traced(mut self, module: impl Into<Cow<'static, [u8]>>) -> Self {
+    pub unsafe fn traced(mut self, module: impl Into<Cow<'static, [u8]>>) -> Self {
         self.traced = Some(ShaderSource::Spirv(module.into()));
         self
     }

@@ -5,8 +5,7 @@ use std::time::Duration;
 
 use ringkernel::error::HandlerError;
 use ringkernel::{
-    HandlerResult, KernelContext, KernelRegistration, PortableCode, Request, ShaderCode,
-    ring_message,
+    HandlerResult, KernelContext, KernelRegistration, PortableCode, Request, ring_message,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -43,13 +42,25 @@ pub const OVERFLOW: u32 = 7;
 /// A kernel's committed module for Vulkan, and the one with traces.
 macro_rules! module {
     ($name:literal) => {
-        ShaderCode::spirv(include_bytes!(concat!("../shaders/", $name, ".spv")).as_slice())
+        // SAFETY: a module of our own, validated when it is built.
+        unsafe {
+            ringkernel::ShaderCode::spirv(
+                include_bytes!(concat!("../shaders/", $name, ".spv")).as_slice(),
+            )
+        }
     };
-    ($name:literal with traces) => {
-        module!($name)
-            .traced(include_bytes!(concat!("../shaders/", $name, ".traced.spv")).as_slice())
-    };
+    ($name:literal with traces) => {{
+        let plain = module!($name);
+        // SAFETY: as above.
+        unsafe {
+            plain.traced(include_bytes!(concat!("../shaders/", $name, ".traced.spv")).as_slice())
+        }
+    }};
 }
+
+// Not every test file has kernels beside these.
+#[allow(unused_imports)]
+pub(super) use module;
 
 /// The source of the same, for other devices.
 macro_rules! source {

@@ -11,11 +11,10 @@ use ringkernel::error::{
 use ringkernel::thread::affinity::usable_cores;
 use ringkernel::{
     Connection, ConnectionKind, Error, KernelHandle, KernelRegistration, KernelState,
-    LaunchOptions, PortableCode, Priority, RingKernelRuntime, SendOptions, ShaderCode,
-    WaitStrategy,
+    LaunchOptions, PortableCode, Priority, RingKernelRuntime, SendOptions, WaitStrategy,
 };
 
-use super::kernels::{Add, OVERFLOW, Sum};
+use super::kernels::{Add, OVERFLOW, Sum, module};
 use super::{LONG, Subject, active, eventually, runtime, small};
 
 /// Kernels that only these tests have.
@@ -23,9 +22,7 @@ pub(super) fn with_kernels(runtime: RingKernelRuntime) -> RingKernelRuntime {
     for registration in [
         // Declares its types in another order than `test.add`, so that kinds differ.
         KernelRegistration::new("pipe.negate")
-            .shader(ShaderCode::spirv(
-                include_bytes!("../shaders/negate.spv").as_slice(),
-            ))
+            .shader(module!("negate"))
             .portable(PortableCode::new(include_str!("../kernels/negate.rk")))
             .typed_cpu_handler::<Sum, Sum, _>(|sum, _| {
                 Ok(Sum {
@@ -34,9 +31,7 @@ pub(super) fn with_kernels(runtime: RingKernelRuntime) -> RingKernelRuntime {
             }),
         // Adds one to a number; fails on 1000. On 2000 it panics, or does on a device what it must not.
         KernelRegistration::new("pipe.step")
-            .shader(ShaderCode::spirv(
-                include_bytes!("../shaders/step.spv").as_slice(),
-            ))
+            .shader(module!("step"))
             .portable(PortableCode::new(include_str!("../kernels/step.rk")))
             .cpu_handler(|request, context| {
                 let number = number(request.payload());

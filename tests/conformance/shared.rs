@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 
 use ringkernel::{
     ConnectionKind, KernelHandle, KernelRegistration, LaunchOptions, PortableCode,
-    RingKernelRuntime, RuntimeConfig, ShaderCode, WaitStrategy,
+    RingKernelRuntime, RuntimeConfig, WaitStrategy,
 };
 
+use super::kernels::module;
 use super::{LONG, Subject, eventually, runtime, runtime_from, small};
 
 /// Messages that the bridge of a kernel's device has moved.
@@ -135,10 +136,7 @@ pub fn kernels_that_cannot_share_a_ring_do_not<S: Subject>() {
     runtime
         .register(
             KernelRegistration::new(many)
-                .shader(
-                    ShaderCode::spirv(include_bytes!("../shaders/repeat.spv").as_slice())
-                        .replies(32),
-                )
+                .shader(module!("repeat").replies(32))
                 .portable(PortableCode::new(include_str!("../kernels/repeat.rk")).replies(32))
                 .cpu_handler(|request, context| {
                     for index in 0..request.payload()[0] {

@@ -34,9 +34,6 @@ const ECHO: &str = include_str!("../../../kernels/echo.rk");
 /// Where it includes the common part: the runtime compiler has no include path.
 const INCLUDE: &str = "#include \"ringkernel.h\"\n";
 
-/// How often the probe is made before its answer counts: a loaded machine can make one attempt fail.
-const PROBES: u32 = 3;
-
 /// The Metal backend.
 #[derive(Debug)]
 pub(crate) struct MetalBackend {
@@ -193,17 +190,7 @@ impl MetalDevice {
     /// Tries whether messages reach a running slice, and come back: what is seen, or why not.
     fn probe(&self) -> Result<Result<String, String>, Error> {
         let echo = Handler::Metal(Arc::new(MetalCode::source(ECHO)));
-        let mut outcome = Err(String::new());
-        for _ in 0..PROBES {
-            outcome = probe::run(self, &echo)?;
-            match &outcome {
-                Ok(_) => break,
-                Err(reason) => {
-                    logging::debug!("device '{}': probe: {reason}", self.info.name);
-                }
-            }
-        }
-        Ok(outcome)
+        probe::run(self, &echo)
     }
 
     /// The pipeline of a handler, compiled once.

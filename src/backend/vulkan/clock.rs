@@ -21,6 +21,16 @@ pub(super) struct ShaderClock {
     found: Found,
 }
 
+/// Readings that say what a clock is.
+const LEAST_READINGS: usize = 4;
+
+impl ClockReading {
+    /// Whether it took less than half of what the low word of a clock counts.
+    fn is_short(&self) -> bool {
+        self.after.wrapping_sub(self.before) < 1 << 31
+    }
+}
+
 /// What readings of a clock show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Found {
@@ -57,8 +67,15 @@ pub(super) fn probe(
     if !context.physical.tells_clock {
         return Ok(Err("the driver does not tell the device's clock".into()));
     }
-    let readings = read_clock(device, &probe::traced_echo(), || context.ticks())
+    let mut readings = read_clock(device, &probe::traced_echo(), || context.ticks())
         .map_err(|error| error.to_string())??;
+    // Of a clock without its high word those that took long say nothing: it may have been around once more.
+    readings.retain(ClockReading::is_short);
+    if readings.len() < LEAST_READINGS {
+        return Err(
+            "it was slow: too few readings took less than half a range of the clock".into(),
+        );
+    }
     Ok(judge(&readings).map(|found| {
         logging::debug!("device '{}': clock: {found:?}", context.name());
         Arc::new(ShaderClock {
@@ -131,6 +148,20 @@ mod tests {
             }
         });
         readings.collect()
+    }
+
+    /// A busy machine between two stamps.
+    #[test]
+    fn readings_that_took_long_say_nothing() {
+        let mut slow = readings(7 << 32, |now| now & 0xffff_ffff);
+        slow[3].after += 1 << 33;
+        // Around once, and not as far again as it was.
+        slow[5].done = slow[5].seen - 100;
+        slow[5].after += 1 << 32;
+        assert!(judge(&slow).is_err());
+        slow.retain(ClockReading::is_short);
+        assert_eq!(slow.len(), 14);
+        assert!(judge(&slow).is_ok());
     }
 
     #[test]

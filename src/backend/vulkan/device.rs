@@ -22,8 +22,8 @@ use crate::logging;
 use crate::thread::affinity;
 use crate::thread::event_count::EventCount;
 
-/// How often the probe is made before its answer counts: a loaded machine can make one attempt fail.
-const PROBES: u32 = 3;
+/// How often a shader's clock is tried before its answer counts: on a busy machine an attempt may come to nothing.
+const CLOCK_PROBES: u32 = 3;
 
 /// How memory for replies is called in a device's description.
 const DEVICE_TO_HOST: &str = "device-to-host";
@@ -189,18 +189,13 @@ impl VulkanDevice {
     }
 
     fn probe(&self) -> Result<(ExecutionMode, String), Error> {
-        let mut reason = String::new();
-        for _ in 0..PROBES {
-            match crate::backend::probe::run(self, &probe::echo())? {
-                Ok(seen) => return Ok((ExecutionMode::Resident, seen)),
-                Err(failed) => reason = failed,
-            }
-            logging::debug!("device '{}': probe: {reason}", self.info.name);
-        }
-        Ok((
-            ExecutionMode::Exchange,
-            format!("the probe failed: {reason}"),
-        ))
+        Ok(match crate::backend::probe::run(self, &probe::echo())? {
+            Ok(seen) => (ExecutionMode::Resident, seen),
+            Err(reason) => (
+                ExecutionMode::Exchange,
+                format!("the probe failed: {reason}"),
+            ),
+        })
     }
 
     /// The clock that shaders read; why there is none that traces can be made with. Tried by a kernel of its own the first time.
@@ -210,7 +205,7 @@ impl VulkanDevice {
             return known.clone();
         }
         let mut reason = String::new();
-        for _ in 0..PROBES {
+        for _ in 0..CLOCK_PROBES {
             match clock::probe(self, &self.context) {
                 Ok(found) => return self.clock.get_or_init(|| found).clone(),
                 Err(late) => reason = late,
