@@ -29,7 +29,9 @@ use crate::kernel::{
 };
 use crate::process;
 use crate::ring::RingLayout;
-use crate::thread::{CoreLease, KernelWait, PlacedThread, SpinPermit, WaitStrategy, affinity};
+use crate::thread::{
+    CoreLease, KernelWait, PlacedThread, SpinPermit, WaitStrategy, affinity, budget,
+};
 use crate::time::{Stamps, TimestampSource};
 
 /// Most blocks of a grid: on the CPU each is a thread.
@@ -305,6 +307,7 @@ impl Placing {
                     }
                 }
                 WaitStrategy::Auto => {
+                    budget::refresh();
                     // A core for each block, of those that it may have, and one left in the whole process.
                     let permit = (CoreLease::unused(wanted) >= blocks)
                         .then(|| SpinPermit::for_kernel(blocks))

@@ -31,7 +31,7 @@ use crate::kernel::{
 };
 use crate::logging;
 use crate::process::{self, Birth};
-use crate::thread::{affinity, foreign};
+use crate::thread::{affinity, budget, foreign};
 use crate::time::{self, Deadline};
 
 /// Between two looks whether a drain is complete.
@@ -122,7 +122,7 @@ impl RingKernelRuntime {
         let _deferral = logging::defer();
         config.validate()?;
         time::initialise();
-        affinity::initialise();
+        budget::refresh();
         install_hook();
         let mut registry = BTreeMap::new();
         for registration in registered_kernels().into_iter().chain(registrations) {

@@ -3,8 +3,6 @@
 //! What can be had is asked of the system each time: a container's files may tell of other cores than it has, its cpuset
 //! may change while the process runs, and a sandbox may refuse to place threads.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use crate::error::Error;
 use crate::logging;
 use crate::system;
@@ -47,9 +45,7 @@ pub fn online_cores() -> Vec<usize> {
 /// May start a thread; for the control plane only. Empty where the system tells nothing.
 #[must_use]
 pub fn usable_cores() -> Vec<usize> {
-    let cores = now_usable();
-    USABLE.store(cores.len().max(1), Ordering::Relaxed);
-    cores
+    now_usable()
 }
 
 #[cfg(not(target_os = "linux"))]
@@ -127,23 +123,6 @@ pub(crate) fn still_usable(cores: &[usize], reserved: &[usize]) -> Vec<usize> {
     } else {
         still
     }
-}
-
-/// How many cores [`usable_cores`] gave when it was last asked; 0 before.
-static USABLE: AtomicUsize = AtomicUsize::new(0);
-
-/// How many cores [`usable_cores`] gave when it was last asked for, by a launch for instance; one at least. Does not ask
-/// again, so that a wait may call it.
-pub(crate) fn usable_core_count() -> usize {
-    match USABLE.load(Ordering::Relaxed) {
-        0 => usable_cores().len().max(1),
-        count => count,
-    }
-}
-
-/// Looks the usable cores up, so that no wait has to. Control plane only.
-pub(crate) fn initialise() {
-    let _ = usable_cores();
 }
 
 /// The cores that the calling thread may run on; empty where the system does not tell.

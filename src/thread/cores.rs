@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
-use super::affinity;
+use super::budget;
 use crate::process::PerProcess;
 
 /// Threads that spin without end, or are about to. The child of a fork has none.
@@ -25,12 +25,12 @@ pub(crate) struct SpinPermit {
 impl SpinPermit {
     /// For a caller that has waited for a while: granted if there is a core for each spinner, this one included.
     pub(crate) fn for_caller() -> Option<Self> {
-        Self::acquire(1, affinity::usable_core_count())
+        Self::acquire(1, budget::spinners())
     }
 
     /// For the `threads` blocks of a kernel: granted if each gets a core and one is left for callers.
     pub(crate) fn for_kernel(threads: usize) -> Option<Self> {
-        Self::acquire(threads, affinity::usable_core_count().saturating_sub(1))
+        Self::acquire(threads, budget::spinners().saturating_sub(1))
     }
 
     /// For threads that spin whether there are cores or not.

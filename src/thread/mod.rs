@@ -18,6 +18,8 @@ pub(crate) mod watch;
 pub mod affinity;
 #[cfg(not(loom))]
 pub(crate) mod bounded;
+#[cfg(not(loom))]
+pub(crate) mod budget;
 #[cfg(all(target_os = "linux", not(loom)))]
 mod core_mask;
 #[cfg(not(loom))]
@@ -30,6 +32,8 @@ pub(crate) mod own;
 pub mod periodic;
 #[cfg(not(loom))]
 mod placed;
+#[cfg(not(loom))]
+mod quota;
 #[cfg(not(loom))]
 pub mod realtime;
 #[cfg(not(loom))]
