@@ -67,7 +67,7 @@ use crate::kernel::{
 };
 use crate::ring::WriteCombining;
 use crate::thread::event_count::EventCount;
-use crate::thread::{KernelWait, PlacedThread};
+use crate::thread::{KernelWait, PlacedThread, SpinPermit};
 use crate::time::Deadline;
 
 /// A way to run kernels.
@@ -291,10 +291,12 @@ pub(crate) struct DispatchRequest {
     pub(crate) cores: Vec<usize>,
     /// Whether a user named these cores: then the blocks run there or not at all.
     pub(crate) cores_are_named: bool,
-    /// Cores for blocks without a core of their own.
+    /// Cores for blocks without a core of their own, or that leave it while they park.
     pub(crate) shared_cores: Vec<usize>,
     /// Where the blocks' threads say that they run, of a device that has a thread for each.
     pub(crate) places: Arc<[PlacedThread]>,
+    /// One a block that spins by [`KernelWait::Auto`].
+    pub(crate) permits: Vec<SpinPermit>,
     pub(crate) telemetry: bool,
     /// One message in so many is traced; 0 if none is.
     pub(crate) trace_every: u32,

@@ -265,6 +265,7 @@ fn with_echo<T>(
         block_size: Dim3::x(block_size),
         blocks: vec![device_ends],
         wait: KernelWait::Spin,
+        permits: Vec::new(),
         cores: Vec::new(),
         cores_are_named: false,
         shared_cores: Vec::new(),

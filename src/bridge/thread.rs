@@ -15,7 +15,9 @@ use crate::logging;
 use crate::process::{self, InChild};
 use crate::thread::bounded::{BoundedThread, Join};
 use crate::thread::event_count::EventCount;
-use crate::thread::{CoreLease, IdleStep, KernelWait, SpinPermit, WaitStrategy, affinity};
+use crate::thread::{
+    CoreLease, IdleStep, KernelWait, SpinPermit, SpinWatch, WaitStrategy, affinity,
+};
 use crate::time::{self, Deadline, Stopwatch};
 
 /// Kernels, connections and subscriptions of kernels that one bridge looks after at most.
@@ -270,6 +272,7 @@ impl Bridge {
             stations: Vec::with_capacity(MAX_STATIONS),
             wait,
             permit: None,
+            watch: SpinWatch::new(),
             _lease: self.settings.core.map(CoreLease::of),
         };
         // Names of threads have 15 bytes on Linux: what tells them apart comes first.
@@ -388,6 +391,8 @@ struct Worker {
     wait: WaitStrategy,
     /// Held while it spins by `Auto`, or because it was told to.
     permit: Option<SpinPermit>,
+    /// Whether it gets on while it spins by `Auto`.
+    watch: SpinWatch,
     _lease: Option<CoreLease>,
 }
 
@@ -431,6 +436,10 @@ impl Worker {
                 self.sample(&mut sampled);
             }
             if round.moved > 0 {
+                if empty > 0 && self.wait == WaitStrategy::Auto && self.permit.is_some() {
+                    // A thread that was stopped mostly finds something when it runs again.
+                    self.look(time::now_ns());
+                }
                 empty = 0;
                 continue;
             }
@@ -485,19 +494,27 @@ impl Worker {
         }
     }
 
-    /// How it waits now: `Auto` spins while there are lanes to look after and a core for it.
-    fn strategy(&mut self, is_crowded: bool) -> KernelWait {
+    /// How it waits now: `Auto` spins while there are lanes to look after and a core for it, and this gets on.
+    fn strategy(&mut self, is_crowded: bool, empty: u32) -> KernelWait {
         let wait = match self.wait {
             _ if !is_crowded => KernelWait::Park,
             WaitStrategy::Spin => KernelWait::Spin,
             WaitStrategy::SpinYield => KernelWait::SpinYield,
             WaitStrategy::Park => KernelWait::Park,
             WaitStrategy::Auto => {
+                let now = time::now_ns();
                 if self.permit.is_none() {
-                    self.permit = SpinPermit::for_kernel(1);
+                    if self.watch.may_spin(now) {
+                        self.permit = SpinPermit::for_kernel(1);
+                    }
+                    self.watch.begin(now);
+                } else if empty == 1 {
+                    self.watch.begin(now);
+                } else {
+                    self.look(now);
                 }
                 match self.permit {
-                    Some(_) => KernelWait::Spin,
+                    Some(_) => KernelWait::Auto,
                     None => KernelWait::Park,
                 }
             }
@@ -508,6 +525,7 @@ impl Worker {
                     self.permit = Some(SpinPermit::forced(1));
                 }
             }
+            KernelWait::Auto => {}
             KernelWait::SpinYield | KernelWait::Park | KernelWait::Interval(_) => {
                 self.permit = None;
             }
@@ -515,15 +533,26 @@ impl Worker {
         wait
     }
 
+    /// Gives its permit back if spinning does not get on.
+    fn look(&mut self, now_ns: u64) {
+        if !self.watch.gets_on(now_ns) {
+            self.watch.pause(now_ns);
+            self.permit = None;
+        }
+    }
+
     fn idle(&mut self, empty: u32, round: &Round) {
-        let wait = self.strategy(round.is_crowded);
-        let spins = matches!(wait, KernelWait::Spin | KernelWait::SpinYield);
+        let wait = self.strategy(round.is_crowded, empty);
+        let spins = matches!(
+            wait,
+            KernelWait::Spin | KernelWait::Auto | KernelWait::SpinYield
+        );
         if spins != self.attention.is_spinning() {
             // Before it looks once more whether there is anything to do, in `sleep`.
             self.attention.spinning.store(spins, Ordering::SeqCst);
         }
         match wait.idle(empty) {
-            IdleStep::Poll => {}
+            IdleStep::Poll | IdleStep::Look => {}
             // Another thread does the work, and may end any time: looked at again after a nap.
             IdleStep::Sleep | IdleStep::SleepFor(_) => self.sleep(round),
         }

@@ -45,6 +45,11 @@ impl Counter {
         self.count.load(Ordering::Relaxed)
     }
 
+    /// What has been counted so far, without what a device has passed on since it was last asked. One load.
+    pub(crate) fn latest(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+
     /// Adds what has been passed on since the last look, of which there must be one in 2^32 messages.
     fn read(&self, meter: &mut Option<(Arc<dyn Meter>, u32)>) {
         if let Some((meter, seen)) = meter {
@@ -241,7 +246,7 @@ impl Outlet {
         }
         self.valve.leave();
         if published && self.needs_wake {
-            self.next.work[0].notify();
+            self.next.work[0].notify_if_armed();
         }
     }
 
@@ -279,7 +284,7 @@ impl Outlet {
             return;
         }
         if self.needs_wake {
-            self.next.work[0].notify();
+            self.next.work[0].notify_if_armed();
         }
         self.next.request_written();
     }

@@ -185,6 +185,8 @@ pub(crate) struct KernelSignals {
     pub(crate) replied: EventCount,
     /// Whether callers may sleep at all; if not, nobody needs to look for sleepers.
     pub(crate) callers_park: bool,
+    /// Blocks that spin while they are idle; with `Auto` it changes.
+    pub(crate) spinning: AtomicU32,
     /// What wakes each block when a request or a command comes; one for all where one thread stands behind them.
     pub(crate) work: Box<[Arc<EventCount>]>,
     /// When somebody last saw blocks make progress that keep no clock themselves, in nanoseconds since the Unix epoch.
@@ -226,6 +228,7 @@ impl KernelSignals {
             gate: Gate::new(),
             replied: EventCount::new(),
             callers_park,
+            spinning: AtomicU32::new(0),
             work: (0..blocks).map(|_| bell()).collect(),
             alive_at_ns: AtomicU64::new(0),
             lanes: LaneWatch::new(),

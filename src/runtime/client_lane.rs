@@ -368,7 +368,7 @@ impl ClientLane {
                 Err(Miss::Empty | Miss::Busy) if last => break Err(WaitEnd::Timeout),
                 Err(Miss::Empty | Miss::Busy) => {}
             }
-            last = match waiter.step() {
+            last = match waiter.step(&self.inbox.instance.link) {
                 CallerStep::Poll => false,
                 CallerStep::Expired => true,
                 CallerStep::Sleep => !self.sleep(&mut waiter),

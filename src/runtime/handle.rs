@@ -620,7 +620,7 @@ impl KernelHandle {
                 || (looks.is_multiple_of(LOOKS_PER_CHAIN)
                     && !instance.pipes.comes_from(&first.instance, instance));
             last = ended
-                || !waiter.pause(&instance.signals.replied, || {
+                || !waiter.pause(&instance.link, &instance.signals.replied, || {
                     self.may_have_message(Some(&call))
                 });
         }

@@ -464,7 +464,7 @@ impl KernelInstance {
                 .map(PlacedThread::core)
                 .collect::<Option<Vec<_>>>()
                 .unwrap_or_default(),
-            spins: self.spins,
+            spins: self.signals.spinning.load(Ordering::Relaxed) > 0,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -110,12 +110,16 @@ pub(super) fn launch(
         cores_are_named: !options.cores.is_empty(),
         shared_cores: std::mem::take(&mut placement.shared),
         places: Arc::clone(&places),
+        permits: std::mem::take(&mut placement.block_permits),
         telemetry: config.enable_telemetry,
         trace_every,
         heartbeat_interval: config.heartbeat_interval,
     })?;
     placement.keep_held(&places);
     let memory_bytes = memory_bytes + dispatch.memory_bytes();
+    if matches!(placement.wait, KernelWait::Spin | KernelWait::SpinYield) {
+        signals.spinning.store(blocks, Ordering::Relaxed);
+    }
     // Cannot fail: the kernel was created here.
     let _ = signals.gate.transition(KernelState::Launched);
     let link = KernelLink {
@@ -136,7 +140,7 @@ pub(super) fn launch(
         termination_timeout: config.termination_timeout,
         telemetry: config.enable_telemetry,
         tracing: clock.map(Tracing::new),
-        spins: matches!(placement.wait, KernelWait::Spin | KernelWait::SpinYield),
+        wait: placement.wait,
         cores: placement.cores(),
         places,
         memory_bytes,
@@ -259,6 +263,8 @@ fn layout(
 struct Placing {
     wait: KernelWait,
     permit: Option<SpinPermit>,
+    /// One a block that waits by `Auto`.
+    block_permits: Vec<SpinPermit>,
     /// One a block; empty for blocks that share cores.
     leases: Vec<CoreLease>,
     /// The cores that blocks without a lease share.
@@ -313,7 +319,7 @@ impl Placing {
                         .then(|| SpinPermit::for_kernel(blocks))
                         .flatten();
                     match permit {
-                        Some(permit) => (KernelWait::Spin, Some(permit)),
+                        Some(permit) => (KernelWait::Auto, Some(permit)),
                         None => (KernelWait::Park, None),
                     }
                 }
@@ -323,7 +329,7 @@ impl Placing {
         };
         let leases = if !options.cores.is_empty() {
             options.cores.iter().copied().map(CoreLease::of).collect()
-        } else if wait == KernelWait::Spin {
+        } else if matches!(wait, KernelWait::Spin | KernelWait::Auto) {
             (0..blocks)
                 .filter_map(|_| CoreLease::least_used(candidates))
                 .collect()
@@ -331,9 +337,15 @@ impl Placing {
             Vec::new()
         };
         let shared = CoreLease::free_of(candidates);
+        let (permit, block_permits) = match (wait, permit) {
+            // Each block gives its own back while it parks.
+            (KernelWait::Auto, Some(permit)) => (None, permit.split()),
+            (_, permit) => (permit, Vec::new()),
+        };
         Ok(Self {
             wait,
             permit,
+            block_permits,
             leases,
             shared,
         })

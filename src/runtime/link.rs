@@ -18,7 +18,7 @@ use crate::kernel::signals::KernelSignals;
 use crate::kernel::{DeadLetterReason, FailureReason, KernelFailure, KernelState, Lost, TypeTable};
 use crate::message::{Extension, MessageHeader};
 use crate::ring::RingLayout;
-use crate::thread::{PlacedThread, WaitStrategy, Waiter};
+use crate::thread::{Awaited, KernelWait, PlacedThread, WaitStrategy, Waiter};
 use crate::time::Stamps;
 
 /// Everything about a launched kernel but who holds its sides and who controls it.
@@ -44,7 +44,8 @@ pub(crate) struct KernelLink {
     pub(super) telemetry: bool,
     /// `None` unless messages are traced.
     pub(super) tracing: Option<Tracing>,
-    pub(super) spins: bool,
+    /// How its blocks wait.
+    pub(super) wait: KernelWait,
     /// The core of each block that has one of its own, as it was given; empty if they share cores.
     pub(super) cores: Vec<usize>,
     /// Where the blocks run, if each is a thread.
@@ -189,7 +190,7 @@ impl KernelLink {
     pub(super) fn sent(&self, block: usize, count: u32) {
         self.accepted[block].add(count.into());
         if self.needs_wake {
-            self.signals.work[block].notify();
+            self.signals.work[block].notify_if_armed();
         }
         self.signals.request_written();
     }
@@ -310,6 +311,37 @@ impl KernelLink {
             dead_lettered,
             returned,
         }
+    }
+}
+
+impl Awaited for KernelLink {
+    fn needs_core(&self) -> bool {
+        let spins_by_permit = match self.wait {
+            KernelWait::Spin => true,
+            KernelWait::Auto => self.signals.spinning.load(Ordering::Relaxed) > 0,
+            KernelWait::SpinYield | KernelWait::Park | KernelWait::Interval(_) => false,
+        };
+        self.is_on_threads && !spins_by_permit
+    }
+
+    fn is_on(&self, core: usize) -> bool {
+        self.is_on_threads
+            && self.signals.spinning.load(Ordering::Relaxed) > 0
+            && self.cores.contains(&core)
+    }
+
+    fn progress(&self) -> Option<u64> {
+        if !self.is_on_threads {
+            return None;
+        }
+        let mut is_idle = true;
+        let mut heartbeats = 0_u64;
+        for (block, accepted) in self.blocks.iter().zip(&*self.accepted) {
+            let control = block.control();
+            is_idle &= accepted.latest() as u32 == control.processed();
+            heartbeats += u64::from(control.heartbeat());
+        }
+        (!is_idle).then_some(heartbeats)
     }
 }
 

@@ -59,6 +59,7 @@ pub struct KernelMetrics {
     /// The core that each block runs on, read back from the system (on Linux; elsewhere the core that it was put on): of a
     /// kernel that has ended, the last. Empty if a block may run on several, and for kernels on other devices than the CPU.
     pub cores: Vec<usize>,
-    /// Whether the kernel's loops spin (rather than sleep) while they have nothing to do.
+    /// Whether any of the kernel's loops spins (rather than sleeps) at present while it has nothing to do. With
+    /// [`WaitStrategy::Auto`](crate::WaitStrategy) this changes.
     pub spins: bool,
 }

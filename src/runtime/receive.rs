@@ -476,7 +476,7 @@ pub(super) fn until_found<S, R>(
             Err(Miss::Unavailable(unavailable)) => return Err(WaitEnd::Unavailable(unavailable)),
             Err(Miss::Empty | Miss::Busy) if last => return Err(WaitEnd::Timeout),
             Err(Miss::Empty | Miss::Busy) => {
-                last = !waiter.pause(&link.signals.replied, || is_ready(&mut side));
+                last = !waiter.pause(link, &link.signals.replied, || is_ready(&mut side));
             }
         }
     }

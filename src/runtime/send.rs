@@ -378,7 +378,7 @@ pub(super) fn until_sent<R>(
             Err(TrySendError::Full | TrySendError::Busy) if last => {
                 return Err(SendTimeoutError::Timeout);
             }
-            Err(TrySendError::Full | TrySendError::Busy) => last = !waiter.pause_or_nap(NAP),
+            Err(TrySendError::Full | TrySendError::Busy) => last = !waiter.pause_or_nap(link, NAP),
         }
     }
 }

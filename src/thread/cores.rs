@@ -23,23 +23,9 @@ pub(crate) struct SpinPermit {
 }
 
 impl SpinPermit {
-    /// For a caller that has waited for a while: granted if there is a core for each spinner, this one included.
-    pub(crate) fn for_caller() -> Option<Self> {
-        Self::acquire(1, budget::spinners())
-    }
-
-    /// For the `threads` blocks of a kernel: granted if each gets a core and one is left for callers.
-    pub(crate) fn for_kernel(threads: usize) -> Option<Self> {
-        Self::acquire(threads, budget::spinners().saturating_sub(1))
-    }
-
-    /// For threads that spin whether there are cores or not.
-    pub(crate) fn forced(threads: usize) -> Self {
-        SPINNERS.get().fetch_add(threads, Ordering::Relaxed);
-        Self { threads }
-    }
-
-    fn acquire(threads: usize, limit: usize) -> Option<Self> {
+    /// For `threads` more threads, if each spinner has a core then and `spared` cores are left for threads that do not spin.
+    pub(crate) fn sparing(spared: usize, threads: usize) -> Option<Self> {
+        let limit = budget::spinners().saturating_sub(spared);
         SPINNERS
             .get()
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |spinners| {
@@ -48,6 +34,30 @@ impl SpinPermit {
             })
             .ok()
             .map(|_| Self { threads })
+    }
+
+    /// For the `threads` blocks of a kernel: granted if each gets a core and one is left for callers.
+    pub(crate) fn for_kernel(threads: usize) -> Option<Self> {
+        Self::sparing(1, threads)
+    }
+
+    /// As [`for_kernel`](Self::for_kernel) for one block, for a thread that could not spin for a while: cores may have come or gone.
+    pub(crate) fn for_block_again() -> Option<Self> {
+        budget::refresh_if_old();
+        Self::for_kernel(1)
+    }
+
+    /// For threads that spin whether there are cores or not.
+    pub(crate) fn forced(threads: usize) -> Self {
+        SPINNERS.get().fetch_add(threads, Ordering::Relaxed);
+        Self { threads }
+    }
+
+    /// One for each thread.
+    pub(crate) fn split(self) -> Vec<Self> {
+        let threads = self.threads;
+        std::mem::forget(self);
+        (0..threads).map(|_| Self { threads: 1 }).collect()
     }
 }
 

@@ -3,10 +3,16 @@
 //! A sleeper announces itself, looks at its condition once more, and only then sleeps. A notifier makes the condition
 //! true first and looks for sleepers afterwards. With a sequentially consistent fence on both sides, at least one of
 //! the two sees the other.
+//!
+//! A sleeper that spins for long times, and sleeps only now and then, spares its notifiers the fence: it *disarms* the
+//! event count, and notifiers that find it so do nothing. Before it sleeps it arms it again, which makes every other
+//! thread pass a fence (`barrier.rs`): who still found it disarmed has made the condition true before that fence, so that
+//! the sleeper's next look finds it; all others announce themselves as above.
 
 use std::sync::PoisonError;
 use std::time::Duration;
 
+use super::barrier;
 use crate::sync::{AtomicU32, Condvar, Mutex, MutexGuard, Ordering, fence};
 
 /// A gate for sleepers. Waking is free while nobody sleeps.
@@ -14,6 +20,8 @@ use crate::sync::{AtomicU32, Condvar, Mutex, MutexGuard, Ordering, fence};
 pub(crate) struct EventCount {
     /// Threads between `prepare` and the end of `wait`.
     waiters: AtomicU32,
+    /// 0 while no sleeper relies on `notify_if_armed`. It changes rarely.
+    armed: AtomicU32,
     /// Counts notifications that found a waiter, modulo 2^32.
     epoch: Mutex<u32>,
     changed: Condvar,
@@ -31,6 +39,7 @@ impl EventCount {
     pub(crate) fn new() -> Self {
         Self {
             waiters: AtomicU32::new(0),
+            armed: AtomicU32::new(1),
             epoch: Mutex::new(0),
             changed: Condvar::new(),
         }
@@ -56,6 +65,37 @@ impl EventCount {
         if self.waiters.load(Ordering::Relaxed) != 0 {
             self.wake();
         }
+    }
+
+    /// As [`notify`](Self::notify), but does nothing while disarmed: two loads then, and no fence.
+    #[inline]
+    pub(crate) fn notify_if_armed(&self) {
+        // ORDERING: park. Pairs with the heavy fence in `arm`: either the load below sees that it is armed, or the
+        // sleeper's looks after `arm` see what the caller made true.
+        barrier::light();
+        if self.armed.load(Ordering::Relaxed) != 0 {
+            self.notify();
+        }
+    }
+
+    /// From now on [`notify_if_armed`](Self::notify_if_armed) wakes no sleeper. There may be one sleeper only, which says this itself and does not
+    /// sleep, unless for [`notify`](Self::notify), before [`arm`](Self::arm). Does nothing where the system has no such fence.
+    pub(crate) fn disarm(&self) {
+        if barrier::is_available() {
+            self.armed.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// From now on `notify_if_armed` wakes sleepers again. Takes microseconds, and interrupts the process's other threads for as long. False if
+    /// the system refuses that: the caller must not sleep then for want of a notification.
+    #[must_use]
+    pub(crate) fn arm(&self) -> bool {
+        if self.armed.load(Ordering::Relaxed) != 0 {
+            return true;
+        }
+        self.armed.store(1, Ordering::Relaxed);
+        // ORDERING: park. See `notify_if_armed`.
+        barrier::heavy()
     }
 
     #[cold]
@@ -121,6 +161,33 @@ mod tests {
     }
 
     #[test]
+    fn a_disarmed_sleeper_is_woken_once_it_is_armed_again() {
+        let event = EventCount::new();
+        assert!(event.arm(), "armed from the beginning");
+        event.disarm();
+        event.notify_if_armed();
+        if !event.arm() {
+            return;
+        }
+        let begin = Instant::now();
+        let woken = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !woken.load(Ordering::Acquire) {
+                    let prepared = event.prepare();
+                    if !woken.load(Ordering::Acquire) {
+                        prepared.wait(Duration::from_secs(60));
+                    }
+                }
+            });
+            std::thread::sleep(Duration::from_millis(20));
+            woken.store(true, Ordering::Release);
+            event.notify_if_armed();
+        });
+        assert!(begin.elapsed() < Duration::from_secs(30));
+    }
+
+    #[test]
     fn an_unnotified_sleeper_wakes_at_its_timeout() {
         let event = EventCount::new();
         let begin = Instant::now();
@@ -155,6 +222,57 @@ mod model {
             let sleeper = loom::thread::spawn(move || sleep_until_set(&other));
             shared.1.store(1, Ordering::Relaxed);
             shared.0.notify();
+            sleeper.join().unwrap();
+        });
+    }
+
+    /// A sleeper that spins first, and then goes over to sleeping.
+    #[test]
+    fn no_wake_up_is_lost_when_a_spinning_thread_goes_to_sleep() {
+        loom::model(|| {
+            let shared = Arc::new((EventCount::new(), AtomicU32::new(0)));
+            shared.0.disarm();
+            let other = Arc::clone(&shared);
+            let sleeper = loom::thread::spawn(move || {
+                if other.1.load(Ordering::Relaxed) == 0 {
+                    assert!(other.0.arm());
+                    sleep_until_set(&other);
+                }
+            });
+            shared.1.store(1, Ordering::Relaxed);
+            shared.0.notify_if_armed();
+            sleeper.join().unwrap();
+        });
+    }
+
+    /// It sleeps for one message, spins for the next, and sleeps again.
+    #[test]
+    fn no_wake_up_is_lost_when_a_thread_spins_and_sleeps_by_turns() {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(3);
+        model.check(|| {
+            let shared = Arc::new((EventCount::new(), AtomicU32::new(0)));
+            let other = Arc::clone(&shared);
+            let sleeper = loom::thread::spawn(move || {
+                let sleep_until = |count| {
+                    while other.1.load(Ordering::Relaxed) < count {
+                        let prepared = other.0.prepare();
+                        if other.1.load(Ordering::Relaxed) < count {
+                            prepared.wait(Duration::from_secs(1));
+                        }
+                    }
+                };
+                sleep_until(1);
+                other.0.disarm();
+                if other.1.load(Ordering::Relaxed) < 2 {
+                    assert!(other.0.arm());
+                    sleep_until(2);
+                }
+            });
+            for count in 1..=2 {
+                shared.1.store(count, Ordering::Relaxed);
+                shared.0.notify_if_armed();
+            }
             sleeper.join().unwrap();
         });
     }

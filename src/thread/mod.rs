@@ -1,5 +1,6 @@
 //! Floor 4: how threads wait, where they run, and how they pass values on.
 
+mod barrier;
 // Under loom only its own model uses it.
 #[cfg_attr(loom, allow(dead_code))]
 pub(crate) mod baton;
@@ -16,6 +17,8 @@ pub(crate) mod watch;
 
 #[cfg(not(loom))]
 pub mod affinity;
+#[cfg(not(loom))]
+mod awaited;
 #[cfg(not(loom))]
 pub(crate) mod bounded;
 #[cfg(not(loom))]
@@ -37,16 +40,22 @@ mod quota;
 #[cfg(not(loom))]
 pub mod realtime;
 #[cfg(not(loom))]
+mod spin_watch;
+#[cfg(not(loom))]
 pub(crate) mod unwinding;
 #[cfg(not(loom))]
 mod wait;
 
+#[cfg(not(loom))]
+pub(crate) use awaited::{AnyThread, Awaited};
 #[cfg(not(loom))]
 pub(crate) use cores::{CoreLease, SpinPermit};
 pub(crate) use mailbox::mailbox_of;
 pub use mailbox::{MailboxReader, MailboxWriter, mailbox};
 #[cfg(not(loom))]
 pub(crate) use placed::PlacedThread;
+#[cfg(not(loom))]
+pub(crate) use spin_watch::SpinWatch;
 #[cfg(not(loom))]
 pub use wait::WaitStrategy;
 #[cfg(not(loom))]

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
+use super::auto_spin::AutoSpin;
 use super::on_thread::runs_here;
 use super::worker::{Worker, WorkerSetup};
 use crate::backend::{
@@ -71,6 +72,7 @@ impl CpuDispatch {
             left_behind: Vec::new(),
         };
         let (started, startings) = sync_channel(request.blocks.len());
+        let mut permits = request.permits.into_iter();
         for (index, ends) in request.blocks.into_iter().enumerate() {
             let pin = Pin {
                 core: request.cores.get(index).copied(),
@@ -79,6 +81,17 @@ impl CpuDispatch {
             };
             let places = Arc::clone(&request.places);
             let (setup, signals) = (Arc::clone(&setup), Arc::clone(&request.signals));
+            let spin = permits.next().map(|permit| {
+                let core = request.cores.get(index).copied();
+                let cores = core.filter(|_| !request.cores_are_named).map(|core| {
+                    let mut parked = request.shared_cores.clone();
+                    parked.push(core);
+                    parked.sort_unstable();
+                    parked.dedup();
+                    (core, parked)
+                });
+                AutoSpin::new(Arc::clone(&request.signals), index, permit, cores)
+            });
             let started = started.clone();
             let name = format!("rk-{}-{index}", request.signals.name);
             let thread = BoundedThread::spawn(name, move || {
@@ -91,7 +104,7 @@ impl CpuDispatch {
                 control.store_state(BlockState::Idle);
                 // The receiver lives until every thread has answered, or gives all of them up.
                 if started.send(pinned).is_ok() && !failed {
-                    Worker::new(ends, setup, signals).run();
+                    Worker::new(ends, setup, signals, spin).run();
                 } else {
                     control.store_state(BlockState::Ended);
                 }

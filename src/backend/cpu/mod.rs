@@ -1,5 +1,6 @@
 //! The CPU backend: a thread per block of a grid. The reference for behaviour, and the default anywhere.
 
+mod auto_spin;
 mod berth;
 mod device;
 mod dispatch;

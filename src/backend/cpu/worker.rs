@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
+use super::auto_spin::AutoSpin;
 use super::berth::{Berth, Lent, Turn};
 use super::on_thread::Running;
 use super::panics;
@@ -61,6 +62,8 @@ pub(super) struct Worker {
     ends: DeviceEnds,
     setup: Arc<WorkerSetup>,
     signals: Arc<KernelSignals>,
+    /// If it waits by `Auto`.
+    spin: Option<AutoSpin>,
 }
 
 impl Worker {
@@ -68,11 +71,13 @@ impl Worker {
         ends: DeviceEnds,
         setup: Arc<WorkerSetup>,
         signals: Arc<KernelSignals>,
+        spin: Option<AutoSpin>,
     ) -> Self {
         Self {
             ends,
             setup,
             signals,
+            spin,
         }
     }
 
@@ -83,10 +88,11 @@ impl Worker {
             ends,
             setup,
             signals,
+            spin,
         } = self;
         let running = Running::new(&signals, &ends.memory);
         running.run(|| {
-            let panic = Self::run_block(ends, &setup, &signals, &running);
+            let panic = Self::run_block((ends, spin), &setup, &signals, &running);
             if let Some(panic) = panic {
                 foreign::dispose(panic);
             }
@@ -96,7 +102,7 @@ impl Worker {
 
     /// What the handler panicked with, if it did.
     fn run_block(
-        ends: DeviceEnds,
+        (ends, spin): (DeviceEnds, Option<AutoSpin>),
         setup: &WorkerSetup,
         signals: &Arc<KernelSignals>,
         running: &Running,
@@ -137,6 +143,8 @@ impl Worker {
             state: state.as_mut().map_or(&mut [], |state| state.as_mut()),
             memory: &memory,
             setup,
+            wait: setup.wait,
+            spin,
             handler: setup.handler.as_ref(),
             telemetry: TelemetryWriter::default(),
             tracer: Tracer::new(setup.trace_every, memory.traces()),
@@ -199,6 +207,9 @@ struct BlockLoop<'a> {
     state: &'a mut [u8],
     memory: &'a BlockMemory,
     setup: &'a WorkerSetup,
+    /// How it waits now; with `Auto` this changes.
+    wait: KernelWait,
+    spin: Option<AutoSpin>,
     handler: &'a dyn CpuHandler,
     telemetry: TelemetryWriter,
     tracer: Option<Tracer<'a>>,
@@ -248,7 +259,10 @@ impl BlockLoop<'_> {
                     .clone()
                     .and_then(|berth| berth.downcast().ok());
                 self.port.host_guest(true);
-                let polled = self.poll_while_active();
+                let polled = match self.spin {
+                    Some(_) => self.poll_while_active::<true>(),
+                    None => self.poll_while_active::<false>(),
+                };
                 self.port.host_guest(false);
                 polled?;
                 self.store_telemetry();
@@ -271,8 +285,9 @@ impl BlockLoop<'_> {
         control.must_terminate() || !control.is_active()
     }
 
+    /// `AUTO` if it waits by `Auto`: others do not look at what concerns only that.
     #[inline]
-    fn poll_while_active(&mut self) -> Result<(), Corruption> {
+    fn poll_while_active<const AUTO: bool>(&mut self) -> Result<(), Corruption> {
         let mut empty_steps = 0_u32;
         while !self.must_stop() {
             if self.berth.is_some() {
@@ -280,6 +295,11 @@ impl BlockLoop<'_> {
             }
             match self.requests.peek_spinning(POLLS_PER_STEP) {
                 Peek::Ready => {
+                    // A thread that was stopped mostly finds a request when it runs again.
+                    if AUTO && self.wait == KernelWait::Auto && KernelWait::has_looked(empty_steps)
+                    {
+                        self.look(false);
+                    }
                     empty_steps = 0;
                     self.handle();
                     self.port.run_guest();
@@ -305,9 +325,11 @@ impl BlockLoop<'_> {
         {
             self.store_telemetry();
         }
-        match self.setup.wait.idle(empty_steps) {
+        match self.wait.idle(empty_steps) {
             IdleStep::Poll => {}
+            IdleStep::Look => self.look(KernelWait::is_first_look(empty_steps)),
             IdleStep::Sleep if self.port.has_guest_work() => self.port.nap(),
+            IdleStep::Sleep if self.spins_again() => {}
             IdleStep::Sleep => {
                 self.store_telemetry();
                 self.sleep(self.setup.heartbeat_interval, Self::has_request);
@@ -322,6 +344,21 @@ impl BlockLoop<'_> {
                 self.port.control.beat();
             }
         }
+    }
+
+    /// Sees whether spinning gets on, unless this is the first look since it did something else.
+    #[cold]
+    fn look(&mut self, is_first: bool) {
+        if let Some(spin) = &mut self.spin {
+            self.wait = spin.look(is_first);
+        }
+    }
+
+    /// Whether it spins from now on instead of sleeping.
+    fn spins_again(&mut self) -> bool {
+        let again = self.spin.as_mut().and_then(AutoSpin::try_again);
+        self.wait = again.unwrap_or(self.wait);
+        again.is_some()
     }
 
     fn has_request(block: &mut Self) -> bool {

@@ -230,7 +230,7 @@ impl CudaDevice {
 
     fn nap(&self, wait: KernelWait) -> u32 {
         let nap = match wait {
-            KernelWait::Spin | KernelWait::SpinYield => self.config.poll_nap,
+            KernelWait::Spin | KernelWait::Auto | KernelWait::SpinYield => self.config.poll_nap,
             KernelWait::Park => self.config.poll_nap.max(PARKED_NAP),
             KernelWait::Interval(interval) => interval,
         };

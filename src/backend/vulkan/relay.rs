@@ -253,7 +253,7 @@ impl Relay {
     /// How long the kernel can do without a look.
     pub(super) fn nap(&self, kernel: &SliceKernel) -> Duration {
         match kernel.wait {
-            KernelWait::Spin | KernelWait::SpinYield => Duration::ZERO,
+            KernelWait::Spin | KernelWait::Auto | KernelWait::SpinYield => Duration::ZERO,
             // Whoever makes room rings no bell.
             KernelWait::Park if self.waits_for_room() => BLOCKED_NAP.min(kernel.heartbeat_interval),
             KernelWait::Park => kernel.heartbeat_interval,

@@ -13,7 +13,7 @@ use crate::error::{Error, Rejection, SendTimeoutError, TrySendError};
 use crate::message::{AlignedBytes, RingMessage};
 use crate::runtime::receive::Bytes;
 use crate::runtime::send::{refused, write_bytes, write_message};
-use crate::thread::Waiter;
+use crate::thread::{AnyThread, Waiter};
 
 /// Between two attempts to publish while another publisher stands still: most of the time it gets the core within one turn of the scheduler.
 const NAP: Duration = Duration::from_micros(20);
@@ -109,7 +109,9 @@ impl PublisherLane {
                 Err(TrySendError::Full | TrySendError::Busy) if last => {
                     return Err(SendTimeoutError::Timeout);
                 }
-                Err(TrySendError::Full | TrySendError::Busy) => last = !waiter.pause_or_nap(NAP),
+                Err(TrySendError::Full | TrySendError::Busy) => {
+                    last = !waiter.pause_or_nap(&AnyThread, NAP)
+                }
             }
         }
     }

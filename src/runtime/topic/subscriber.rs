@@ -15,7 +15,7 @@ use crate::kernel::DeadLetterReason;
 use crate::message::RingMessage;
 use crate::runtime::receive::copy_payload;
 use crate::thread::event_count::EventCount;
-use crate::thread::{WaitStrategy, Waiter};
+use crate::thread::{AnyThread, WaitStrategy, Waiter};
 
 /// A subscriber but for the type of its messages.
 #[derive(Debug)]
@@ -105,7 +105,7 @@ impl SubscriberLane {
                 Err(TryRecvError::Empty | TryRecvError::Busy) => {}
             }
             polls = waiter.polls();
-            last = !waiter.pause(&self.lane.event, || {
+            last = !waiter.pause(&AnyThread, &self.lane.event, || {
                 self.topic.signals.check_receive().is_err() || self.lane.may_have_message()
             });
         }
