@@ -329,6 +329,47 @@ fn a_realtime_sender_that_sleeps_while_there_is_no_room_starves_nobody() {
 }
 
 #[test]
+fn two_processes_spin_on_different_cores() {
+    const SELF: &str = "two_processes_spin_on_different_cores";
+    if std::env::var_os("RINGKERNEL_AUTO_GRANDCHILD").is_some() {
+        let runtime = runtime(WaitStrategy::Spin);
+        println!("cores {:?}.", echo(&runtime).metrics().cores);
+        // As long as the other one takes to choose.
+        thread::sleep(Duration::from_secs(2));
+        return;
+    }
+    if is_child() {
+        let start = || {
+            Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", SELF, "--nocapture"])
+                .env("RINGKERNEL_AUTO_GRANDCHILD", "1")
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap()
+        };
+        let cores = [start(), start()].map(|child| {
+            let text = child.wait_with_output().unwrap().stdout;
+            let text = String::from_utf8_lossy(&text).into_owned();
+            let (_, cores) = text.split_once("cores ").unwrap();
+            cores.split_once('.').unwrap().0.to_owned()
+        });
+        assert_ne!(cores[0], cores[1]);
+        return;
+    }
+    if affinity::usable_cores().len() < 2 {
+        println!("left out: there is one core");
+        return;
+    }
+    let _turn = one_at_a_time();
+    run_child(SELF, || {
+        // Where only these two see each other, if that may be had: other tests spin as well.
+        // SAFETY: the call takes an integer.
+        let _ = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+        Ok(())
+    });
+}
+
+#[test]
 fn a_kernel_that_changes_between_spinning_and_parking_misses_no_request() {
     let _turn = one_at_a_time();
     // Neighbours that come and go make it change.

@@ -314,8 +314,10 @@ impl Placing {
                 }
                 WaitStrategy::Auto => {
                     budget::refresh();
-                    // A core for each block, of those that it may have, and one left in the whole process.
-                    let permit = (CoreLease::unused(wanted) >= blocks)
+                    // A core for each block, of those that it may have, and one left for callers.
+                    let usable = affinity::usable_cores();
+                    let permit = (CoreLease::unused(wanted) >= blocks
+                        && CoreLease::unused(&usable) > blocks)
                         .then(|| SpinPermit::for_kernel(blocks))
                         .flatten();
                     match permit {

@@ -1,5 +1,5 @@
 //! Who spins where: permits to spin, and the cores that resident kernels hold. One account for the whole process,
-//! because its runtimes share the cores.
+//! because its runtimes share the cores; other processes are told of the cores (`core_claims.rs`).
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -7,14 +7,26 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use parking_lot::Mutex;
 
 use super::budget;
+use super::core_claims::{CoreClaim, Onlooker};
 use crate::process::PerProcess;
 
 /// Threads that spin without end, or are about to. The child of a fork has none.
 static SPINNERS: PerProcess<AtomicUsize> = PerProcess::new(|| AtomicUsize::new(0));
 
-/// How many resident threads each core carries. As for spinners.
-static LEASES: PerProcess<Mutex<BTreeMap<usize, usize>>> =
+/// The resident threads that each core carries. As for spinners.
+static LEASES: PerProcess<Mutex<BTreeMap<usize, Tenants>>> =
     PerProcess::new(|| Mutex::new(BTreeMap::new()));
+
+/// How often a core is chosen anew because another process took it at the same moment.
+const MOST_CHOICES: usize = 8;
+
+/// The resident threads of this process on one core.
+#[derive(Debug)]
+struct Tenants {
+    threads: usize,
+    /// What tells other processes of them, where that is possible.
+    claim: Option<CoreClaim>,
+}
 
 /// Permission for some threads to spin; gives it back when dropped.
 #[derive(Debug)]
@@ -74,35 +86,66 @@ pub(crate) struct CoreLease {
 }
 
 impl CoreLease {
-    /// The least used of `candidates`, of equals the highest: low cores are where an operating system puts interrupts
-    /// and main threads. `None` only without candidates.
+    /// The least used of `candidates`, by this process first, then by others; of equals the highest: low cores are where an operating
+    /// system puts interrupts and main threads. `None` only without candidates.
     pub(crate) fn least_used(candidates: &[usize]) -> Option<Self> {
+        let onlooker = Onlooker::new();
         let mut leases = LEASES.get().lock();
-        let core = candidates
-            .iter()
-            .copied()
-            .min_by_key(|core| (leases.get(core).copied().unwrap_or(0), usize::MAX - core))?;
-        *leases.entry(core).or_insert(0) += 1;
-        Some(Self { core })
+        for choice in 1.. {
+            let (own, others, _, core) = candidates
+                .iter()
+                .map(|&core| {
+                    let (own, others) = usage(&leases, &onlooker, core);
+                    (own, others, usize::MAX - core, core)
+                })
+                .min()?;
+            if own > 0 {
+                return Some(Self::add(&mut leases, core, None));
+            }
+            match CoreClaim::new(core) {
+                // Another process came between the look and the claim.
+                Some((_, before)) if before > others && choice < MOST_CHOICES => {}
+                claim => {
+                    let claim = claim.map(|(claim, _)| claim);
+                    return Some(Self::add(&mut leases, core, claim));
+                }
+            }
+        }
+        None
     }
 
-    /// This core, whoever else has it.
+    /// This core, whichever thread else has it.
     pub(crate) fn of(core: usize) -> Self {
-        *LEASES.get().lock().entry(core).or_insert(0) += 1;
+        let mut leases = LEASES.get().lock();
+        let claim = match leases.contains_key(&core) {
+            true => None,
+            false => CoreClaim::new(core).map(|(claim, _)| claim),
+        };
+        Self::add(&mut leases, core, claim)
+    }
+
+    fn add(leases: &mut BTreeMap<usize, Tenants>, core: usize, claim: Option<CoreClaim>) -> Self {
+        let tenants = leases.entry(core).or_insert(Tenants {
+            threads: 0,
+            claim: None,
+        });
+        tenants.threads += 1;
+        tenants.claim = tenants.claim.take().or(claim);
         Self { core }
     }
 
-    /// How many different ones of `candidates` no resident thread spins on.
+    /// How many different ones of `candidates` no resident thread has, of this process or of another one.
     pub(crate) fn unused(candidates: &[usize]) -> usize {
+        let onlooker = Onlooker::new();
         let leases = LEASES.get().lock();
         let mut cores = candidates.to_vec();
         cores.sort_unstable();
         cores.dedup();
-        cores.retain(|core| !leases.contains_key(core));
+        cores.retain(|&core| usage(&leases, &onlooker, core) == (0, 0));
         cores.len()
     }
 
-    /// Those of `candidates` that no resident thread spins on; all of them if none is free.
+    /// Those of `candidates` that no resident thread of this process has; all of them if none is free.
     pub(crate) fn free_of(candidates: &[usize]) -> Vec<usize> {
         let leases = LEASES.get().lock();
         let free: Vec<usize> = candidates
@@ -122,12 +165,22 @@ impl CoreLease {
     }
 }
 
+/// Resident threads of this process on a core, and other processes that have some there.
+fn usage(leases: &BTreeMap<usize, Tenants>, onlooker: &Onlooker, core: usize) -> (usize, usize) {
+    let own = leases.get(&core);
+    let own_claims = usize::from(own.is_some_and(|tenants| tenants.claim.is_some()));
+    (
+        own.map_or(0, |tenants| tenants.threads),
+        onlooker.claims(core).saturating_sub(own_claims),
+    )
+}
+
 impl Drop for CoreLease {
     fn drop(&mut self) {
         let mut leases = LEASES.get().lock();
-        if let Some(count) = leases.get_mut(&self.core) {
-            *count -= 1;
-            if *count == 0 {
+        if let Some(tenants) = leases.get_mut(&self.core) {
+            tenants.threads -= 1;
+            if tenants.threads == 0 {
                 leases.remove(&self.core);
             }
         }
@@ -138,23 +191,53 @@ impl Drop for CoreLease {
 mod tests {
     use super::*;
 
-    // Core numbers far beyond any machine, so that parallel tests of this process do not share them.
-    const CORES: [usize; 3] = [900_001, 900_002, 900_003];
+    /// Core numbers far beyond any machine, so that parallel tests, of this process and of others, do not share them.
+    fn cores(from: usize) -> [usize; 3] {
+        let first = from + 10 * std::process::id() as usize;
+        [first, first + 1, first + 2]
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_core_that_another_process_has_is_chosen_last() {
+        let cores = cores(200_000_000);
+        // What another process does, seen from here.
+        let Some((other, _)) = CoreClaim::new(cores[2]) else {
+            return;
+        };
+        assert_eq!(CoreLease::unused(&cores), 2);
+        let first = CoreLease::least_used(&cores).unwrap();
+        let second = CoreLease::least_used(&cores).unwrap();
+        let third = CoreLease::least_used(&cores).unwrap();
+        assert_eq!(
+            [first.core(), second.core(), third.core()],
+            [cores[1], cores[0], cores[2]]
+        );
+        assert_eq!(Onlooker::new().claims(cores[2]), 2);
+        drop(third);
+        assert_eq!(Onlooker::new().claims(cores[2]), 1);
+        assert_eq!(CoreLease::unused(&cores), 0);
+        drop(other);
+        assert_eq!(CoreLease::unused(&cores), 1);
+        drop((first, second));
+        assert!(cores.iter().all(|core| Onlooker::new().claims(*core) == 0));
+    }
 
     #[test]
     fn leases_spread_over_the_cores_and_are_given_back() {
-        let first = CoreLease::least_used(&CORES).unwrap();
-        let second = CoreLease::least_used(&CORES).unwrap();
-        assert_eq!((first.core(), second.core()), (CORES[2], CORES[1]));
-        assert_eq!(CoreLease::free_of(&CORES), [CORES[0]]);
-        assert_eq!(CoreLease::unused(&CORES), 1);
-        assert_eq!(CoreLease::unused(&[CORES[0], CORES[0]]), 1);
+        let cores = cores(100_000_000);
+        let first = CoreLease::least_used(&cores).unwrap();
+        let second = CoreLease::least_used(&cores).unwrap();
+        assert_eq!((first.core(), second.core()), (cores[2], cores[1]));
+        assert_eq!(CoreLease::free_of(&cores), [cores[0]]);
+        assert_eq!(CoreLease::unused(&cores), 1);
+        assert_eq!(CoreLease::unused(&[cores[0], cores[0]]), 1);
         drop(first);
-        assert_eq!(CoreLease::free_of(&CORES), [CORES[0], CORES[2]]);
-        let again = CoreLease::of(CORES[0]);
-        assert_eq!(CoreLease::least_used(&CORES).unwrap().core(), CORES[2]);
+        assert_eq!(CoreLease::free_of(&cores), [cores[0], cores[2]]);
+        let again = CoreLease::of(cores[0]);
+        assert_eq!(CoreLease::least_used(&cores).unwrap().core(), cores[2]);
         drop((second, again));
-        assert_eq!(CoreLease::free_of(&CORES), CORES);
+        assert_eq!(CoreLease::free_of(&cores), cores);
         assert!(CoreLease::least_used(&[]).is_none());
     }
 }

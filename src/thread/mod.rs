@@ -23,6 +23,8 @@ mod awaited;
 pub(crate) mod bounded;
 #[cfg(not(loom))]
 pub(crate) mod budget;
+#[cfg(not(loom))]
+mod core_claims;
 #[cfg(all(target_os = "linux", not(loom)))]
 mod core_mask;
 #[cfg(not(loom))]

@@ -49,7 +49,7 @@ const LOOKS_WITHOUT_LIFE: u32 = 6;
 /// `cpu.cfs_quota_us`): with half a core nothing spins.
 ///
 /// `Auto` for a kernel of the CPU backend is decided at launch, for all blocks of its grid together: they spin if every one of them gets
-/// a core that no other spinning kernel of this process has, and one core is left for the callers. A block that finds that
+/// a core that no other spinning kernel has, of this process or of another one, and one core is left for the callers. A block that finds that
 /// it was not running for half a millisecond while it spun (others use its core, or the quota is used up) parks, may run
 /// on other cores meanwhile, and tries again after twenty times as long as it was not running, 10 ms at least; each time
 /// that it fails soon, after twice as long as before, up to 5 s.
