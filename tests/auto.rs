@@ -40,22 +40,29 @@ fn is_child() -> bool {
     std::env::var_os(CHILD).is_some()
 }
 
-/// Runs a test of this file in a process of its own, which `prepare` readies, and gives what it wrote.
-fn run_child(
+/// Runs a test of this file in a process of its own, which `prepare` readies.
+fn run_child(test: &str, prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static) {
+    run_child_with(test, (CHILD, "1"), prepare);
+}
+
+/// As `run_child`, with one more variable in its environment.
+fn run_child_with(
     test: &str,
+    variable: (&str, &str),
     prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
-) -> String {
+) {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
-        .args(["--exact", test, "--nocapture", "--include-ignored"])
+        .args(["--exact", test, "--nocapture"])
         .env(CHILD, "1")
+        .env(variable.0, variable.1)
         .stdout(Stdio::piped());
     // SAFETY: what the tests pass only makes system calls, and takes no lock.
     unsafe { command.pre_exec(prepare) };
     let output = command.spawn().unwrap().wait_with_output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{test}: {text}");
-    text
+    let text = String::from_utf8_lossy(&output.stdout);
+    println!("{text}");
+    assert!(output.status.success(), "{test}");
 }
 
 /// Leaves the process one core.
@@ -190,6 +197,46 @@ fn with_a_quota_of_half_a_core_auto_parks() {
             }
         }
     });
+}
+
+#[test]
+fn a_kernel_that_spins_parks_once_there_is_a_quota() {
+    const SELF: &str = "a_kernel_that_spins_parks_once_there_is_a_quota";
+    if is_child() {
+        let runtime = runtime(WaitStrategy::Auto);
+        let kernel = echo(&runtime);
+        if affinity::usable_cores().len() > 1 && !kernel.metrics().spins {
+            println!("left out: other processes have the cores");
+            return;
+        }
+        let procs = std::env::var("RINGKERNEL_AUTO_GROUP").unwrap();
+        std::fs::write(procs, "0").unwrap();
+        let begin = Instant::now();
+        while kernel.metrics().spins {
+            assert!(begin.elapsed() < LONG * 3, "it spins on");
+            thread::sleep(Duration::from_millis(10));
+        }
+        kernel.call_bytes(b"x", &mut [0; 48], LONG).unwrap();
+        return;
+    }
+    let _turn = one_at_a_time();
+    let Some(group) = Group::new(50_000, 100_000) else {
+        println!("left out: there is no group that this process may limit");
+        return;
+    };
+    let procs = format!("{}/cgroup.procs", group.0);
+    run_child_with(
+        SELF,
+        ("RINGKERNEL_AUTO_GROUP", &procs),
+        see_no_other_process,
+    );
+}
+
+/// Leaves the process alone with those that it starts, if that may be had: tests in other processes spin as well.
+fn see_no_other_process() -> io::Result<()> {
+    // SAFETY: the call takes an integer.
+    let _ = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+    Ok(())
 }
 
 /// A control group with a quota, of either version; removed when dropped.
@@ -361,12 +408,7 @@ fn two_processes_spin_on_different_cores() {
         return;
     }
     let _turn = one_at_a_time();
-    run_child(SELF, || {
-        // Where only these two see each other, if that may be had: other tests spin as well.
-        // SAFETY: the call takes an integer.
-        let _ = unsafe { libc::unshare(libc::CLONE_NEWNET) };
-        Ok(())
-    });
+    run_child(SELF, see_no_other_process);
 }
 
 #[test]
