@@ -313,8 +313,12 @@ fn exchange(
     let begin = Instant::now();
     let look = || life(std::slice::from_ref(memory));
     let mut stall = Stall::new(look(), begin);
+    // The slice of the exchange before, if it ended within that. A reply may be seen before the number of the slice that wrote it; what is sent
+    // after it cannot come back before that.
+    let mut before = None;
     while received < MESSAGES && (mid_slice > 0 || rounds < unseen_rounds) {
         let slice = slice_number();
+        let mut is_within = true;
         let depth = 1 + received % DEPTH;
         while sent < MESSAGES && sent - received < depth {
             let envelope = Envelope {
@@ -343,7 +347,8 @@ fn exchange(
                         )));
                     }
                     received += 1;
-                    mid_slice += u32::from(slice_number() == slice);
+                    is_within &= slice_number() == slice;
+                    mid_slice += u32::from(is_within && before == Some(slice));
                 }
                 Ok(None) => {
                     let is_lost = looked_in.wrapping_sub(sent_in) > SLICES_TO_SEE;
@@ -372,6 +377,7 @@ fn exchange(
             }
         }
         rounds += u32::from(is_prompt);
+        before = is_within.then_some(slice);
     }
     Ok(Seen {
         sent,
