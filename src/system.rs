@@ -1,5 +1,8 @@
-//! Floor 1: the small text files in which the operating system tells of itself, read within bounds. A container or a
-//! sandbox may have put anything in their place.
+//! Floor 1: what the operating system tells of itself and grants this process. The small text files in which it does are
+//! read within bounds: a container or a sandbox may have put anything in their place.
+
+pub(crate) mod limits;
+pub(crate) mod memory;
 
 use std::fs::OpenOptions;
 use std::io::Read;

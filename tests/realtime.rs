@@ -544,3 +544,82 @@ fn a_realtime_thread_that_gives_up_its_own_handle_does_not_wait_for_itself() {
         assert_eq!(told, Ok((true, true)), "joins: {joins}");
     }
 }
+
+#[test]
+fn limits_that_end_a_realtime_process_later_are_reported() {
+    if !in_a_process_of_its_own("limits_that_end_a_realtime_process_later_are_reported") {
+        return;
+    }
+    // An hour, so that nothing here comes near it.
+    const SOFT: u64 = 3_600_000_000;
+    const LOCKED: u64 = 1 << 40;
+    let told = |of: fn(&RealtimeWarning) -> bool| {
+        let report = RealtimeThread::new("rk-limits")
+            .lock_memory(Need::BestEffort)
+            .schedule(Schedule::Fifo(1), Need::BestEffort)
+            .adopt()
+            .unwrap();
+        let warning = report.warnings.iter().find(|warning| of(warning)).cloned();
+        if let Some(warning) = &warning {
+            assert!(report.to_string().contains(&warning.to_string()));
+        }
+        (warning, report)
+    };
+    let set = |which, name, soft: u64| {
+        let mut limits = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        // SAFETY: the pointers are to a local.
+        unsafe {
+            assert_eq!(libc::getrlimit(which, &raw mut limits), 0);
+            limits.rlim_cur = soft as libc::rlim_t;
+            if limits.rlim_max < limits.rlim_cur {
+                limits.rlim_max = limits.rlim_cur;
+            }
+            let is_set = libc::setrlimit(which, &raw const limits) == 0;
+            if !is_set {
+                println!("skipped: {name} cannot be set");
+            }
+            is_set
+        }
+    };
+    if set(libc::RLIMIT_RTTIME, "RLIMIT_RTTIME", SOFT) {
+        let (warning, report) =
+            told(|warning| matches!(warning, RealtimeWarning::TimeLimit { .. }));
+        assert!(
+            matches!(
+                warning,
+                Some(RealtimeWarning::TimeLimit {
+                    soft_us: Some(SOFT),
+                    ..
+                })
+            ),
+            "{report}"
+        );
+        assert!(report.to_string().contains("RLIMIT_RTTIME"));
+        assert!(report.to_string().contains("SIGXCPU"));
+    }
+    if set(libc::RLIMIT_MEMLOCK, "RLIMIT_MEMLOCK", LOCKED) {
+        let is_about = |warning: &RealtimeWarning| {
+            matches!(
+                warning,
+                RealtimeWarning::LockedMemoryLimit { limit: LOCKED }
+            )
+        };
+        give_privileges_up_if_any();
+        let (warning, report) = told(is_about);
+        let is_granted = report
+            .refused()
+            .all(|(setting, _)| *setting != Setting::LockedMemory);
+        assert_eq!(warning.is_some(), is_granted, "{report}");
+    }
+}
+
+/// Takes the capabilities from the calling thread alone, and leaves its limits.
+fn give_privileges_up_if_any() {
+    let header = [0x2008_0522_u32, 0];
+    let none = [0_u32; 6];
+    // SAFETY: as in `give_privileges_up`.
+    let _ = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()) };
+}

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::host_memory::{Account, HostPool};
 use crate::error::Error;
 use crate::message::AlignedBytes;
+use crate::system;
 
 /// A value whose memory is booked as long as it lives.
 pub(crate) struct Booked<T> {
@@ -37,9 +38,15 @@ impl HostPool {
         if !account.take(bytes) {
             return Err(self.refused(bytes));
         }
-        let Some(value) = take() else {
+        let refused = |error| {
             account.give_back(bytes);
-            return Err(self.refused(bytes));
+            error
+        };
+        // Until it is written to.
+        let _grant =
+            system::memory::ask(bytes).map_err(|left| refused(self.out_of_memory(bytes, left)))?;
+        let Some(value) = take() else {
+            return Err(refused(self.out_of_memory(bytes, 0)));
         };
         Ok(Booked {
             value,

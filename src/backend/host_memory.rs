@@ -11,6 +11,7 @@ use crate::error::Error;
 use crate::kernel::MemoryAccount;
 use crate::logging;
 use crate::ring::WriteCombining;
+use crate::system;
 
 /// Size and alignment of a huge page, where there are any: what a page directory's entry covers with 4 KiB pages, on x86-64 and AArch64.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
@@ -94,8 +95,8 @@ impl HostPool {
     /// At least `bytes` of zeroed memory, every page of it present.
     pub(crate) fn allocate(&self, bytes: usize) -> Result<Arc<HostMemory>, Error> {
         match HostMemory::allocate(bytes, &self.account) {
-            Some(memory) => Ok(Arc::new(memory)),
-            None => Err(self.refused(bytes as u64)),
+            Ok(memory) => Ok(Arc::new(memory)),
+            Err(available) => Err(self.out_of_memory(bytes as u64, available)),
         }
     }
 
@@ -106,10 +107,15 @@ impl HostPool {
 
     /// What is said where there is no such memory.
     pub(super) fn refused(&self, bytes: u64) -> Error {
+        self.out_of_memory(bytes, self.account.available())
+    }
+
+    /// The same, of memory of which so much is left.
+    pub(crate) fn out_of_memory(&self, asked: u64, available: u64) -> Error {
         Error::OutOfMemory {
             device: self.device.clone(),
-            asked: bytes,
-            available: self.account.available(),
+            asked,
+            available,
         }
     }
 }
@@ -135,21 +141,31 @@ impl HostMemory {
         self.start
     }
 
-    /// At least `bytes` of zeroed memory, every page of it present; `None` if the account or the system has none left.
-    pub(crate) fn allocate(bytes: usize, account: &Arc<Account>) -> Option<Self> {
-        let bytes = bytes.max(1).checked_next_multiple_of(PAGE_BYTES)?;
+    /// At least `bytes` of zeroed memory, every page of it present; if the account or the system has not as much left, how
+    /// much there is.
+    pub(crate) fn allocate(bytes: usize, account: &Arc<Account>) -> Result<Self, u64> {
+        let available = account.available();
+        let bytes = bytes
+            .max(1)
+            .checked_next_multiple_of(PAGE_BYTES)
+            .ok_or(available)?;
         let is_huge = account.huge_pages.load(Ordering::Relaxed) && bytes >= HUGE_PAGE_BYTES;
         let alignment = if is_huge { HUGE_PAGE_BYTES } else { PAGE_BYTES };
-        let layout = Layout::from_size_align(bytes, alignment).ok()?;
+        let layout = Layout::from_size_align(bytes, alignment).map_err(|_| available)?;
         if !account.take(bytes as u64) {
-            return None;
+            return Err(account.available());
         }
+        let give_back = |left| {
+            account.give_back(bytes as u64);
+            left
+        };
+        // Until every page is written to.
+        let _grant = system::memory::ask(bytes as u64).map_err(give_back)?;
         // An allocator that zeroes memory may touch it: advice has to come before.
         let take = if is_huge { alloc } else { alloc_zeroed };
         // SAFETY: the layout's size is at least one page, so not zero.
         let Some(start) = NonNull::new(unsafe { take(layout) }) else {
-            account.give_back(bytes as u64);
-            return None;
+            return Err(give_back(0));
         };
         if is_huge {
             advise_huge_pages(start, bytes);
@@ -161,7 +177,7 @@ impl HostMemory {
             // SAFETY: the offset is within the allocation. Volatile, so that the page is really written to.
             unsafe { start.add(offset).write_volatile(0) };
         }
-        Some(Self {
+        Ok(Self {
             start,
             layout,
             is_cleared,

@@ -25,7 +25,9 @@ const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuntimeConfig {
     /// Slots of each request ring and each reply ring, for kernels that declare none: 1 to 2^24, rounded up to a
-    /// power of two. Default 4096.
+    /// power of two. Default 4096. A kernel whose messages are larger than `default_message_size` gets fewer where its rings
+    /// would hold more than 16 MiB of payload each (or what both defaults together come to, if that is more): as many as
+    /// fit, at least 4. A capacity that a launch or a registration names is never changed.
     pub default_queue_capacity: usize,
     /// Largest payload in bytes, for kernels that declare none: 0 to 2^24 - 1. Default 48, which is one cache line
     /// with its header.
@@ -65,7 +67,9 @@ pub struct RuntimeConfig {
     /// How many CPU devices there are; more than one share the cores and stand in for several devices. Default 1, at
     /// most 64.
     pub cpu_devices: usize,
-    /// Bytes that kernels, their clients, and topics may take on each CPU device; `None` means the machine's memory, shared evenly.
+    /// Bytes that kernels, their clients, and topics may take on each CPU device; `None` means an even share of the least of
+    /// the machine's memory, the limits of the process's control groups (version 1 and 2), `RLIMIT_AS` and `RLIMIT_DATA`.
+    /// Whatever this says, on Linux what would take more than the process can still have is [`Error::OutOfMemory`].
     pub cpu_memory_limit: Option<u64>,
     /// Whether this process's memory for rings (those of kernels on the CPU backend, and clients' lanes on all) is to lie in huge pages: each
     /// ring of at least 2 MiB, by `madvise` on Linux, as far as the system grants it. No effect on other systems. Default false. Rings are

@@ -29,6 +29,7 @@ use crate::kernel::{
 };
 use crate::process;
 use crate::ring::RingLayout;
+use crate::system;
 use crate::thread::{
     CoreLease, KernelWait, PlacedThread, SpinPermit, WaitStrategy, affinity, budget,
 };
@@ -40,6 +41,12 @@ const MAX_BLOCKS: u64 = 1024;
 /// Most threads that may share a message, as on every GPU there is (CUDA C++ Programming Guide, table "Technical
 /// Specifications per Compute Capability"; Vulkan's `maxComputeWorkGroupInvocations` is 1024 on all current drivers).
 const MAX_BLOCK_THREADS: u64 = 1024;
+
+/// Most bytes of payload in a ring whose capacity is the default.
+const DEFAULT_RING_BYTES: usize = 16 << 20;
+
+/// Fewest slots that the default becomes for large messages.
+const LEAST_DEFAULT_CAPACITY: usize = 4;
 
 /// How long a caller sleeps at a time whom no device wakes: about what a wake-up costs.
 const CALLER_NAP: Duration = Duration::from_micros(50);
@@ -76,18 +83,25 @@ pub(super) fn launch(
     ));
     signals.lanes.set_bell(Arc::clone(&bridge.attention.bell));
     let types = Arc::new(registration.type_table());
+    let pool = device.host_pool();
+    let call_bytes = CallTable::bytes(calls, layout.ring.max_payload());
+    let memory_bytes = (layout.total() as u64)
+        .saturating_mul(blocks.into())
+        .saturating_add(host_ring_bytes(layout.ring) as u64)
+        .saturating_add(call_bytes);
+    // All of it at once, before a page is written to.
+    if device.info().kind == DeviceKind::Cpu {
+        system::memory::ask(memory_bytes)
+            .map_err(|available| pool.out_of_memory(memory_bytes, available))?;
+    }
     let (mut producers, mut consumers, mut device_ends) = (Vec::new(), Vec::new(), Vec::new());
     for (producer, consumer, ends) in GridMemory::allocate(device, blocks, layout)? {
         producers.push(producer);
         consumers.push(consumer);
         device_ends.push(ends);
     }
-    let inbox = host_ring(&device.host_pool(), layout.ring)?;
-    let call_bytes = CallTable::bytes(calls, layout.ring.max_payload());
-    let calls = CallTable::new(&device.host_pool(), calls, layout.ring.max_payload())?;
-    let memory_bytes = layout.total() as u64 * u64::from(blocks)
-        + host_ring_bytes(layout.ring) as u64
-        + call_bytes;
+    let inbox = host_ring(&pool, layout.ring)?;
+    let calls = CallTable::new(&pool, calls, layout.ring.max_payload())?;
     let memories = device_ends
         .iter()
         .map(|ends| Arc::clone(&ends.memory))
@@ -238,14 +252,14 @@ fn layout(
     options: &LaunchOptions,
     traced: bool,
 ) -> Result<BlockLayout, Error> {
-    let capacity = options
-        .queue_capacity
-        .or(registration.capacity())
-        .unwrap_or(config.default_queue_capacity);
     let payload = options
         .message_size
         .or(registration.message_size())
         .unwrap_or(config.default_message_size);
+    let capacity = options
+        .queue_capacity
+        .or(registration.capacity())
+        .unwrap_or_else(|| default_capacity(config, payload));
     let ring = match RingLayout::new(capacity, payload, options.extended) {
         Ok(ring) => ring,
         Err(error) => return invalid("queue_capacity or message_size", error.to_string()),
@@ -257,6 +271,17 @@ fn layout(
         state_bytes: registration.state_bytes(),
         trace_slots: if traced { TRACE_SLOTS } else { 0 },
     })
+}
+
+/// Slots of a ring that nobody gave a capacity: fewer than the configuration says if their payloads would exceed
+/// [`DEFAULT_RING_BYTES`], and what the configuration's own rings take.
+fn default_capacity(config: &RuntimeConfig, payload: usize) -> usize {
+    let capacity = config.default_queue_capacity;
+    let configured = capacity.saturating_mul(config.default_message_size);
+    let fit = DEFAULT_RING_BYTES.max(configured) / payload.max(1);
+    // Capacities are powers of two: rounded down here, so that they are not rounded up.
+    let fit = 1 << fit.max(LEAST_DEFAULT_CAPACITY).ilog2();
+    capacity.min(fit)
 }
 
 /// Where the blocks run and how they wait.

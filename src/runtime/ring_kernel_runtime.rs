@@ -31,6 +31,7 @@ use crate::kernel::{
 };
 use crate::logging;
 use crate::process::{self, Birth};
+use crate::system;
 use crate::thread::{affinity, budget, foreign};
 use crate::time::{self, Deadline};
 
@@ -142,13 +143,15 @@ impl RingKernelRuntime {
             None => Devices::best(&config, &device, runs_on)?,
         };
         let bytes = config.dead_letter_capacity as u64 * config.dead_letter_bytes as u64;
+        let refused = |available| Error::OutOfMemory {
+            device: "the host".into(),
+            asked: bytes,
+            available,
+        };
+        let _grant = system::memory::ask(bytes).map_err(refused)?;
         let dead_letters =
             DeadLetterQueue::new(config.dead_letter_capacity, config.dead_letter_bytes)
-                .ok_or_else(|| Error::OutOfMemory {
-                    device: "the host".into(),
-                    asked: bytes,
-                    available: 0,
-                })?;
+                .ok_or_else(|| refused(0))?;
         let devices = Arc::new(devices);
         process::register(&devices);
         let runtime = Self {

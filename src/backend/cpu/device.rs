@@ -8,6 +8,7 @@ use crate::backend::{
     Dispatch, DispatchRequest, Handler, Placement,
 };
 use crate::error::Error;
+use crate::system;
 use crate::thread::affinity;
 
 /// The CPU backend.
@@ -51,7 +52,7 @@ struct CpuDevice {
 
 impl CpuDevice {
     /// Describes `count` devices, which share the usable cores (less `reserved`) evenly, each with `memory_limit` bytes
-    /// or its share of the machine's memory. With fewer cores than devices, all have all cores.
+    /// or its share of the memory that the process may have. With fewer cores than devices, all have all cores.
     fn enumerate(count: usize, memory_limit: Option<u64>, reserved: &[usize]) -> Vec<DeviceInfo> {
         let mut cores = affinity::usable_cores();
         if cores.iter().any(|core| !reserved.contains(core)) {
@@ -68,7 +69,7 @@ impl CpuDevice {
                 cuda: None,
                 metal: None,
                 memory_limit: memory_limit
-                    .unwrap_or_else(|| machine_memory() / count.max(1) as u64),
+                    .unwrap_or_else(|| system::memory::total() / count.max(1) as u64),
                 cores: if cores.len() < count {
                     cores.clone()
                 } else {
@@ -117,26 +118,6 @@ impl Device for CpuDevice {
     fn dispatch(&self, request: DispatchRequest) -> Result<Box<dyn Dispatch>, Error> {
         Ok(Box::new(CpuDispatch::start(request, &self.account)?))
     }
-}
-
-/// Physical memory in bytes; unlimited where the system does not tell.
-fn machine_memory() -> u64 {
-    #[cfg(unix)]
-    {
-        // SAFETY: `sysconf` has no preconditions; it gives -1 for what it does not know.
-        let (pages, page) = unsafe {
-            (
-                libc::sysconf(libc::_SC_PHYS_PAGES),
-                libc::sysconf(libc::_SC_PAGESIZE),
-            )
-        };
-        if let (Ok(pages), Ok(page)) = (u64::try_from(pages), u64::try_from(page))
-            && pages > 0
-        {
-            return pages.saturating_mul(page);
-        }
-    }
-    u64::MAX
 }
 
 #[cfg(test)]

@@ -184,6 +184,14 @@ impl Arena {
         let mut imported = None;
         match &self.place {
             Place::Host => {
+                // The driver pins what there is not, until the system ends the process.
+                let granted = crate::system::memory::ask(bytes);
+                if granted.is_err() {
+                    check(
+                        "pin host memory",
+                        sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY,
+                    )?;
+                }
                 let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP | sys::CU_MEMHOSTALLOC_PORTABLE;
                 // SAFETY: the context is current; the pointers are to locals; what was pinned is given back once.
                 unsafe {

@@ -12,10 +12,11 @@ use gpu_allocator::vulkan::{Allocation, AllocationCreateDesc, AllocationScheme};
 use gpu_allocator::{AllocationError, MemoryLocation};
 
 use super::context::Context;
-use crate::backend::{DeviceMemory, MemoryPlacement, Placement};
+use crate::backend::{DeviceKind, DeviceMemory, MemoryPlacement, Placement};
 use crate::error::Error;
 use crate::logging;
 use crate::ring::WriteCombining;
+use crate::system::memory::ask;
 
 /// A buffer with memory of its own, mapped for as long as it lives if the host can reach it.
 pub(super) struct Buffer {
@@ -50,6 +51,17 @@ impl Buffer {
                 available: context.physical.max_buffer_bytes,
             });
         }
+        // Of a device without memory of its own the host's is taken.
+        let _grant = match context.physical.info.kind {
+            DeviceKind::SoftwareGpu | DeviceKind::IntegratedGpu => {
+                Some(ask(asked).map_err(|available| Error::OutOfMemory {
+                    device: context.name().to_owned(),
+                    asked,
+                    available,
+                })?)
+            }
+            _ => None,
+        };
         if !context.account.take(asked) {
             return Err(context.out_of_memory(asked));
         }

@@ -3,6 +3,7 @@
 use std::hint::black_box;
 
 use super::report::{Refusal, Schedule};
+use crate::system::memory;
 #[cfg(target_os = "linux")]
 use crate::thread::affinity;
 
@@ -164,6 +165,16 @@ fn stack_left() -> Option<usize> {
     None
 }
 
+/// Leave to write to so many bytes of new memory.
+fn granted(bytes: usize) -> Result<memory::Grant, Refusal> {
+    memory::ask(bytes as u64).map_err(|left| {
+        refused(
+            format!("the process may only have {left} bytes more of memory"),
+            "raise the limit of its control group, or RLIMIT_AS",
+        )
+    })
+}
+
 /// Touches so many bytes of stack below this frame.
 pub(super) fn stack(bytes: usize) -> Result<(), Refusal> {
     match stack_left() {
@@ -176,6 +187,7 @@ pub(super) fn stack(bytes: usize) -> Result<(), Refusal> {
             "start the thread with a larger stack",
         )),
         Some(_) => {
+            let _grant = granted(bytes)?;
             let here = 0_u8;
             let here = std::ptr::from_ref(black_box(&here)) as usize;
             touch_stack(here.saturating_sub(bytes));
@@ -204,6 +216,7 @@ pub(super) fn heap(bytes: usize) -> Result<(), Refusal> {
             "",
         ));
     }
+    let _grant = granted(bytes)?;
     keep_heap()?;
     let mut pieces: Vec<Vec<u8>> = Vec::with_capacity(bytes.div_ceil(HEAP_PIECE));
     let mut left = bytes;

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::report::Schedule;
+use crate::system::limits::{Resource, limits};
 use crate::thread::affinity::parse_core_list;
 
 /// Something that a thread cannot change.
@@ -41,6 +42,19 @@ pub enum RealtimeWarning {
         runtime_us: i64,
         /// The period, in microseconds.
         period_us: i64,
+    },
+    /// A realtime thread that runs for so long without waiting is sent a signal that ends the process (`RLIMIT_RTTIME`).
+    TimeLimit {
+        /// Microseconds until SIGXCPU, which is sent again each second; if there is such a limit.
+        soft_us: Option<u64>,
+        /// Microseconds until SIGKILL, if there is such a limit.
+        hard_us: Option<u64>,
+    },
+    /// All memory of the process stays in RAM (`mlockall`), which is limited (`RLIMIT_MEMLOCK`) and not for a process with CAP_IPC_LOCK: what is
+    /// mapped beyond it fails, allocations and stacks of new threads included.
+    LockedMemoryLimit {
+        /// Bytes that the process may have, all together.
+        limit: u64,
     },
     /// The core's clock may slow down.
     Governor {
@@ -85,6 +99,22 @@ impl fmt::Display for RealtimeWarning {
                 "a thread that never waits is stopped for {} us in each {period_us} us: set /proc/sys/kernel/sched_rt_runtime_us to -1",
                 period_us - runtime_us
             ),
+            Self::TimeLimit { soft_us, hard_us } => {
+                f.write_str("a thread that runs without waiting ends the process:")?;
+                if let Some(soft) = soft_us {
+                    write!(f, " SIGXCPU after {soft} us,")?;
+                }
+                if let Some(hard) = hard_us {
+                    write!(f, " SIGKILL after {hard} us,")?;
+                }
+                f.write_str(
+                    " by RLIMIT_RTTIME: raise it (LimitRTTIME= of a service, RealtimeKit's rttime-usec-max)",
+                )
+            }
+            Self::LockedMemoryLimit { limit } => write!(
+                f,
+                "allocations and new threads fail once the process has {limit} bytes of memory, all of it locked: raise RLIMIT_MEMLOCK, or grant CAP_IPC_LOCK"
+            ),
             Self::Governor { core, governor } => write!(
                 f,
                 "the frequency of core {core} is governed by '{governor}': set it to 'performance'"
@@ -109,11 +139,29 @@ fn cores_in(path: &str, online: &[usize]) -> Vec<usize> {
     cores
 }
 
-/// Everything of note for a thread on these cores, scheduled so, with a device on this node.
+/// Whether the calling thread may lock as much memory as it likes (capabilities(7), CAP_IPC_LOCK).
+fn may_lock_all() -> bool {
+    const CAP_IPC_LOCK: u32 = 14;
+    read("/proc/thread-self/status")
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask >> CAP_IPC_LOCK & 1 != 0)
+}
+
+/// What the limit of locked memory means to a process all of whose memory is locked.
+fn locked_limit(limit: Option<u64>, may_lock_all: bool) -> Option<RealtimeWarning> {
+    let limit = limit.filter(|_| !may_lock_all)?;
+    Some(RealtimeWarning::LockedMemoryLimit { limit })
+}
+
+/// Everything of note for a thread on these cores, scheduled so, with a device on this node, in a process whose memory stays in RAM or does
+/// not.
 pub(super) fn warnings(
     cores: &[usize],
     schedule: Option<Schedule>,
     node: Option<u32>,
+    locks_memory: bool,
 ) -> Vec<RealtimeWarning> {
     let mut warnings = Vec::new();
     if !cfg!(target_os = "linux") {
@@ -156,7 +204,15 @@ pub(super) fn warnings(
             warnings.push(RealtimeWarning::OtherNode { node, cores: near });
         }
     }
+    if locks_memory {
+        let (limit, _) = limits(Resource::LockedMemory);
+        warnings.extend(locked_limit(limit, may_lock_all()));
+    }
     if matches!(schedule, Some(Schedule::Fifo(_) | Schedule::RoundRobin(_))) {
+        let (soft_us, hard_us) = limits(Resource::RealtimeTime);
+        if soft_us.or(hard_us).is_some() {
+            warnings.push(RealtimeWarning::TimeLimit { soft_us, hard_us });
+        }
         let number = |path| read(path).parse::<i64>().ok();
         if let (Some(runtime_us), Some(period_us)) = (
             number("/proc/sys/kernel/sched_rt_runtime_us"),
@@ -178,4 +234,19 @@ pub(super) fn warnings(
         }
     }
     warnings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_of_locked_memory_is_told_to_those_whom_it_binds() {
+        assert_eq!(locked_limit(None, false), None);
+        assert_eq!(locked_limit(None, true), None);
+        assert_eq!(locked_limit(Some(5), true), None);
+        let warning = locked_limit(Some(5), false).unwrap();
+        assert_eq!(warning, RealtimeWarning::LockedMemoryLimit { limit: 5 });
+        assert!(warning.to_string().contains("RLIMIT_MEMLOCK"));
+    }
 }

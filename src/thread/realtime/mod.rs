@@ -269,6 +269,7 @@ impl RealtimeThread {
                 });
             }
         };
+        let mut is_locked = false;
         // The scheduler last: nothing that takes long is then done before everybody else.
         if let Some((cores, need)) = self.cores {
             ask(Setting::Cores(cores.clone()), need, &mut || {
@@ -276,7 +277,11 @@ impl RealtimeThread {
             });
         }
         if let Some(need) = self.lock_memory {
-            ask(Setting::LockedMemory, need, &mut apply::lock_memory);
+            ask(Setting::LockedMemory, need, &mut || {
+                let locked = apply::lock_memory();
+                is_locked = locked.is_ok();
+                locked
+            });
         }
         if let Some((bytes, need)) = self.stack {
             ask(Setting::Stack(bytes), need, &mut || apply::stack(bytes));
@@ -296,7 +301,7 @@ impl RealtimeThread {
             });
         }
         let on = cores.unwrap_or_else(crate::thread::affinity::current_affinity);
-        let warnings = machine::warnings(&on, schedule, self.node);
+        let warnings = machine::warnings(&on, schedule, self.node, is_locked);
         if let Some((schedule, need)) = self.schedule {
             ask(Setting::Schedule(schedule), need, &mut || {
                 apply::schedule(schedule)
