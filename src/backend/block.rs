@@ -6,6 +6,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use super::host_consumer::{HostConsumer, KeepAlive};
 use super::host_memory::{HostMemory, HostPool};
 use super::{Device, DeviceMemory, Placement};
 use crate::error::Error;
@@ -152,23 +153,12 @@ impl fmt::Debug for BlockMemory {
     }
 }
 
-/// Whatever must outlive a ring's endpoint.
-pub(crate) type KeepAlive = Arc<dyn fmt::Debug + Send + Sync>;
-
 /// The host's writing end of a ring. On cache lines of its own: its position changes with every message, and a neighbour
 /// on the heap that the kernel's thread polls would drag the line to and fro.
 #[derive(Debug)]
 #[repr(align(128))]
 pub(crate) struct HostProducer {
     producer: Producer,
-    _memory: KeepAlive,
-}
-
-/// The host's reading end of a ring. On cache lines of its own, as [`HostProducer`].
-#[derive(Debug)]
-#[repr(align(128))]
-pub(crate) struct HostConsumer {
-    consumer: Consumer,
     _memory: KeepAlive,
 }
 
@@ -213,10 +203,25 @@ impl GridMemory {
         blocks: u32,
         layout: BlockLayout,
     ) -> Result<Vec<BlockEnds>, Error> {
-        Self::new(device, blocks, layout, |bytes, placement| {
+        let grid = Self::new(device, blocks, layout, |bytes, placement| {
             device.allocate(bytes, placement)
-        })?
-        .ends(device, blocks, 0)
+        })?;
+        let mut ends = grid.ends(device, blocks, 0)?;
+        if grid.device_to_host.is_shared() {
+            let pool = device.host_pool();
+            let consumers = ends.iter_mut().map(|(_, consumer, _)| consumer);
+            HostConsumer::read_copies(consumers, &pool, layout.ring)?;
+        }
+        Ok(ends)
+    }
+
+    /// Bytes that `allocate` takes beside the rings, for the host's copies of what a device may still write.
+    pub(crate) fn copy_bytes(&self, blocks: u32) -> u64 {
+        if self.device_to_host.is_shared() {
+            HostConsumer::copy_bytes(self.layout.ring) as u64 * u64::from(blocks)
+        } else {
+            0
+        }
     }
 
     /// The memory alone, each piece of it as `take` gives it.
@@ -318,10 +323,10 @@ impl BlockMemory {
                     producer: Producer::new(requests, ring, start),
                     _memory: Arc::<Self>::clone(&memory),
                 },
-                HostConsumer {
-                    consumer: Consumer::new(replies, ring, start),
-                    _memory: Arc::<Self>::clone(&memory),
-                },
+                HostConsumer::new(
+                    Consumer::new(replies, ring, start),
+                    Arc::<Self>::clone(&memory),
+                ),
                 DeviceEnds {
                     requests: Consumer::new(requests, ring, start),
                     replies: Producer::new(replies, ring, start),
@@ -381,13 +386,14 @@ impl BlockMemory {
         store_fence();
     }
 
-    /// Overwrites a word of a reply slot's header, as a faulty device might.
+    /// Overwrites a word of a reply slot, as a faulty device might.
     #[cfg(test)]
     pub(crate) fn overwrite_reply_word(&self, slot: usize, word: usize, value: u32) {
         let ring = self.grid.layout.ring;
         let offset = slot * ring.stride() + 4 * word;
-        assert!(offset < ring.slots_bytes() && word < 4);
-        // SAFETY: within the slots, aligned to 4; all accesses to these words are atomic.
+        assert!(offset < ring.slots_bytes() && 4 * word < ring.stride());
+        // SAFETY: within the slots, aligned to 4; accesses to a header's words are atomic, and tests overwrite others
+        // only where they are read in copies.
         unsafe {
             self.device_to_host_at::<std::sync::atomic::AtomicU32>(offset)
                 .as_ref()
@@ -652,10 +658,7 @@ pub(crate) fn host_ring(
                 producer: Producer::new(parts, layout, 0),
                 _memory: Arc::<HostMemory>::clone(&memory),
             },
-            HostConsumer {
-                consumer: Consumer::new(parts, layout, 0),
-                _memory: memory,
-            },
+            HostConsumer::new(Consumer::new(parts, layout, 0), memory),
         )
     })
 }
@@ -678,21 +681,5 @@ impl DerefMut for HostProducer {
     #[inline]
     fn deref_mut(&mut self) -> &mut Producer {
         &mut self.producer
-    }
-}
-
-impl Deref for HostConsumer {
-    type Target = Consumer;
-
-    #[inline]
-    fn deref(&self) -> &Consumer {
-        &self.consumer
-    }
-}
-
-impl DerefMut for HostConsumer {
-    #[inline]
-    fn deref_mut(&mut self) -> &mut Consumer {
-        &mut self.consumer
     }
 }

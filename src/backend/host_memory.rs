@@ -233,6 +233,10 @@ impl DeviceMemory for HostMemory {
     fn write_combining(&self) -> WriteCombining {
         WriteCombining::No
     }
+
+    fn is_shared(&self) -> bool {
+        false
+    }
 }
 
 impl Drop for HostMemory {

@@ -15,6 +15,7 @@ pub(crate) mod cpp;
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+mod host_consumer;
 mod host_memory;
 pub(crate) mod info;
 #[cfg(all(test, feature = "vulkan"))]
@@ -42,10 +43,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub(crate) use block::{
-    BlockLayout, BlockMemory, DeviceEnds, GridMemory, HostConsumer, HostProducer, host_ring,
-    host_ring_bytes,
+    BlockLayout, BlockMemory, DeviceEnds, GridMemory, HostProducer, host_ring, host_ring_bytes,
 };
 pub(crate) use booked::Booked;
+pub(crate) use host_consumer::HostConsumer;
 pub(crate) use host_memory::{Account, HostPool};
 pub use info::{
     CudaDeviceInfo, DeviceInfo, DeviceKind, ExecutionMode, MemoryHeap, MemoryPlacement,
@@ -145,6 +146,11 @@ pub(crate) trait DeviceMemory: Send + Sync + fmt::Debug {
 
     /// How the host's stores to it are ordered.
     fn write_combining(&self) -> WriteCombining;
+
+    /// Whether something else than threads of this process may write to it at any time.
+    fn is_shared(&self) -> bool {
+        true
+    }
 }
 
 /// A backend in use: its devices, open or not.

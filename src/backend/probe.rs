@@ -337,7 +337,7 @@ fn exchange(
             let (now, looked_in) = (Instant::now(), slice_number());
             is_prompt &= now.duration_since(looked) < PROMPT;
             looked = now;
-            match consumer.try_next() {
+            match consumer.in_place().try_next() {
                 Ok(Some(reply)) => {
                     if reply.header().correlation() != received + 1
                         || reply.payload() != payload(received)
@@ -411,7 +411,7 @@ fn time(mut producer: HostProducer, mut consumer: HostConsumer) -> Result<Durati
             return Err(Failed::Broken("there is no room for one message".into()));
         }
         loop {
-            match consumer.try_next() {
+            match consumer.in_place().try_next() {
                 Ok(Some(_)) => break,
                 // On a busy machine some are enough.
                 Ok(None) if begin.elapsed() > TIMEOUT && fastest < Duration::MAX => {
@@ -460,6 +460,7 @@ fn compare(
         // Samples are written after the replies.
         let sample = loop {
             let _ = consumer
+                .in_place()
                 .try_next()
                 .map_err(|corruption| format!("the reply ring is corrupt: {corruption}"))?;
             let samples = read_samples(memory.traces());

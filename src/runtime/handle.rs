@@ -826,6 +826,33 @@ impl KernelHandle {
 }
 
 #[cfg(test)]
+impl KernelHandle {
+    /// Overwrites a word of a reply's slot, as a faulty device might.
+    pub(crate) fn overwrite_reply_word(&self, slot: usize, word: usize, value: u32) {
+        self.instance.blocks[0].overwrite_reply_word(slot, word, value);
+    }
+
+    /// Receives a reply of 48 bytes in place and checks whether a device that writes to its slot meanwhile changes it.
+    pub(crate) fn check_that_replies_stay(&self) {
+        let timeout = Duration::from_secs(30);
+        self.send_bytes(&[7; 48]).unwrap();
+        self.send_bytes(&[8; 48]).unwrap();
+        let (_sender, mut receiver) = self.split_bytes().unwrap();
+        for (slot, byte) in [7, 8].into_iter().enumerate() {
+            let received = receiver.recv_ref_timeout(timeout).unwrap();
+            for word in 4..16 {
+                self.overwrite_reply_word(slot, word, u32::MAX);
+            }
+            assert_eq!(received.payload(), [byte; 48]);
+            // Found again, it is what was looked at before.
+            received.keep();
+            let received = receiver.recv_ref_timeout(timeout).unwrap();
+            assert_eq!(received.payload(), [byte; 48]);
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::kernel::{FailureReason, KernelState, LaunchOptions};

@@ -102,6 +102,10 @@ pub(super) fn launch(
     }
     let inbox = host_ring(&pool, layout.ring)?;
     let calls = CallTable::new(&pool, calls, layout.ring.max_payload())?;
+    let copy_bytes = device_ends
+        .first()
+        .map_or(0, |ends| ends.memory.grid.copy_bytes(blocks));
+    let memory_bytes = memory_bytes.saturating_add(copy_bytes);
     let memories = device_ends
         .iter()
         .map(|ends| Arc::clone(&ends.memory))

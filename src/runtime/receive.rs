@@ -483,6 +483,10 @@ pub(super) fn until_found<S, R>(
 }
 
 /// A received message, still in its slot. Dropping it gives the slot back to the kernel.
+///
+/// A kernel on the CPU backend cannot write to the slot meanwhile, and the message is read where it lies. A device could,
+/// if its code is wrong: its message was copied into memory of the receiving side, taken at launch, before its header and
+/// archive are checked, and is read there.
 pub struct Received<'a, M> {
     side: &'a mut ReceiveSide,
     link: &'a KernelLink,
@@ -515,7 +519,7 @@ impl<M> Received<'_, M> {
         self.side.consumer(self.found).extension()
     }
 
-    /// The payload, in place, 16-byte aligned.
+    /// The payload, 16-byte aligned.
     #[inline]
     #[must_use]
     pub fn payload(&self) -> &[u8] {
@@ -595,7 +599,7 @@ impl<M> Received<'_, M> {
 }
 
 impl<M: RingMessage> Received<'_, M> {
-    /// The message's archived form, validated and read in place. Does not allocate.
+    /// The message's archived form, validated and read where the message lies. Does not allocate.
     ///
     /// # Errors
     /// [`MessageError::Handler`] if this is an error reply; [`MessageError::TypeMismatch`] if it is of another type

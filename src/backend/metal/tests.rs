@@ -117,6 +117,14 @@ fn resident() -> RingKernelRuntime {
 }
 
 #[test]
+fn a_device_cannot_change_what_was_received() {
+    let Some(_fake) = Fake::get() else { return };
+    let runtime = resident();
+    let kernel = active(&runtime, "echo", LaunchOptions::default());
+    kernel.check_that_replies_stay();
+}
+
+#[test]
 fn devices_are_described_and_chosen() {
     let Some(fake) = Fake::get() else { return };
     let runtime = RingKernelRuntime::builder()

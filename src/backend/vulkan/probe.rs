@@ -33,6 +33,36 @@ mod tests {
     use crate::backend::vulkan::VulkanBackend;
     use crate::backend::{VulkanConfig, VulkanMode};
 
+    #[test]
+    fn a_device_cannot_change_what_was_received() {
+        let config = crate::RuntimeConfig {
+            vulkan: VulkanConfig {
+                mode: VulkanMode::Resident,
+                ..VulkanConfig::default()
+            },
+            ..crate::RuntimeConfig::default()
+        };
+        let builder = crate::RingKernelRuntime::builder()
+            .backend(crate::BackendType::Vulkan)
+            .config(config)
+            .device(0);
+        let runtime = match builder.build() {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                assert!(
+                    std::env::var_os("RINGKERNEL_REQUIRE_VULKAN").is_none(),
+                    "{error}"
+                );
+                println!("skipped: {error}");
+                return;
+            }
+        };
+        let options = crate::LaunchOptions::default();
+        let kernel = runtime.launch("echo", 1, 1, options).unwrap();
+        kernel.activate().unwrap();
+        kernel.check_that_replies_stay();
+    }
+
     /// The probe's messages cross the wrap-around of positions; here in the modes that are never probed, too.
     #[test]
     fn positions_wrap_around_in_every_mode() {
