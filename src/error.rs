@@ -73,6 +73,9 @@ pub enum Rejection {
         /// Payload bytes that a slot has for it.
         max: usize,
     },
+    /// The type's own serialiser refuses the value, or needs scratch memory that cannot be had: more than 16 times the
+    /// slot, or more than the system gives. No other slot size helps.
+    NotEncodable,
     /// The kernel was not registered for this type.
     UnknownType {
         /// The message's type id.
@@ -94,6 +97,9 @@ impl fmt::Display for Rejection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::TooLarge { max } => write!(f, "the payload exceeds the slot's {max} bytes"),
+            Self::NotEncodable => {
+                f.write_str("the message's serialiser refuses it or lacks scratch memory")
+            }
             Self::UnknownType { type_id } => {
                 write!(
                     f,
@@ -177,6 +183,9 @@ impl HandlerError {
 
     /// Code of the error of a reply that could not be written because the kernel is ending.
     pub const ENDING: u32 = u32::MAX - 2;
+
+    /// Code of the error of a reply that its serialiser refuses, or that needs more scratch memory than can be had.
+    pub const NOT_ENCODABLE: u32 = u32::MAX - 3;
 
     /// An error with this code and text; a longer text is cut at a character boundary.
     #[must_use]

@@ -1,5 +1,6 @@
 //! What messages of ordinary types may hold, and what bytes of others cannot do to those who read them.
 
+use std::collections::HashMap;
 use std::thread;
 use std::time::Duration;
 
@@ -368,4 +369,136 @@ fn a_deadline_of_zero_has_passed() {
     let length = client.recv_bytes_timeout(&mut reply, LONG).unwrap();
     assert_eq!(&reply[..length], b"third");
     assert_eq!(kernel.metrics().dead_letters.expired, 3);
+}
+
+/// Types as they are in an order book or a list of names.
+#[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq)]
+struct Level {
+    price: u64,
+    size: Option<u32>,
+}
+
+#[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq)]
+struct Book {
+    levels: Vec<Level>,
+    names: Vec<Vec<String>>,
+    counts: HashMap<u16, u8>,
+}
+ringkernel::ring_message!(Book, "test.Book.v1");
+
+/// A book that takes a few times as many bytes as `entries`.
+fn book(entries: usize) -> Book {
+    Book {
+        levels: (0..entries)
+            .map(|index| Level {
+                price: index as u64,
+                size: (index % 3 == 0).then_some(7),
+            })
+            .collect(),
+        names: (0..entries / 16)
+            .map(|index| vec![format!("a name that is not short {index}"); 8])
+            .collect(),
+        counts: (0..entries)
+            .map(|index| (index as u16, index as u8))
+            .collect(),
+    }
+}
+
+fn books(message_size: usize) -> KernelRegistration {
+    KernelRegistration::new("books")
+        .message::<Book>()
+        .largest_message(message_size)
+        .queue_capacity(4)
+        .cpu_handler(|request, context| {
+            let archived = request.access::<Book>()?;
+            let book = rkyv::deserialize::<Book, rkyv::rancor::Failure>(archived)
+                .map_err(|_| HandlerError::from("not a book"))?;
+            context.reply(&book)
+        })
+}
+
+#[test]
+fn whatever_fits_its_slot_is_sent() {
+    // Small slots, whose senders have a kilobyte on the stack, and large ones.
+    for entries in [16, 60, 300, 4000] {
+        let book = book(entries);
+        let archive = rkyv::to_bytes::<rkyv::rancor::Error>(&book).unwrap();
+        // The archive fills its slot but for less than a line.
+        let runtime = runtime(books(archive.len()));
+        let kernel = active(&runtime, "books");
+        assert_eq!(kernel.call(&book, LONG), Ok(book.clone()), "{entries}");
+        kernel.send(&book).unwrap();
+        assert_eq!(kernel.recv_timeout(LONG), Ok(book.clone()));
+        {
+            let (mut sender, mut receiver) = kernel.split::<Book, Book>().unwrap();
+            sender.send(&book).unwrap();
+            assert_eq!(receiver.recv_timeout(LONG), Ok(book.clone()));
+            let sent = sender.send_batch(&[book.clone(), book.clone()]);
+            assert_eq!(sent, Ok(2));
+            for _ in 0..2 {
+                assert_eq!(receiver.recv_timeout(LONG), Ok(book.clone()));
+            }
+        }
+        {
+            let mut client = kernel.client::<Book, Book>().unwrap();
+            assert_eq!(client.call(&book, LONG), Ok(book.clone()));
+            let _second = kernel.client::<Book, Book>().unwrap();
+            client.send(&book).unwrap();
+            assert_eq!(client.recv_timeout(LONG), Ok(book.clone()));
+            let mut latest = kernel.latest::<Book, Book>().unwrap();
+            latest.publish(&book).unwrap();
+            assert_eq!(latest.newest_timeout(LONG), Ok(book.clone()));
+        }
+        let options = TopicOptions {
+            message_size: Some(archive.len()),
+            ..TopicOptions::default()
+        };
+        let topic = runtime.topic::<Book>("books", options).unwrap();
+        let mut publisher = topic.publisher().unwrap();
+        let mut subscriber = topic.subscribe(SubscriberOptions::default()).unwrap();
+        publisher.publish(&book).unwrap();
+        assert_eq!(subscriber.recv_timeout(LONG), Ok(book.clone()));
+        // One line more is too large, and that is what is said.
+        let mut larger = book;
+        larger.names.push(vec!["x".repeat(256)]);
+        check_refused(kernel.try_send(&larger));
+        check_refused(publisher.publish(&larger));
+    }
+}
+
+/// A text that is not UTF-8, which its serialiser refuses.
+#[derive(Archive, Serialize, Deserialize, Debug)]
+struct Named {
+    #[rkyv(with = rkyv::with::AsString)]
+    path: std::path::PathBuf,
+}
+ringkernel::ring_message!(Named, "test.Named.v1");
+
+#[cfg(unix)]
+#[test]
+fn what_its_own_serialiser_refuses_is_not_called_too_large() {
+    use std::os::unix::ffi::OsStringExt;
+    let named = KernelRegistration::new("named")
+        .message::<Named>()
+        .largest_message(1000)
+        .cpu_handler(|_, context| {
+            context.reply(&Named {
+                path: std::ffi::OsString::from_vec(vec![0xff]).into(),
+            })
+        });
+    let runtime = runtime(named);
+    let kernel = active(&runtime, "named");
+    let refused = Named {
+        path: std::ffi::OsString::from_vec(vec![0xff]).into(),
+    };
+    assert_eq!(
+        kernel.try_send(&refused),
+        Err(TrySendError::Rejected(Rejection::NotEncodable))
+    );
+    let Err(CallError::Message(MessageError::Handler(error))) =
+        kernel.call::<_, Named>(&Named { path: "x".into() }, LONG)
+    else {
+        panic!("a reply that cannot be encoded was sent");
+    };
+    assert_eq!(error.code, HandlerError::NOT_ENCODABLE);
 }

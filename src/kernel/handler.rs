@@ -8,6 +8,7 @@ use super::options::Dim3;
 use super::reply_port::ReplyPort;
 use super::types::TypeTable;
 use crate::error::HandlerError;
+use crate::message::codec::CodecError;
 use crate::message::{Extension, MessageHeader, RAW_KIND, RingMessage};
 use crate::ring::Consumer;
 
@@ -177,7 +178,25 @@ impl KernelContext<'_, '_> {
     #[inline]
     pub fn reply<T: RingMessage>(&mut self, reply: &T) -> HandlerResult {
         let kind = self.kind_of::<T>()?;
-        self.write(kind, |body| Ok(reply.encode(body)?))
+        let mut needs_scratch = false;
+        let replied = self.write(kind, |body| {
+            let length = reply.encode(body);
+            needs_scratch = length == Err(CodecError::Scratch);
+            Ok(length?)
+        });
+        if needs_scratch {
+            return self.reply_with_scratch(kind, reply);
+        }
+        replied
+    }
+
+    /// As `reply`, for a type that needs more scratch memory than there is on the stack. The block has some.
+    #[cold]
+    fn reply_with_scratch<T: RingMessage>(&mut self, kind: u16, reply: &T) -> HandlerResult {
+        let mut encoder = std::mem::take(&mut self.port.encoder);
+        let replied = self.write(kind, |body| Ok(encoder.encode(reply, body)?));
+        self.port.encoder = encoder;
+        replied
     }
 
     /// Answers with raw bytes. Waits while the reply ring is full.

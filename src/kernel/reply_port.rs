@@ -11,7 +11,7 @@ use super::outlet::Outlet;
 use super::signals::KernelSignals;
 use super::telemetry::TelemetryBuffer;
 use crate::error::HandlerError;
-use crate::message::{AlignedBytes, Extension, Head, MessageHeader};
+use crate::message::{AlignedBytes, Extension, Head, MessageEncoder, MessageHeader};
 use crate::ring::{Producer, PushError};
 
 /// Empty looks at a full reply ring before the block sleeps between them. Nobody reads then, so nobody waits.
@@ -48,6 +48,8 @@ pub(crate) struct ReplyPort<'a> {
     /// Replies written and their payload bytes.
     pub(crate) replies: u64,
     pub(crate) bytes: u64,
+    /// For replies of types that need scratch memory.
+    pub(crate) encoder: MessageEncoder,
 }
 
 /// Where memory is booked that this process takes for a device.
@@ -134,7 +136,13 @@ impl<'a> ReplyPort<'a> {
             may_nap,
             replies: 0,
             bytes: 0,
+            encoder: MessageEncoder::default(),
         }
+    }
+
+    /// Takes scratch memory for typed replies.
+    pub(crate) fn prepare_encoder(&mut self) {
+        self.encoder = MessageEncoder::for_slots_of(self.producer.layout().max_payload());
     }
 
     /// Writes one reply in place. Waits while the reply ring is full, until the kernel ends.

@@ -4,16 +4,16 @@ use core::fmt;
 use core::mem::MaybeUninit;
 use core::num::NonZeroUsize;
 
-use rkyv::api::access_with_context;
 use rkyv::api::low::{LowDeserializer, LowSerializer, LowValidator};
+use rkyv::api::{access_with_context, serialize_using};
 use rkyv::bytecheck::CheckBytes;
 use rkyv::rancor::Failure;
-use rkyv::ser::allocator::SubAllocator;
-use rkyv::ser::writer::Buffer;
+use rkyv::ser::{Positional, Serializer};
 use rkyv::validation::Validator;
 use rkyv::validation::archive::ArchiveValidator;
 use rkyv::{Archive, Deserialize, Serialize};
 
+pub use super::serializer::{Scratch, SlotWriter};
 use crate::error::HandlerError;
 
 /// Alignment of every payload, in bytes: slots are 64-byte aligned, header and extension are multiples of 16.
@@ -34,9 +34,10 @@ const DEPTH_COUNT: NonZeroUsize = match NonZeroUsize::new(MAX_DEPTH + 2) {
     None => unreachable!(),
 };
 
-/// Stack space for the serialiser's own bookkeeping, in bytes. Fixed-size messages use none of it; nested vectors
-/// use a few words for each open level, so this is some sixty levels.
-const SCRATCH_BYTES: usize = 1024;
+/// Stack space for the serialiser's own bookkeeping, in bytes. A vector whose elements are not plain numbers uses it:
+/// for each element a few bytes (a position for a `String`, one byte for an `Option`) until the vector is written. A
+/// message of fixed size uses none of it.
+pub const SCRATCH_BYTES: usize = 1024;
 
 /// Why a message could not be archived into, or read from, a run of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +45,10 @@ const SCRATCH_BYTES: usize = 1024;
 pub enum CodecError {
     /// The archived message does not fit into the slot.
     TooLarge,
+    /// The serialiser needs more scratch memory than there is ([`SCRATCH_BYTES`], or what [`encode_with`] was given).
+    Scratch,
+    /// The type's own serialiser refused the value; no slot takes it.
+    Refused,
     /// The bytes are no valid archive of the type, or nested deeper than [`MAX_DEPTH`].
     Invalid,
     /// The bytes do not lie on the boundary that the archived type needs.
@@ -54,6 +59,8 @@ impl fmt::Display for CodecError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::TooLarge => "the archived message does not fit into the slot",
+            Self::Scratch => "the serialiser needs more scratch memory than it has",
+            Self::Refused => "the type's own serialiser refuses the value",
             Self::Invalid => "the bytes are no valid archive of the expected type",
             Self::Misaligned => "the archive is not aligned to 16 bytes",
         })
@@ -66,30 +73,56 @@ impl From<CodecError> for HandlerError {
     fn from(error: CodecError) -> Self {
         match error {
             CodecError::TooLarge => Self::new(Self::REPLY_TOO_LARGE, "reply exceeds the slot"),
+            CodecError::Scratch => Self::new(Self::NOT_ENCODABLE, "no memory for scratch"),
+            CodecError::Refused => {
+                Self::new(Self::NOT_ENCODABLE, "the serialiser refuses the reply")
+            }
             CodecError::Invalid => Self::new(Self::BAD_REQUEST, "invalid archive"),
             CodecError::Misaligned => Self::new(Self::BAD_REQUEST, "misaligned archive"),
         }
     }
 }
 
+/// What a ring message is serialised with.
+pub type Encoder<'a> = LowSerializer<SlotWriter<'a>, Scratch<'a>, Failure>;
+
 /// Archives `value` at the start of `slot` and returns the length used. Neither blocks nor allocates.
 ///
 /// # Errors
-/// [`CodecError::TooLarge`] if `slot` is too small; [`CodecError::Misaligned`] if it is not 16-byte aligned.
+/// [`CodecError::TooLarge`] if `slot` is too small; [`CodecError::Misaligned`] if it is not 16-byte aligned;
+/// [`CodecError::Scratch`] if the serialiser needs more than [`SCRATCH_BYTES`] for its own bookkeeping, which
+/// [`encode_with`] can give it; [`CodecError::Refused`].
 #[inline]
 pub fn encode<T>(value: &T, slot: &mut [u8]) -> Result<usize, CodecError>
 where
-    T: for<'a> Serialize<LowSerializer<Buffer<'a>, SubAllocator<'a>, Failure>>,
+    T: for<'a> Serialize<Encoder<'a>>,
+{
+    let mut scratch = [MaybeUninit::<u8>::uninit(); SCRATCH_BYTES];
+    encode_with(value, slot, &mut scratch)
+}
+
+/// As [`encode`], with scratch memory of the caller's. As many bytes as the slot has are enough for vectors, strings,
+/// boxes and options, nested as may be; a hash map needs up to eight times as many.
+///
+/// # Errors
+/// As `encode`.
+#[inline]
+pub fn encode_with<T>(
+    value: &T,
+    slot: &mut [u8],
+    scratch: &mut [MaybeUninit<u8>],
+) -> Result<usize, CodecError>
+where
+    T: for<'a> Serialize<Encoder<'a>>,
 {
     check_alignment::<T>(slot)?;
-    let mut scratch = [MaybeUninit::<u8>::uninit(); SCRATCH_BYTES];
-    rkyv::api::low::to_bytes_in_with_alloc::<_, _, Failure>(
-        value,
-        Buffer::from(slot),
-        SubAllocator::new(&mut scratch),
-    )
-    .map(|written| written.len())
-    .map_err(|_| CodecError::TooLarge)
+    let mut serializer = Serializer::new(SlotWriter::new(slot), Scratch::new(scratch), ());
+    match serialize_using::<_, Failure>(value, &mut serializer) {
+        Ok(_) => Ok(serializer.writer.pos()),
+        Err(Failure) if serializer.writer.is_full() => Err(CodecError::TooLarge),
+        Err(Failure) if serializer.allocator.is_exhausted() => Err(CodecError::Scratch),
+        Err(Failure) => Err(CodecError::Refused),
+    }
 }
 
 /// Validates `bytes` as an archive of `T` and gives the archived value in place. Neither blocks nor allocates.

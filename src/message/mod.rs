@@ -5,11 +5,16 @@
 #[cfg(feature = "std")]
 mod aligned;
 pub mod codec;
+#[cfg(all(feature = "std", not(loom)))]
+mod encoder;
 mod header;
 mod ring_message;
+mod serializer;
 
 #[cfg(feature = "std")]
 pub(crate) use aligned::AlignedBytes;
+#[cfg(all(feature = "std", not(loom)))]
+pub(crate) use encoder::MessageEncoder;
 #[cfg(all(test, not(loom), feature = "vulkan"))]
 pub(crate) use header::FLAG_MASKS;
 pub(crate) use header::Head;

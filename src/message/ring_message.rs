@@ -1,5 +1,7 @@
 //! Typed messages: a stable type id, and the way in and out of a slot.
 
+use core::mem::MaybeUninit;
+
 use super::codec::CodecError;
 
 /// The kind of a message that is raw bytes rather than a declared type.
@@ -12,6 +14,11 @@ pub const RAW_KIND: u16 = 0;
 ///
 /// Both sides must agree on the layout that belongs to [`TYPE_ID`](RingMessage::TYPE_ID): change the declared name
 /// (`"orders.New.v2"`) whenever the fields change.
+///
+/// A sender needs no more memory than its slot and, for vectors of anything but plain numbers and for maps, scratch
+/// memory of the same size, which it takes at set-up where slots are larger than
+/// [`SCRATCH_BYTES`](crate::message::codec::SCRATCH_BYTES). Only for a hash map of small entries that exceeds even that it
+/// allocates, once, when such a message is sent first.
 ///
 /// What the receiver of such a type spends on a message is bounded, whatever its bytes are: time and memory are
 /// proportional to their number, and a recursive type is read
@@ -29,8 +36,23 @@ pub trait RingMessage: rkyv::Archive + Sized {
     /// allocate unless the type's own serialiser does.
     ///
     /// # Errors
-    /// [`CodecError::TooLarge`] if `slot` is too small, in which case `slot` may hold a part of the message.
+    /// [`CodecError::TooLarge`] if `slot` is too small, in which case `slot` may hold a part of the message;
+    /// [`CodecError::Scratch`] if the serialiser needs more memory for its own bookkeeping than it has.
     fn encode(&self, slot: &mut [u8]) -> Result<usize, CodecError>;
+
+    /// As [`encode`](RingMessage::encode), with scratch memory of the sender's instead of a kilobyte on the stack. A
+    /// sender calls it after `encode` has failed with [`CodecError::Scratch`]. By default there is no difference.
+    ///
+    /// # Errors
+    /// As `encode`; [`CodecError::Scratch`] if `scratch` is too small.
+    fn encode_with(
+        &self,
+        slot: &mut [u8],
+        scratch: &mut [MaybeUninit<u8>],
+    ) -> Result<usize, CodecError> {
+        let _ = scratch;
+        self.encode(slot)
+    }
 
     /// Validates `bytes` and gives the archived form that lies in them. Neither blocks nor allocates.
     ///
@@ -101,6 +123,14 @@ macro_rules! ring_message {
                 slot: &mut [u8],
             ) -> ::core::result::Result<usize, $crate::message::codec::CodecError> {
                 $crate::message::codec::encode(self, slot)
+            }
+            #[inline]
+            fn encode_with(
+                &self,
+                slot: &mut [u8],
+                scratch: &mut [::core::mem::MaybeUninit<u8>],
+            ) -> ::core::result::Result<usize, $crate::message::codec::CodecError> {
+                $crate::message::codec::encode_with(self, slot, scratch)
             }
             #[inline]
             fn access(

@@ -11,7 +11,7 @@ use super::link::KernelLink;
 use super::receive::{read_reply, read_reply_bytes};
 use super::send::{Address, SendOptions, write_bytes, write_message};
 use crate::error::{CallError, RecvTimeoutError, SendTimeoutError, TryRecvError, TrySendError};
-use crate::message::{MessageHeader, RAW_KIND, RingMessage};
+use crate::message::{MessageEncoder, MessageHeader, RAW_KIND, RingMessage};
 
 /// One of several clients of a kernel, for one thread. `Send`, but neither `Sync` nor `Clone`; each has a private lane, so that no other
 /// client holds it up by what it sends or does not read, and its replies never reach another one.
@@ -48,6 +48,7 @@ use crate::message::{MessageHeader, RAW_KIND, RingMessage};
 /// ```
 pub struct Client<Req, Resp> {
     lane: ClientLane,
+    encoder: MessageEncoder,
     kind: u16,
     reply_kind: Option<u16>,
     /// Address of messages that are sent without options.
@@ -66,9 +67,14 @@ impl<Req, Resp> fmt::Debug for Client<Req, Resp> {
 
 impl<Req, Resp> Client<Req, Resp> {
     pub(super) fn new(lane: ClientLane, kind: u16, reply_kind: Option<u16>) -> Self {
+        let encoder = match kind {
+            RAW_KIND => MessageEncoder::default(),
+            _ => MessageEncoder::for_slots_of(lane.instance().ring.max_payload()),
+        };
         Self {
             plain: lane.address(kind),
             lane,
+            encoder,
             kind,
             reply_kind,
             messages: PhantomData,
@@ -200,8 +206,9 @@ impl<Req: RingMessage, Resp: RingMessage> Client<Req, Resp> {
     #[inline]
     pub fn try_send(&mut self, message: &Req) -> Result<(), TrySendError> {
         let address = self.plain_address();
+        let encoder = &mut self.encoder;
         self.lane
-            .try_send(&address, |body| write_message(message, body))
+            .try_send(&address, |body| write_message(encoder, message, body))
     }
 
     /// As [`try_send`](Self::try_send), with options, which replace the client's own priority and time to live.
@@ -215,8 +222,9 @@ impl<Req: RingMessage, Resp: RingMessage> Client<Req, Resp> {
         options: &SendOptions,
     ) -> Result<(), TrySendError> {
         let address = Address::with(self.kind, options)?;
+        let encoder = &mut self.encoder;
         self.lane
-            .try_send(&address, |body| write_message(message, body))
+            .try_send(&address, |body| write_message(encoder, message, body))
     }
 
     /// Sends a message; without room it does what the client's [`Backpressure`](crate::Backpressure) says, for `timeout` at most.
@@ -230,8 +238,10 @@ impl<Req: RingMessage, Resp: RingMessage> Client<Req, Resp> {
         timeout: Duration,
     ) -> Result<(), SendTimeoutError> {
         let address = self.plain_address();
-        self.lane
-            .send(&address, timeout, |body| write_message(message, body))
+        let encoder = &mut self.encoder;
+        self.lane.send(&address, timeout, |body| {
+            write_message(encoder, message, body)
+        })
     }
 
     /// Sends a message; without room it does what the client's [`Backpressure`](crate::Backpressure) says, for `RuntimeConfig::default_timeout` at most.
@@ -315,10 +325,11 @@ impl<Req: RingMessage, Resp: RingMessage> Client<Req, Resp> {
     pub fn call(&mut self, request: &Req, timeout: Duration) -> Result<Resp, CallError> {
         let address = self.plain_address();
         let kind = self.reply_kind;
+        let encoder = &mut self.encoder;
         self.lane.call(
             address,
             timeout,
-            |body| write_message(request, body),
+            |body| write_message(encoder, request, body),
             |link, header, payload| {
                 let found = || link.types.type_id_of(header.kind());
                 read_reply::<Resp>(kind, found, header, payload)

@@ -268,9 +268,9 @@ impl ClientLane {
         &mut self,
         address: &Address,
         timeout: Duration,
-        write: impl Fn(&mut [u8]) -> Result<usize, Rejection>,
+        mut write: impl FnMut(&mut [u8]) -> Result<usize, Rejection>,
     ) -> Result<(), SendTimeoutError> {
-        match self.try_send(address, &write) {
+        match self.try_send(address, &mut write) {
             Ok(()) => return Ok(()),
             Err(TrySendError::Full | TrySendError::Busy) => {}
             Err(TrySendError::Unavailable(unavailable)) => return Err(unavailable.into()),
@@ -288,7 +288,7 @@ impl ClientLane {
         &mut self,
         address: &Address,
         timeout: Duration,
-        write: impl Fn(&mut [u8]) -> Result<usize, Rejection>,
+        mut write: impl FnMut(&mut [u8]) -> Result<usize, Rejection>,
     ) -> Result<(), SendTimeoutError> {
         if timeout.is_zero() {
             return Err(SendTimeoutError::Timeout);
@@ -296,7 +296,7 @@ impl ClientLane {
         let refused = self.refused.saturating_sub(1);
         self.waited += 1;
         let instance = Arc::clone(&self.inbox.instance);
-        let sent = until_sent(&instance, timeout, || self.try_send(address, &write));
+        let sent = until_sent(&instance, timeout, || self.try_send(address, &mut write));
         // One send that waited is not many that failed.
         self.refused = refused + u64::from(sent.is_err());
         sent
@@ -306,7 +306,7 @@ impl ClientLane {
         &mut self,
         address: Address,
         timeout: Duration,
-        write: impl Fn(&mut [u8]) -> Result<usize, Rejection>,
+        mut write: impl FnMut(&mut [u8]) -> Result<usize, Rejection>,
         read: impl FnOnce(&KernelLink, &MessageHeader, &[u8]) -> Result<R, MessageError>,
     ) -> Result<R, CallError> {
         if runs_here(&self.instance().signals) {
@@ -318,13 +318,13 @@ impl ClientLane {
         let wanted = Wanted::call(correlation);
         let address = address.for_call(correlation);
         let mut left = timeout;
-        match self.try_send(&address, &write) {
+        match self.try_send(&address, &mut write) {
             Ok(()) => {}
             Err(TrySendError::Unavailable(unavailable)) => return Err(unavailable.into()),
             Err(TrySendError::Rejected(rejection)) => return Err(rejection.into()),
             Err(TrySendError::Full | TrySendError::Busy) => {
                 let deadline = Deadline::after(timeout);
-                self.wait_for_room(&address, timeout, &write)?;
+                self.wait_for_room(&address, timeout, &mut write)?;
                 left = deadline.remaining();
             }
         }

@@ -12,7 +12,7 @@ use super::send::{
     Address, SendBatch, SendOptions, SendSide, SendSlot, until_sent, write_bytes, write_message,
 };
 use crate::error::{RecvTimeoutError, SendTimeoutError, TryRecvError, TrySendError, Unavailable};
-use crate::message::{Envelope, RAW_KIND, RingMessage};
+use crate::message::{Envelope, MessageEncoder, RAW_KIND, RingMessage};
 
 /// The exclusive sending endpoint of a kernel. `Send`, but neither `Sync` nor `Clone`: two threads that send through
 /// one cannot be written.
@@ -46,6 +46,7 @@ pub struct Sender<M> {
     instance: Arc<KernelInstance>,
     /// `None` only while the endpoint is being dropped.
     side: Option<SendSide>,
+    encoder: MessageEncoder,
     kind: u16,
     message: PhantomData<fn(M)>,
 }
@@ -98,7 +99,12 @@ impl<M> fmt::Debug for Receiver<M> {
 
 impl<M> Sender<M> {
     pub(super) fn new(instance: Arc<KernelInstance>, side: SendSide, kind: u16) -> Self {
+        let encoder = match kind {
+            RAW_KIND => MessageEncoder::default(),
+            _ => MessageEncoder::for_slots_of(instance.ring.max_payload()),
+        };
         Self {
+            encoder,
             instance,
             side: Some(side),
             kind,
@@ -106,11 +112,13 @@ impl<M> Sender<M> {
         }
     }
 
-    /// The two parts of a live endpoint.
+    /// The parts of a live endpoint.
     #[inline]
-    fn parts(&mut self) -> Result<(&mut SendSide, &KernelInstance), TrySendError> {
+    fn parts(
+        &mut self,
+    ) -> Result<(&mut SendSide, &KernelInstance, &mut MessageEncoder), TrySendError> {
         match &mut self.side {
-            Some(side) => Ok((side, &self.instance)),
+            Some(side) => Ok((side, &self.instance, &mut self.encoder)),
             // Only `drop` takes the side.
             None => Err(TrySendError::Unavailable(Unavailable::Split)),
         }
@@ -122,7 +130,7 @@ impl<M> Sender<M> {
     /// [`TrySendError`], but never `Busy`; nothing has been sent then.
     #[inline]
     pub fn try_send_bytes(&mut self, payload: &[u8]) -> Result<(), TrySendError> {
-        let (side, instance) = self.parts()?;
+        let (side, instance, _) = self.parts()?;
         side.try_send(instance, &Address::plain(RAW_KIND), |body| {
             write_bytes(payload, body)
         })
@@ -138,7 +146,7 @@ impl<M> Sender<M> {
         payload: &[u8],
         options: &SendOptions,
     ) -> Result<(), TrySendError> {
-        let (side, instance) = self.parts()?;
+        let (side, instance, _) = self.parts()?;
         let address = Address::with(RAW_KIND, options)?;
         side.try_send(instance, &address, |body| write_bytes(payload, body))
     }
@@ -173,7 +181,7 @@ impl<M> Sender<M> {
     #[inline]
     pub fn reserve_with(&mut self, options: &SendOptions) -> Result<SendSlot<'_>, TrySendError> {
         let kind = self.kind;
-        let (side, instance) = self.parts()?;
+        let (side, instance, _) = self.parts()?;
         let address = Address::with(kind, options)?;
         side.reserve(instance, &address)
     }
@@ -184,7 +192,7 @@ impl<M> Sender<M> {
     /// As [`try_send_bytes`](Self::try_send_bytes); `Full` if there is not a single slot.
     #[inline]
     pub fn batch(&mut self, wanted: usize) -> Result<SendBatch<'_>, TrySendError> {
-        let (side, instance) = self.parts()?;
+        let (side, instance, _) = self.parts()?;
         side.batch(instance, wanted)
     }
 }
@@ -198,8 +206,10 @@ impl<M: RingMessage> Sender<M> {
     #[inline]
     pub fn try_send(&mut self, message: &M) -> Result<(), TrySendError> {
         let address = Address::plain(self.kind);
-        let (side, instance) = self.parts()?;
-        side.try_send(instance, &address, |body| write_message(message, body))
+        let (side, instance, encoder) = self.parts()?;
+        side.try_send(instance, &address, |body| {
+            write_message(encoder, message, body)
+        })
     }
 
     /// As [`try_send`](Self::try_send), with options.
@@ -213,9 +223,11 @@ impl<M: RingMessage> Sender<M> {
         options: &SendOptions,
     ) -> Result<(), TrySendError> {
         let kind = self.kind;
-        let (side, instance) = self.parts()?;
+        let (side, instance, encoder) = self.parts()?;
         let address = Address::with(kind, options)?;
-        side.try_send(instance, &address, |body| write_message(message, body))
+        side.try_send(instance, &address, |body| {
+            write_message(encoder, message, body)
+        })
     }
 
     /// Sends a message, waiting for room for `timeout` at most.
@@ -252,11 +264,11 @@ impl<M: RingMessage> Sender<M> {
         if messages.is_empty() {
             return Ok(0);
         }
-        let (side, instance) = self.parts()?;
+        let (side, instance, encoder) = self.parts()?;
         let mut batch = side.batch(instance, messages.len())?;
         let mut staged = 0;
         for message in messages {
-            match batch.stage(&envelope, |body| write_message(message, body)) {
+            match batch.stage(&envelope, |body| write_message(encoder, message, body)) {
                 Ok(()) => staged += 1,
                 Err(error) if staged == 0 => return Err(error),
                 Err(_) => break,

@@ -15,7 +15,7 @@ use super::receive::{
     Bytes, Found, Look, Miss, ReceiveSide, WaitEnd, kind_of, read_reply, read_reply_bytes,
     until_found, uselessness,
 };
-use super::send::{Address, SendOptions, SendSide, until_sent, write_bytes, write_message};
+use super::send::{Address, SendOptions, SendSide, until_sent, write_bytes};
 use crate::backend::cpu::runs_here;
 use crate::error::{
     CallError, Error, MessageError, RecvTimeoutError, Rejection, SendTimeoutError, TryRecvError,
@@ -167,7 +167,7 @@ impl KernelHandle {
     ) -> Result<(), TrySendError> {
         let kind = self.instance.types.kind_of(T::TYPE_ID)?;
         let address = Address::with(kind, options)?;
-        self.send_once(&address, |body| write_message(message, body))
+        self.send_once(&address, |body| self.instance.write_message(message, body))
     }
 
     /// Sends a typed message, waiting for room for `timeout` at most.
@@ -196,7 +196,9 @@ impl KernelHandle {
     ) -> Result<(), SendTimeoutError> {
         let kind = self.instance.types.kind_of(T::TYPE_ID)?;
         let address = Address::with(kind, options)?;
-        self.send_until(timeout, &address, |body| write_message(message, body))
+        self.send_until(timeout, &address, |body| {
+            self.instance.write_message(message, body)
+        })
     }
 
     /// Sends a typed message, waiting for room for `RuntimeConfig::default_timeout` at most.
@@ -514,7 +516,7 @@ impl KernelHandle {
             self,
             kind,
             timeout,
-            |body| write_message(request, body),
+            |body| self.instance.write_message(request, body),
             |header, payload| {
                 let found = || types.type_id_of(header.kind());
                 read_reply::<Resp>(reply_kind, found, header, payload)

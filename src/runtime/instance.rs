@@ -13,15 +13,17 @@ use super::clients::LaneHub;
 use super::link::KernelLink;
 use super::metrics::{KernelMetrics, KernelStatus};
 use super::receive::ReceiveSide;
-use super::send::SendSide;
+use super::send::{SendSide, not_written, write_message};
 use crate::backend::cpu::runs_here;
 use crate::backend::{Dispatch, DispatchStatus};
 use crate::bridge::Bridge;
-use crate::error::Error;
+use crate::error::{Error, Rejection};
 use crate::kernel::{
     BlockState, FailureReason, KernelFailure, KernelState, MessageTrace, Telemetry,
 };
 use crate::logging;
+use crate::message::codec::CodecError;
+use crate::message::{MessageEncoder, RingMessage};
 use crate::process::{self, InChild};
 use crate::thread::{CoreLease, PlacedThread, SpinPermit};
 use crate::time::{self, Deadline};
@@ -45,6 +47,8 @@ pub(crate) struct KernelInstance {
     pub(super) control: Mutex<ControlPlane>,
     /// The requests' accounts, once the kernel has ended. Held for a moment only.
     pub(super) closing: Mutex<Option<Closing>>,
+    /// For messages that handles send and that need scratch memory. Tried, never waited for.
+    pub(super) encoder: Mutex<MessageEncoder>,
     /// Where the accounts go with the last handle.
     pub(super) books: Arc<Books>,
     /// The bridge of its device.
@@ -85,6 +89,34 @@ impl Deref for KernelInstance {
 }
 
 impl KernelInstance {
+    /// Archives a message that a handle sends.
+    #[inline]
+    pub(super) fn write_message<T: RingMessage>(
+        &self,
+        message: &T,
+        body: &mut [u8],
+    ) -> Result<usize, Rejection> {
+        match message.encode(body) {
+            Ok(length) if length <= body.len() => Ok(length),
+            Ok(_) => Err(not_written(CodecError::TooLarge, body.len())),
+            Err(CodecError::Scratch) => self.write_with_scratch(message, body),
+            Err(error) => Err(not_written(error, body.len())),
+        }
+    }
+
+    /// The same with the scratch memory that was taken at launch; a thread that finds it in use takes some of its own.
+    #[cold]
+    fn write_with_scratch<T: RingMessage>(
+        &self,
+        message: &T,
+        body: &mut [u8],
+    ) -> Result<usize, Rejection> {
+        match self.encoder.try_lock() {
+            Some(mut encoder) => write_message(&mut encoder, message, body),
+            None => write_message(&mut MessageEncoder::default(), message, body),
+        }
+    }
+
     fn illegal(&self, from: KernelState, to: KernelState) -> Error {
         Error::InvalidTransition {
             kernel: self.signals.name.clone(),

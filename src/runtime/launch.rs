@@ -27,6 +27,7 @@ use crate::kernel::signals::KernelSignals;
 use crate::kernel::{
     DeadLetterQueue, Dim3, KernelRegistration, KernelState, LaunchOptions, TRACE_SLOTS,
 };
+use crate::message::MessageEncoder;
 use crate::process;
 use crate::ring::RingLayout;
 use crate::system;
@@ -102,6 +103,10 @@ pub(super) fn launch(
     }
     let inbox = host_ring(&pool, layout.ring)?;
     let calls = CallTable::new(&pool, calls, layout.ring.max_payload())?;
+    let encoder = match types.last_kind() {
+        0 => MessageEncoder::default(),
+        _ => MessageEncoder::for_slots_of(layout.ring.max_payload()),
+    };
     let copy_bytes = device_ends
         .first()
         .map_or(0, |ends| ends.memory.grid.copy_bytes(blocks));
@@ -189,6 +194,7 @@ pub(super) fn launch(
             leases: placement.leases,
         }),
         closing: Mutex::new(None),
+        encoder: Mutex::new(encoder),
         books: Arc::default(),
         bridge: Arc::clone(bridge),
         clients: Mutex::new(LaneHub::new()),

@@ -8,7 +8,8 @@ use super::link::KernelLink;
 use crate::backend::HostProducer;
 use crate::backend::cpu::runs_here;
 use crate::error::{Rejection, SendTimeoutError, TrySendError, Unavailable};
-use crate::message::{Envelope, Extension, Head, Priority, RingMessage};
+use crate::message::codec::CodecError;
+use crate::message::{Envelope, Extension, Head, MessageEncoder, Priority, RingMessage};
 use crate::ring::{Batch, PushError, Reservation};
 use crate::time;
 
@@ -412,13 +413,21 @@ pub(super) fn write_bytes(payload: &[u8], body: &mut [u8]) -> Result<usize, Reje
 /// Archives a message into a slot. The length is within the slot, whatever the type's `encode` says.
 #[inline]
 pub(super) fn write_message<T: RingMessage>(
+    encoder: &mut MessageEncoder,
     message: &T,
     body: &mut [u8],
 ) -> Result<usize, Rejection> {
     let max = body.len();
-    match message.encode(body) {
-        Ok(length) if length <= max => Ok(length),
-        Ok(_) | Err(_) => Err(Rejection::TooLarge { max }),
+    encoder
+        .encode(message, body)
+        .map_err(|error| not_written(error, max))
+}
+
+/// Why a message could not be archived into a slot with `max` bytes for it.
+pub(super) fn not_written(error: CodecError, max: usize) -> Rejection {
+    match error {
+        CodecError::TooLarge => Rejection::TooLarge { max },
+        _ => Rejection::NotEncodable,
     }
 }
 

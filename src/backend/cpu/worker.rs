@@ -151,6 +151,9 @@ impl Worker {
             unstored: 0,
             running,
         };
+        if setup.types.last_kind() > 0 {
+            block.port.prepare_encoder();
+        }
         let end = catch_unwind(AssertUnwindSafe(|| running.run(|| block.run())));
         let (failure, panic) = match end {
             Ok(Ok(())) => (None, None),

@@ -10,7 +10,7 @@ use super::core::{PublisherShared, TopicShared};
 use super::options::PublisherStats;
 use crate::backend::{Booked, HostProducer};
 use crate::error::{Error, Rejection, SendTimeoutError, TrySendError};
-use crate::message::{AlignedBytes, RingMessage};
+use crate::message::{AlignedBytes, MessageEncoder, RingMessage};
 use crate::runtime::receive::Bytes;
 use crate::runtime::send::{refused, write_bytes, write_message};
 use crate::thread::{AnyThread, Waiter};
@@ -170,6 +170,7 @@ pub struct Publisher<M> {
     lane: PublisherLane,
     /// Where messages are archived.
     archive: Booked<AlignedBytes>,
+    encoder: MessageEncoder,
     messages: PhantomData<fn(M)>,
 }
 
@@ -190,6 +191,7 @@ impl<M> Publisher<M> {
         Ok(Self {
             archive: lane.topic.pool.payload(bytes)?,
             lane,
+            encoder: MessageEncoder::for_slots_of(bytes),
             messages: PhantomData,
         })
     }
@@ -267,8 +269,10 @@ impl<M: RingMessage> Publisher<M> {
     #[inline]
     fn encode(&mut self, message: &M) -> Result<usize, Rejection> {
         let max = self.lane.topic.shape.message_size;
-        let length =
-            write_message(message, &mut self.archive).map_err(|_| Rejection::TooLarge { max })?;
+        let length = match write_message(&mut self.encoder, message, &mut self.archive) {
+            Err(Rejection::TooLarge { .. }) => Err(Rejection::TooLarge { max }),
+            other => other,
+        }?;
         if length > max {
             return Err(Rejection::TooLarge { max });
         }
