@@ -4,7 +4,6 @@
 //! may change while the process runs, and a sandbox may refuse to place threads.
 
 use crate::error::Error;
-use crate::logging;
 use crate::system;
 
 #[cfg(target_os = "linux")]
@@ -326,7 +325,7 @@ pub(crate) fn on_cores<T: Send>(
 ) -> Result<T, Error> {
     on_thread(name, || {
         if let Err(error) = prefer_cores(cores) {
-            logging::warning!("{name}: driver threads run anywhere: {error}");
+            crate::logging::warning!("{name}: driver threads run anywhere: {error}");
         }
         body()
     })
