@@ -69,6 +69,7 @@ static REGISTRY: Registry = Registry {
     objects: std::cell::UnsafeCell::new(Vec::new()),
 };
 
+#[cfg(unix)]
 /// Attempts to take the lock in `fork`, a turn of the scheduler apart. Its holder copies a few words.
 const ATTEMPTS: u32 = 100_000;
 
@@ -137,6 +138,7 @@ thread_local! {
     static HOLDS: Cell<bool> = const { Cell::new(false) };
 }
 
+#[cfg(unix)]
 /// Before a fork: no other thread changes the registry while memory is copied.
 fn before_fork() {
     for _ in 0..ATTEMPTS {
@@ -148,6 +150,7 @@ fn before_fork() {
     }
 }
 
+#[cfg(unix)]
 /// After a fork, in the parent.
 fn after_fork() {
     if HOLDS.try_with(|holds| holds.replace(false)) == Ok(true) {

@@ -1176,7 +1176,7 @@ fn refused_memory_for_a_topic_is_an_error_and_no_abort() {
         .parse()
         .unwrap();
     let limit = libc::rlimit {
-        rlim_cur: pages * 4096 + (100 << 20),
+        rlim_cur: (pages * 4096 + (100 << 20)) as libc::rlim_t,
         rlim_max: libc::RLIM_INFINITY,
     };
     // SAFETY: the pointer is to a local.

@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::backend::DeviceMemory;
 use crate::error::Error;
 use crate::kernel::MemoryAccount;
-use crate::logging;
 use crate::ring::WriteCombining;
 use crate::system;
 
@@ -210,7 +209,7 @@ fn advise_huge_pages(start: NonNull<u8>, bytes: usize) {
     // behind it in its last page.
     let result = unsafe { libc::madvise(start.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
     if result != 0 {
-        logging::debug!(
+        crate::logging::debug!(
             "no huge pages for {bytes} bytes: {}",
             std::io::Error::last_os_error()
         );

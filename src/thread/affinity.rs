@@ -219,28 +219,23 @@ pub fn pin_current_thread(core: usize) -> Result<(), Error> {
     }
 }
 
-/// Lets the calling thread run on any of `cores`, which somebody named, and on no other. Does nothing where the system has
-/// no such call.
+/// Lets the calling thread run on any of `cores`, which the user named, and on no other.
 ///
 /// # Errors
 /// [`Error::PinningFailed`] if the thread may not run on every one of them; it then runs where it did before.
+#[cfg(target_os = "linux")]
 pub(crate) fn confine_current_thread(cores: &[usize]) -> Result<(), Error> {
-    #[cfg(target_os = "linux")]
-    {
-        let before = CoreMask::of_thread(0);
-        let found = set_current(cores)?;
-        if !found.is_empty() && !cores.iter().all(|core| found.contains(core)) {
-            if let Ok(before) = before {
-                let _ = before.apply();
-            }
-            return Err(Error::PinningFailed {
-                cores: cores.to_vec(),
-                reason: format!("of these, the process may use {found:?}"),
-            });
+    let before = CoreMask::of_thread(0);
+    let found = set_current(cores)?;
+    if !found.is_empty() && !cores.iter().all(|core| found.contains(core)) {
+        if let Ok(before) = before {
+            let _ = before.apply();
         }
+        return Err(Error::PinningFailed {
+            cores: cores.to_vec(),
+            reason: format!("of these, the process may use {found:?}"),
+        });
     }
-    #[cfg(not(target_os = "linux"))]
-    let _ = cores;
     Ok(())
 }
 
