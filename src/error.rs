@@ -159,7 +159,8 @@ impl fmt::Display for MessageError {
 /// What a handler reports instead of a reply: a code and a short text, kept inline.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct HandlerError {
-    /// Chosen by the handler.
+    /// Chosen by the handler, or one of the constants below: the library's codes count down from
+    /// `u32::MAX`.
     pub code: u32,
     length: u8,
     text: [u8; Self::MAX_TEXT],
@@ -178,14 +179,16 @@ impl HandlerError {
     /// Code of the error of a reply that exceeds the reply ring's slots.
     pub const REPLY_TOO_LARGE: u32 = u32::MAX - 1;
 
-    /// Code of the error of a reply that has to wait for room beside its ring, for which there is no memory.
-    pub const OUT_OF_MEMORY: u32 = u32::MAX - 3;
-
     /// Code of the error of a reply that could not be written because the kernel is ending.
     pub const ENDING: u32 = u32::MAX - 2;
 
-    /// Code of the error of a reply that its serialiser refuses, or that needs more scratch memory than can be had.
+    /// Code of the error of a reply that its serialiser refuses, or that needs more scratch memory
+    /// than can be had.
     pub const NOT_ENCODABLE: u32 = u32::MAX - 3;
+
+    /// Code of the error of a reply that has to wait for room beside its ring, for which there is
+    /// no memory.
+    pub const OUT_OF_MEMORY: u32 = u32::MAX - 4;
 
     /// An error with this code and text; a longer text is cut at a character boundary.
     #[must_use]
@@ -408,6 +411,20 @@ impl From<SendTimeoutError> for CallError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_two_codes_of_handler_errors_are_alike() {
+        let codes = [
+            HandlerError::BAD_REQUEST,
+            HandlerError::REPLY_TOO_LARGE,
+            HandlerError::ENDING,
+            HandlerError::NOT_ENCODABLE,
+            HandlerError::OUT_OF_MEMORY,
+        ];
+        for (index, code) in codes.iter().enumerate() {
+            assert!(!codes[..index].contains(code), "{code:#x}");
+        }
+    }
 
     #[test]
     fn handler_errors_survive_a_round_trip_and_any_truncation() {
