@@ -57,9 +57,14 @@
 //! ² A client that finds the lanes in nobody's hands moves up to 64 messages each way, for all clients of its kernel, before it returns, and where
 //! credit is used up all the replies that lie in the kernel's rings; neither while a bridge spins ([`RuntimeConfig::bridge_wait`]).
 //!
+//! On a machine whose clock is not read in the process itself (Linux with the clock source `hpet` or
+//! `acpi_pm`, some virtual machines), each look at the clock is a system call as well: a wait looks at
+//! it about once a microsecond, and each message is stamped by its sender.
+//!
 //! ³ For the only publisher of a topic. One of several is lock-free: it publishes what the others leave to it meanwhile.
 //!
 //! Messages whose own type allocates (a `Vec`) allocate when they are received by value; read in place they do not.
+//! The first message with a large hash map may allocate scratch memory ([`RingMessage`]).
 //! No wait outlives what it waits for: [`terminate_wakes_blocked_senders_and_receivers`](#terminate_wakes_blocked_senders_and_receivers).
 //!
 //! ## The tests
@@ -97,7 +102,8 @@
 //!
 //! ### `a_full_ring_gives_the_message_back_and_frees_its_slots`
 //!
-//! In `tests/conformance/messages.rs`, on every backend: a call that finds no room, or nothing, returns at once.
+//! In `tests/conformance/messages.rs` on the CPU backend, and in `tests/vulkan.rs` on Vulkan in each
+//! mode: a call that finds no room, or nothing, returns at once.
 //!
 //! ### `a_client_that_reads_nothing_holds_up_nobody`
 //!
@@ -114,11 +120,14 @@
 //!
 //! ### `terminate_wakes_blocked_senders_and_receivers`
 //!
-//! In `tests/conformance/life.rs`, on every backend; `terminate_wakes_clients` in `clients.rs`.
+//! In `tests/conformance/life.rs`, on the CPU backend. On every backend:
+//! `terminate_wakes_those_who_wait_for_room_and_for_replies` beside it, and `terminate_wakes_clients`
+//! in `clients.rs`.
 //!
 //! ### `a_handler_that_never_returns_is_reported_in_time`
 //!
-//! In `tests/conformance/faults.rs`, on every backend.
+//! In `tests/conformance/faults.rs`, on the CPU backend. What a handler that never ends leads to on
+//! Vulkan is in `tests/vulkan.rs` (`a_handler_that_never_ends_fails_its_kernel_or_its_device`).
 //!
 //! # Features
 //!
