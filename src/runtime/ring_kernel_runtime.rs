@@ -21,7 +21,7 @@ use super::metrics::KernelStatus;
 use super::pipeline;
 use super::snapshot::Snapshot;
 use super::topic::Topics;
-use crate::backend::cpu::{install_hook, running_here};
+use crate::backend::cpu::{install_hook, running_here, runs_here};
 use crate::backend::{BackendType, Device, DeviceInfo};
 use crate::bridge::{Bridge, BridgeSettings, RingBufferBridge};
 use crate::error::Error;
@@ -631,8 +631,10 @@ impl RingKernelRuntime {
             bridge.stop();
         }
         for instance in &*self.kernels.load() {
-            // Of one that another thread terminates.
-            drop(instance.control.lock());
+            // Of one that another thread terminates; not of one whose handler this is, which that thread waits for.
+            if !runs_here(&instance.signals) {
+                drop(instance.control.lock());
+            }
         }
         let mut inner = self.inner.lock();
         let forgotten = self.forget_ended(&mut inner);

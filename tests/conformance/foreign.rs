@@ -368,6 +368,31 @@ pub fn a_handler_may_drop_the_last_runtime<S: Subject>() {
     );
 }
 
+/// So it may while another thread waits for the end of its kernel.
+pub fn a_handler_may_drop_the_last_runtime_while_its_kernel_is_terminated<S: Subject>() {
+    let runtime = patient::<S>();
+    let attempts = Attempts::new(&runtime);
+    let kernel = attempts.kernel.clone();
+    let (tell, told) = mpsc::channel();
+    let (ended, own) = (kernel.clone(), kernel.clone());
+    let ending = thread::spawn(move || {
+        told.recv_timeout(LONG).unwrap();
+        ended.terminate()
+    });
+    attempts
+        .make(&kernel, move || {
+            tell.send(()).unwrap();
+            eventually("the beginning of the end", || {
+                own.status().state == KernelState::Terminating
+            });
+            drop(runtime);
+            Ok(())
+        })
+        .unwrap();
+    ending.join().unwrap().unwrap();
+    assert_eq!(kernel.status().state, KernelState::Terminated);
+}
+
 /// Neither a call nor a send waits for the handler that makes it.
 pub fn a_handler_that_calls_its_own_kernel_is_told_at_once<S: Subject>() {
     let runtime = patient::<S>();

@@ -178,6 +178,7 @@ macro_rules! conformance {
                     control_calls_from_a_kernels_own_handler_fail_at_once,
                     control_calls_from_a_handler_on_a_shared_thread_do_not_wait,
                     a_handler_may_drop_the_last_runtime,
+                    a_handler_may_drop_the_last_runtime_while_its_kernel_is_terminated,
                     a_handler_that_calls_its_own_kernel_is_told_at_once,
                     a_thread_local_destructor_may_terminate_its_own_kernel,
                     a_stuck_handler_is_the_failure_of_its_own_kernel_alone,
