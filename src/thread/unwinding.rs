@@ -6,7 +6,8 @@
 //! `library/std/src/sys/personality/dwarf/eh.rs` reads it for Rust.
 
 /// Whether a frame between this one and that of a local variable at the address `end` catches a panic; the frame of the
-/// variable itself does not count. `None` if that cannot be told here.
+/// variable itself does not count. `None` if that cannot be told here: also where this frame is not below the variable,
+/// as on a stack of its own that a coroutine runs on.
 pub(crate) fn catches_before(end: usize) -> Option<bool> {
     imp::catches_before(end)
 }
@@ -39,6 +40,8 @@ mod imp {
 
     struct Walk {
         end: usize,
+        /// Whether a frame was seen below the variable.
+        is_below: bool,
         /// Whether the frame that was seen last catches.
         catches: bool,
         found: Option<bool>,
@@ -47,6 +50,7 @@ mod imp {
     pub(super) fn catches_before(end: usize) -> Option<bool> {
         let mut walk = Walk {
             end,
+            is_below: false,
             catches: false,
             found: None,
         };
@@ -63,10 +67,11 @@ mod imp {
         // that was seen last ends.
         let stack = unsafe { _Unwind_GetCFA(context) };
         if stack > walk.end {
-            // The last frame holds the variable.
-            walk.found = Some(false);
+            // The last frame holds the variable; if there is none, another stack does.
+            walk.found = walk.is_below.then_some(false);
             return END;
         }
+        walk.is_below = true;
         if walk.catches {
             walk.found = Some(true);
             return END;
@@ -325,5 +330,7 @@ mod tests {
         assert_eq!(found_below(|ask| catching(&mut || deeper(ask))), Some(true));
         // The thread's own first frames catch.
         assert_eq!(catches_before(usize::MAX), Some(true));
+        // A variable that is on no stack below which this frame lies.
+        assert_eq!(catches_before(0), None);
     }
 }
