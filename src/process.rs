@@ -8,7 +8,8 @@
 use std::cell::Cell;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Once, Weak};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 /// Something that leads to threads or devices.
 pub(crate) trait InChild: Send + Sync {
@@ -69,9 +70,23 @@ static REGISTRY: Registry = Registry {
     objects: std::cell::UnsafeCell::new(Vec::new()),
 };
 
-#[cfg(unix)]
-/// Attempts to take the lock in `fork`, a turn of the scheduler apart. Its holder copies a few words.
-const ATTEMPTS: u32 = 100_000;
+/// Attempts to take the lock in `fork`, a pause apart: a second at least. Its holder copies a few words.
+const ATTEMPTS: u32 = 10_000;
+
+/// Attempts after which a thread sleeps between two: one of a realtime policy that only yields may keep the holder
+/// from ever running.
+const YIELDS: u32 = 100;
+
+const NAP: Duration = Duration::from_micros(100);
+
+/// Between two attempts to take the lock.
+fn pause(attempt: u32) {
+    if attempt < YIELDS {
+        std::thread::yield_now();
+    } else {
+        std::thread::sleep(NAP);
+    }
+}
 
 impl Registry {
     fn try_lock(&self) -> bool {
@@ -84,8 +99,10 @@ impl Registry {
 
     /// Runs `act` under the lock. It must neither allocate nor free: allocators are foreign code.
     fn with<R>(&self, act: impl FnOnce(&mut Vec<Weak<dyn InChild>>) -> R) -> R {
+        let mut attempt = 0;
         while !self.try_lock() {
-            std::thread::yield_now();
+            pause(attempt);
+            attempt = attempt.saturating_add(1);
         }
         // SAFETY: the lock is held.
         let result = act(unsafe { &mut *self.objects.get() });
@@ -95,12 +112,37 @@ impl Registry {
 }
 
 /// Has the process notice that it is forked.
+///
+/// No `Once`: the child of a fork would wait for ever for a thread that was just at it. The child does it again then,
+/// which may install the handlers twice.
 fn prepare() {
-    static HANDLERS: Once = Once::new();
-    HANDLERS.call_once(|| {
-        page::prepare();
-        handlers::install();
-    });
+    const NOT_YET: u32 = 0;
+    const DONE: u32 = u32::MAX;
+    /// Or the process, a thread of which is at it. That another process has the same number, as in a namespace of its
+    /// own, costs it a second.
+    static PROGRESS: AtomicU32 = AtomicU32::new(NOT_YET);
+
+    let mut progress = PROGRESS.load(Ordering::Acquire);
+    let mut attempt = 0;
+    while progress != DONE {
+        let here = std::process::id();
+        if progress == here && attempt < ATTEMPTS {
+            pause(attempt);
+            attempt += 1;
+            progress = PROGRESS.load(Ordering::Acquire);
+            continue;
+        }
+        let begun = PROGRESS.compare_exchange(progress, here, Ordering::Acquire, Ordering::Acquire);
+        match begun {
+            Ok(_) => {
+                page::prepare();
+                handlers::install();
+                PROGRESS.store(DONE, Ordering::Release);
+                return;
+            }
+            Err(now) => progress = now,
+        }
+    }
 }
 
 /// Has an object closed in the child of every later fork, and kept from being dropped there.
@@ -141,12 +183,16 @@ thread_local! {
 #[cfg(unix)]
 /// Before a fork: no other thread changes the registry while memory is copied.
 fn before_fork() {
-    for _ in 0..ATTEMPTS {
+    // The handlers may have been installed twice, see `prepare`.
+    if HOLDS.try_with(Cell::get) == Ok(true) {
+        return;
+    }
+    for attempt in 0..ATTEMPTS {
         if REGISTRY.try_lock() {
             let _ = HOLDS.try_with(|holds| holds.set(true));
             return;
         }
-        std::thread::yield_now();
+        pause(attempt);
     }
 }
 
@@ -283,10 +329,11 @@ mod page {
                 return;
             }
             if libc::madvise(page, size_of::<u64>(), libc::MADV_WIPEONFORK) == 0 {
+                // Marked before any thread looks at it.
+                page.cast::<u32>().write(1);
                 PAGE.store(page.cast(), Ordering::Release);
             }
         }
-        mark();
     }
 
     fn word() -> Option<&'static AtomicU32> {

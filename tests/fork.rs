@@ -7,6 +7,7 @@ use std::fmt::Debug;
 use std::io::{Read, Write};
 use std::os::fd::FromRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -408,4 +409,39 @@ fn no_child_waits_for_what_other_threads_held_when_it_was_made() {
     });
     drop(shared);
     kept.unwrap().expect_untouched();
+}
+
+/// The clock is calibrated for 10 ms when a process first builds a runtime.
+#[test]
+fn a_child_made_while_the_first_runtime_is_built_builds_its_own() {
+    let _one = one_at_a_time();
+    for millis in [1, 3, 5, 7, 9] {
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "--ignored", "--nocapture", "--test-threads=1"])
+            .arg("in_a_process_that_builds_its_first_runtime")
+            .env(MILLIS, millis.to_string())
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            output.status.success() && text.contains("1 passed"),
+            "{millis} ms: {text}\n{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+}
+
+/// After how many milliseconds the child is made.
+const MILLIS: &str = "RINGKERNEL_FORK_MILLIS";
+
+#[test]
+#[ignore = "run by another test, in a process of its own"]
+fn in_a_process_that_builds_its_first_runtime() {
+    let millis = std::env::var(MILLIS).unwrap().parse().unwrap();
+    std::thread::scope(|scope| {
+        let first = scope.spawn(runtime);
+        std::thread::sleep(Duration::from_millis(millis));
+        in_a_child((), fork, |()| live_anew());
+        assert_eq!(first.join().unwrap().state(), LifecycleState::Initializing);
+    });
 }

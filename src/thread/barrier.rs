@@ -10,8 +10,7 @@ pub(super) use system::{heavy, is_available, light};
 
 #[cfg(all(not(loom), target_os = "linux"))]
 mod system {
-    use std::sync::OnceLock;
-    use std::sync::atomic::{Ordering, compiler_fence};
+    use std::sync::atomic::{AtomicU8, Ordering, compiler_fence};
 
     // linux/membarrier.h
     const PRIVATE_EXPEDITED: libc::c_int = 1 << 3;
@@ -25,8 +24,20 @@ mod system {
 
     /// Whether there are heavy fences; registers this process for them at the first call.
     pub(crate) fn is_available() -> bool {
-        static REGISTERED: OnceLock<bool> = OnceLock::new();
-        *REGISTERED.get_or_init(|| membarrier(REGISTER_PRIVATE_EXPEDITED))
+        /// No `OnceLock`: the child of a fork would wait for ever for a thread that was just at it.
+        static REGISTERED: AtomicU8 = AtomicU8::new(UNKNOWN);
+        const UNKNOWN: u8 = 0;
+        const NO: u8 = 1;
+        const YES: u8 = 2;
+        // Relaxed: it guards no data, and threads that ask the system at once get the same answer.
+        match REGISTERED.load(Ordering::Relaxed) {
+            UNKNOWN => {
+                let is_available = membarrier(REGISTER_PRIVATE_EXPEDITED);
+                REGISTERED.store(if is_available { YES } else { NO }, Ordering::Relaxed);
+                is_available
+            }
+            known => known == YES,
+        }
     }
 
     /// The expensive side: microseconds. False if the system refused it; then nothing is ordered.

@@ -1,8 +1,8 @@
 //! The process's clock: the checked counter, calibrated, and the time of day that belongs to it.
 
 use std::fmt;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::ptr::null_mut;
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::checked::{CheckedCounter, Readings, Seen};
@@ -84,7 +84,9 @@ pub(super) struct Clock {
     objection: Option<String>,
 }
 
-static CLOCK: OnceLock<Clock> = OnceLock::new();
+/// Null until the clock is calibrated; never freed then. No `OnceLock`: the child of a fork would wait for
+/// ever for a thread that was just calibrating.
+static CLOCK: AtomicPtr<Clock> = AtomicPtr::new(null_mut());
 
 thread_local! {
     static SEEN: Seen = const { Seen::new() };
@@ -92,7 +94,29 @@ thread_local! {
 
 #[inline]
 pub(super) fn clock() -> &'static Clock {
-    CLOCK.get_or_init(Clock::calibrate)
+    // ORDERING: publish. Pairs with the exchange in `first_clock`.
+    let clock = CLOCK.load(Ordering::Acquire);
+    // SAFETY: null, or made by `first_clock` and never freed.
+    match unsafe { clock.as_ref() } {
+        Some(clock) => clock,
+        None => first_clock(),
+    }
+}
+
+/// Calibrates the clock. Of threads that do so at once, the first one's counts.
+#[cold]
+fn first_clock() -> &'static Clock {
+    let new = Box::into_raw(Box::new(Clock::calibrate()));
+    match CLOCK.compare_exchange(null_mut(), new, Ordering::AcqRel, Ordering::Acquire) {
+        // SAFETY: made above, and never freed.
+        Ok(_) => unsafe { &*new },
+        Err(other) => {
+            // SAFETY: made above, and no other thread has seen it.
+            drop(unsafe { Box::from_raw(new) });
+            // SAFETY: not null, made here by another thread, and never freed.
+            unsafe { &*other }
+        }
+    }
 }
 
 /// Calibrates the clock if that has not happened yet; blocks for 10 ms then. The runtime's builder calls

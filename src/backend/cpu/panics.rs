@@ -3,26 +3,25 @@
 
 use std::any::Any;
 use std::panic::{PanicHookInfo, set_hook, take_hook};
-use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::on_thread::panicking_handler;
 use crate::kernel::{FailureReason, KernelFailure};
 
-static INSTALL: Once = Once::new();
+/// No `Once`: the child of a fork would wait for ever for a thread that was just at it.
+static IS_INSTALLED: AtomicBool = AtomicBool::new(false);
 
 /// Puts a hook before the process's panic hook, once: a hook that is set later replaces both. Not on a thread that panics, which
 /// may not change hooks.
 pub(crate) fn install_hook() {
-    if std::thread::panicking() {
+    if std::thread::panicking() || IS_INSTALLED.swap(true, Ordering::Relaxed) {
         return;
     }
-    INSTALL.call_once(|| {
-        let next = take_hook();
-        set_hook(Box::new(move |info| {
-            tell(info);
-            next(info);
-        }));
-    });
+    let next = take_hook();
+    set_hook(Box::new(move |info| {
+        tell(info);
+        next(info);
+    }));
 }
 
 /// Fails the kernel whose handler panics. Panics nowhere, and runs no code of the crate's user: a panic in a hook ends the
