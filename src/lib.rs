@@ -57,9 +57,9 @@
 //! ² A client that finds the lanes in nobody's hands moves up to 64 messages each way, for all clients of its kernel, before it returns, and where
 //! credit is used up all the replies that lie in the kernel's rings; neither while a bridge spins ([`RuntimeConfig::bridge_wait`]).
 //!
-//! On a machine whose clock is not read in the process itself (Linux with the clock source `hpet` or
-//! `acpi_pm`, some virtual machines), each look at the clock is a system call as well: a wait looks at
-//! it about once a microsecond, and each message is stamped by its sender.
+//! On a machine whose clock is not read in the process itself (Linux with the clock source `hpet`
+//! or `acpi_pm`, some virtual machines), each look at the clock is a system call as well: a wait
+//! looks at it about once a microsecond, and each message is stamped by its sender.
 //!
 //! ³ For the only publisher of a topic. One of several is lock-free: it publishes what the others leave to it meanwhile.
 //!
@@ -102,8 +102,8 @@
 //!
 //! ### `a_full_ring_gives_the_message_back_and_frees_its_slots`
 //!
-//! In `tests/conformance/messages.rs` on the CPU backend, and in `tests/vulkan.rs` on Vulkan in each
-//! mode: a call that finds no room, or nothing, returns at once.
+//! In `tests/conformance/messages.rs` on the CPU backend, and in `tests/vulkan.rs` on Vulkan in
+//! each mode: a call that finds no room, or nothing, returns at once.
 //!
 //! ### `a_client_that_reads_nothing_holds_up_nobody`
 //!
@@ -121,8 +121,8 @@
 //! ### `terminate_wakes_blocked_senders_and_receivers`
 //!
 //! In `tests/conformance/life.rs`, on the CPU backend. On every backend:
-//! `terminate_wakes_those_who_wait_for_room_and_for_replies` beside it, and `terminate_wakes_clients`
-//! in `clients.rs`.
+//! `terminate_wakes_those_who_wait_for_room_and_for_replies` beside it, and
+//! `terminate_wakes_clients` in `clients.rs`.
 //!
 //! ### `a_handler_that_never_returns_is_reported_in_time`
 //!

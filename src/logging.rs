@@ -1,8 +1,9 @@
 //! Floor 1: log records leave only while the calling thread holds no lock of ours.
 //!
-//! A logger is foreign code. It may call this crate: ask for a state, open a topic, launch a kernel. A thread that
-//! takes locks, or calls a driver, opens a [`Deferral`] first. Records of that thread then wait until the outermost
-//! one ends. All logging of this crate goes through the macros here.
+//! A logger is foreign code. It may call this crate: ask for a state, open a topic, launch a
+//! kernel. A thread that takes locks, or calls a driver, opens a [`Deferral`] first. Records of
+//! that thread then wait until the outermost one ends. All logging of this crate goes through the
+//! macros here.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;

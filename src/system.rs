@@ -1,5 +1,6 @@
-//! Floor 1: what the operating system tells of itself and grants this process. The small text files in which it does are
-//! read within bounds: a container or a sandbox may have put anything in their place.
+//! Floor 1: what the operating system tells of itself and grants this process. The small text files
+//! in which it does are read within bounds: a container or a sandbox may have put anything in their
+//! place.
 
 pub(crate) mod limits;
 pub(crate) mod memory;
@@ -7,10 +8,12 @@ pub(crate) mod memory;
 use std::fs::OpenOptions;
 use std::io::Read;
 
-/// Most bytes of such a file: sixteen times what sysfs gives (one page), and enough for the list of a process's mounts.
+/// Most bytes of such a file: sixteen times what sysfs gives (one page), and enough for the list of
+/// a process's mounts.
 const MOST_BYTES: u64 = 1 << 20;
 
-/// A file of the system, without the white space around its text; `None` where there is none that can be read.
+/// A file of the system, without the white space around its text; `None` where there is none that
+/// can be read.
 ///
 /// Never blocks, and reads no more than [`MOST_BYTES`], whatever lies at the path.
 pub(crate) fn read(path: &str) -> Option<String> {

@@ -96,7 +96,8 @@ impl BlockLayout {
         self.state_bytes.next_multiple_of(LINE_BYTES)
     }
 
-    /// Words of a block's state, the last of which may lie in it in part: what a device's accessors reach.
+    /// Words of a block's state, the last of which may lie in it in part: what a device's accessors
+    /// reach.
     #[cfg(any(feature = "vulkan", feature = "cuda", feature = "metal"))]
     pub(crate) fn state_words(&self) -> u32 {
         // Registrations bound the size.
@@ -215,7 +216,8 @@ impl GridMemory {
         Ok(ends)
     }
 
-    /// Bytes that `allocate` takes beside the rings, for the host's copies of what a device may still write.
+    /// Bytes that `allocate` takes beside the rings, for the host's copies of what a device may
+    /// still write.
     pub(crate) fn copy_bytes(&self, blocks: u32) -> u64 {
         if self.device_to_host.is_shared() {
             HostConsumer::copy_bytes(self.layout.ring) as u64 * u64::from(blocks)
@@ -392,8 +394,8 @@ impl BlockMemory {
         let ring = self.grid.layout.ring;
         let offset = slot * ring.stride() + 4 * word;
         assert!(offset < ring.slots_bytes() && 4 * word < ring.stride());
-        // SAFETY: within the slots, aligned to 4; accesses to a header's words are atomic, and tests overwrite others
-        // only where they are read in copies.
+        // SAFETY: within the slots, aligned to 4; accesses to a header's words are atomic, and
+        // tests overwrite others only where they are read in copies.
         unsafe {
             self.device_to_host_at::<std::sync::atomic::AtomicU32>(offset)
                 .as_ref()
@@ -554,16 +556,18 @@ impl BlockMemory {
         unsafe { self.host_to_device_at(self.grid.layout.cursor()).as_ref() }
     }
 
-    /// Hands the request at `position`, without its type, to `take`; false if there is none that can be read. Its slot is
-    /// not given back.
+    /// Hands the request at `position`, without its type, to `take`; false if there is none that
+    /// can be read. Its slot is not given back.
     ///
     /// # Safety
-    /// The block must have ended, or its thread be inside a handler that was given up as stuck, be it that of a block behind
-    /// it, with its `terminate` word set: its consumer then takes no further slot. Or the calling thread must be inside the
-    /// block's handler, whose request this is.
+    /// The block must have ended, or its thread be inside a handler that was given up as stuck, be
+    /// it that of a block behind it, with its `terminate` word set: its consumer then takes no
+    /// further slot. Or the calling thread must be inside the block's handler, whose request this
+    /// is.
     pub(super) unsafe fn read_request(&self, position: u32, take: impl FnOnce(&Lost<'_>)) -> bool {
-        // SAFETY: the ring is initialised, and alive as long as `self`. The caller promises that the ring's own
-        // consumer reads no further, so that this one is its successor. It takes nothing, so that it publishes nothing.
+        // SAFETY: the ring is initialised, and alive as long as `self`. The caller promises that
+        // the ring's own consumer reads no further, so that this one is its successor. It takes
+        // nothing, so that it publishes nothing.
         let mut consumer =
             unsafe { Consumer::new(self.request_parts(), self.grid.layout.ring, position) };
         let Peek::Ready = consumer.peek() else {

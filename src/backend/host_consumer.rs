@@ -13,8 +13,9 @@ pub(crate) type KeepAlive = Arc<dyn std::fmt::Debug + Send + Sync>;
 
 /// The host's reading end of a ring. On cache lines of its own, as `HostProducer`.
 ///
-/// A message of a thread of this process is read in its slot. One of a device is copied when it is found, and read in
-/// the copy alone: the device's code may be wrong, and change a slot while safe code reads what has been checked.
+/// A message of a thread of this process is read in its slot. One of a device is copied when it is
+/// found, and read in the copy alone: the device's code may be wrong, and change a slot while safe
+/// code reads what has been checked.
 #[derive(Debug)]
 #[repr(align(128))]
 pub(crate) struct HostConsumer {
@@ -28,7 +29,8 @@ pub(crate) struct HostConsumer {
 struct PrivateCopy {
     /// The ring's `max_payload()` bytes, of this consumer alone.
     body: NonNull<u8>,
-    /// Header of the message that lies there, so that a message that is looked at again is not copied again.
+    /// Header of the message that lies there, so that a message that is looked at again is not
+    /// copied again.
     header: Option<MessageHeader>,
     _memory: Arc<HostMemory>,
 }
@@ -113,8 +115,9 @@ impl HostConsumer {
             None => self.consumer.extension(),
             Some(_) if !self.header().is_extended() => None,
             Some(copy) => {
-                // SAFETY: a ring whose message is extended has room for the extension, as `peek` found, and the copy
-                // has as much. The memory was zeroed at first: all of it is initialised.
+                // SAFETY: a ring whose message is extended has room for the extension, as `peek`
+                // found, and the copy has as much. The memory was zeroed at first: all of it is
+                // initialised.
                 let bytes = unsafe { copy.body.cast::<[u8; EXTENSION_BYTES]>().read_unaligned() };
                 Some(Extension::from_bytes(&bytes))
             }
@@ -132,8 +135,9 @@ impl HostConsumer {
                 } else {
                     0
                 };
-                // SAFETY: `peek` found that `offset + length` is within `max_payload()`, which the copy has; the
-                // memory is initialised, belongs to this value, and is written to only through `&mut self`.
+                // SAFETY: `peek` found that `offset + length` is within `max_payload()`, which the
+                // copy has; the memory is initialised, belongs to this value, and is written to
+                // only through `&mut self`.
                 unsafe {
                     std::slice::from_raw_parts(
                         copy.body.add(offset).as_ptr(),
@@ -168,7 +172,8 @@ impl HostConsumer {
         self.consumer.publish_progress();
     }
 
-    /// The ring's end itself, which reads in place: for a probe, which does no more than compare bytes.
+    /// The ring's end itself, which reads in place: for a probe, which does no more than compare
+    /// bytes.
     #[cfg(any(feature = "vulkan", feature = "cuda", feature = "metal"))]
     pub(super) fn in_place(&mut self) -> &mut Consumer {
         &mut self.consumer
@@ -227,7 +232,8 @@ mod tests {
                 assert!(matches!(consumer.peek_spinning(2), Peek::Ready));
                 assert!(consumer.payload().as_ptr().addr().is_multiple_of(16));
                 let index = (consumer.position() & 3) as usize;
-                // SAFETY: behind the header of a slot that nothing refers to, as only the copy is read.
+                // SAFETY: behind the header of a slot that nothing refers to, as only the copy is
+                // read.
                 unsafe {
                     let slot = memory.start().add(index * layout.stride() + 16);
                     slot.write_bytes(0xff, layout.stride() - 16);
@@ -253,7 +259,8 @@ mod tests {
         producer.try_push(&Envelope::default(), &[7; 100]).unwrap();
         assert!(matches!(consumer.peek(), Peek::Ready));
         let length_flags = memory.start().cast::<u32>();
-        // SAFETY: the third word of the first slot's header, which is accessed as an atomic everywhere else.
+        // SAFETY: the third word of the first slot's header, which is accessed as an atomic
+        // everywhere else.
         let length_flags = unsafe { length_flags.add(2) };
         let overwrite = |length: u32| {
             // SAFETY: as above; nothing else runs.

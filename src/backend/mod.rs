@@ -270,7 +270,8 @@ pub(crate) trait Dispatch: Send + fmt::Debug {
         Vec::new()
     }
 
-    /// Requests of a block from a position on, in order. Only after the dispatch ended, or was given up as stuck, and once a block.
+    /// Requests of a block from a position on, in order. Only after the dispatch ended, or was
+    /// given up as stuck, and once a block.
     fn leftovers(&self, block: u32, position: u32) -> Option<Leftovers>;
 }
 

@@ -1,9 +1,10 @@
 //! Whether host and running kernel really exchange messages on a device: tried, with verified content, before anything relies
 //! on it.
 //!
-//! How busy the machine is decides nothing. A message that comes back from the very dispatch that ran when it was sent shows that
-//! running dispatches see what the host writes, however long it took. Only a device that is seen to go on, and of whose messages none ever
-//! comes back so, does not see them. What shows neither is slow, and is tried again.
+//! How busy the machine is decides nothing. A message that comes back from the very dispatch that
+//! ran when it was sent shows that running dispatches see what the host writes, however long it
+//! took. Only a device that is seen to go on, and of whose messages none ever comes back so, does
+//! not see them. What shows neither is slow, and is tried again.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -34,25 +35,28 @@ const PAYLOAD: usize = 200;
 const MESSAGES: u32 = 256;
 const DEPTH: u32 = 8;
 
-/// How many that came back while the slice that took them still ran are enough; the others may have met a seam.
+/// How many that came back while the slice that took them still ran are enough; the others may have
+/// met a seam.
 const ENOUGH: u32 = 8;
 
-/// Exchanges of a few messages each that an attempt makes while none comes back from the dispatch that ran when it was sent. None in all attempts
-/// together is no chance: on a busy machine one message in four came back so.
+/// Exchanges of a few messages each that an attempt makes while none comes back from the dispatch
+/// that ran when it was sent. None in all attempts together is no chance: on a busy machine one
+/// message in four came back so.
 const UNSEEN_ROUNDS: u32 = 8;
 
-/// Longest pause between two looks for a reply in an exchange that says something: a thread that is held up finds the reply when other slices
-/// run already.
+/// Longest pause between two looks for a reply in an exchange that says something: a thread that is
+/// held up finds the reply when other slices run already.
 const PROMPT: Duration = Duration::from_micros(500);
 
-/// Slices after which a message that has not come back never will: more than two command buffers hold.
+/// Slices after which a message that has not come back never will: more than two command buffers
+/// hold.
 const SLICES_TO_SEE: u32 = 256;
 
 /// Position of the first one: they cross the wrap-around of positions.
 const START: u32 = u32::MAX - MESSAGES / 2;
 
-/// How long an attempt may take, and how long nothing may come of it meanwhile. Milliseconds are usual; the rest is for machines without
-/// a core to spare.
+/// How long an attempt may take, and how long nothing may come of it meanwhile. Milliseconds are
+/// usual; the rest is for machines without a core to spare.
 const TIMEOUT: Duration = Duration::from_secs(5);
 const QUIET: Duration = Duration::from_secs(3);
 
@@ -88,7 +92,8 @@ pub(crate) enum Failed {
     Slow(String),
 }
 
-/// Tries the device. What was seen, or why messages do not reach a running dispatch as far as that is known.
+/// Tries the device. What was seen, or why messages do not reach a running dispatch as far as that
+/// is known.
 pub(crate) fn run(device: &dyn Device, echo: &Handler) -> Result<Result<String, String>, Error> {
     let begin = Instant::now();
     let mut all = Seen::default();
@@ -118,7 +123,8 @@ pub(crate) fn run(device: &dyn Device, echo: &Handler) -> Result<Result<String, 
     )))
 }
 
-/// Makes attempts until they show something. All that was seen, and whether it took more than one good attempt; or why it is not enough.
+/// Makes attempts until they show something. All that was seen, and whether it took more than one
+/// good attempt; or why it is not enough.
 fn judge(
     time: Duration,
     mut attempt: impl FnMut() -> Result<Result<Seen, Failed>, Error>,
@@ -166,7 +172,8 @@ fn judge(
     })
 }
 
-/// What comes back of the messages, and from where; at most so many exchanges if none comes back from a dispatch that ran before.
+/// What comes back of the messages, and from where; at most so many exchanges if none comes back
+/// from a dispatch that ran before.
 pub(crate) fn run_block(
     device: &dyn Device,
     echo: &Handler,
@@ -182,7 +189,8 @@ pub(crate) fn run_block(
     )
 }
 
-/// The fastest round trip of a short message, one at a time: what else the machine does makes no round trip faster.
+/// The fastest round trip of a short message, one at a time: what else the machine does makes no
+/// round trip faster.
 #[cfg(feature = "cuda")]
 pub(crate) fn round_trip(
     device: &dyn Device,
@@ -313,8 +321,8 @@ fn exchange(
     let begin = Instant::now();
     let look = || life(std::slice::from_ref(memory));
     let mut stall = Stall::new(look(), begin);
-    // The slice of the exchange before, if it ended within that. A reply may be seen before the number of the slice that wrote it; what is sent
-    // after it cannot come back before that.
+    // The slice of the exchange before, if it ended within that. A reply may be seen before the
+    // number of the slice that wrote it; what is sent after it cannot come back before that.
     let mut before = None;
     while received < MESSAGES && (mid_slice > 0 || rounds < unseen_rounds) {
         let slice = slice_number();

@@ -1,19 +1,21 @@
 //! When a device that answers late counts as one that never will.
 //!
-//! A driver that gets no processor time is late, and so is a device that other processes use: neither is lost. A device counts as lost
-//! when its driver says so, or when nothing of its running kernels has changed for long: no sign of life, no message, no new slice.
+//! A driver that gets no processor time is late, and so is a device that other processes use:
+//! neither is lost. A device counts as lost when its driver says so, or when nothing of its running
+//! kernels has changed for long: no sign of life, no message, no new slice.
 
 use std::time::{Duration, Instant};
 
-/// How long nothing may change if the configuration does not say: on hardware, and on a driver that shares this machine's cores with
-/// everything else.
+/// How long nothing may change if the configuration does not say: on hardware, and on a driver that
+/// shares this machine's cores with everything else.
 const HARDWARE_LIMIT: Duration = Duration::from_secs(10);
 const SOFTWARE_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long the end of a device waits at least, whatever the termination timeout is.
 const SHORTEST_CLOSING: Duration = Duration::from_secs(2);
 
-/// Most that one look adds. A thread that looks late had no processor time either, and the process may have been stopped.
+/// Most that one look adds. A thread that looks late had no processor time either, and the process
+/// may have been stopped.
 const MOST_PER_LOOK: Duration = Duration::from_millis(100);
 
 /// What the end of a device's thread may take beyond that.
@@ -49,8 +51,9 @@ impl StallLimits {
         closing.min(self.in_use(software))
     }
 
-    /// How long the end of a device's thread is waited for. Far longer than the thread takes to leave a device that does nothing
-    /// behind: only a driver's call, or the destructor of a thread-local value, takes longer.
+    /// How long the end of a device's thread is waited for. Far longer than the thread takes to
+    /// leave a device that does nothing behind: only a driver's call, or the destructor of a
+    /// thread-local value, takes longer.
     pub(crate) fn thread_end(&self) -> Duration {
         let longest = self.closing(true).max(self.closing(false));
         END_TIMEOUT.saturating_add(longest.saturating_mul(4))
@@ -75,7 +78,8 @@ impl Stall {
         }
     }
 
-    /// For how long nothing has changed, going by the looks at it: time in which nobody looked counts little.
+    /// For how long nothing has changed, going by the looks at it: a pause between two looks counts
+    /// little.
     pub(crate) fn look(&mut self, life: u32, now: Instant) -> Duration {
         let passed = now.saturating_duration_since(self.looked);
         self.looked = now;

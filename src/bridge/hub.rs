@@ -135,7 +135,8 @@ impl<P: Port> Hub<P> {
         self.attention.bell.notify();
     }
 
-    /// A client has gone. Gives its lane up, here if that can be done at once and the caller has the merger.
+    /// A client has gone. Gives its lane up, here if that can be done at once and the caller has
+    /// the merger.
     pub(crate) fn close_lane(&self, merger: Option<Held<'_, Merger<P>>>) {
         if let Some(mut merger) = merger {
             merger.pass();

@@ -76,7 +76,8 @@ pub(crate) trait Port: Send {
         payload: &[u8],
     );
 
-    /// Gives a request back that was left in this lane when the kernel ended; its header says of the route what it says in a lane.
+    /// Gives a request back that was left in this lane when the kernel ended; its header says of
+    /// the route what it says in a lane.
     fn return_request(
         &self,
         lane: u16,
@@ -641,7 +642,8 @@ impl<P: Port> Merger<P> {
         is_any_left
     }
 
-    /// Gives every request in the lanes back, in the order of their urgency: the kernel will see none of them.
+    /// Gives every request in the lanes back, in the order of their urgency: the kernel will see
+    /// none of them.
     pub(crate) fn give_back(&mut self) {
         self.gave_back = true;
         for lane in self.lanes.iter_mut().flatten() {

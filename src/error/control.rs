@@ -209,7 +209,8 @@ pub enum Error {
         /// For how long.
         after: Duration,
     },
-    /// The kernel did not follow a command in time because the handler of another kernel holds the thread that they share
+    /// The kernel did not follow a command in time because the handler of another kernel holds the
+    /// thread that they share
     /// ([`ConnectionKind::SharedThread`](crate::ConnectionKind::SharedThread)).
     ThreadHeld {
         /// What was waited for.
@@ -221,8 +222,8 @@ pub enum Error {
         /// For how long it was waited for.
         after: Duration,
     },
-    /// A handler called this for its own kernel, or for one that shares its thread: it would wait for itself. Nothing has
-    /// changed.
+    /// A handler called this for its own kernel, or for one that shares its thread: it would wait
+    /// for itself. Nothing has changed.
     CalledFromHandler {
         /// What was called.
         operation: &'static str,
@@ -240,7 +241,8 @@ pub enum Error {
         /// Everything that was asked for, and what came of it: a line each.
         report: String,
     },
-    /// The process is the child of a `fork`: what was made before stays with its parent. A new runtime can be built.
+    /// The process is the child of a `fork`: what was made before stays with its parent. A new
+    /// runtime can be built.
     Forked {
         /// What was attempted.
         operation: &'static str,

@@ -23,7 +23,8 @@ const SAXPY_HEAD: usize = 2;
 /// The committed modules of a built-in kernel, built by `shaders/build` from `kernels/<id>.rk`.
 macro_rules! built_in {
     ($id:literal) => {
-        // SAFETY: what the compiler makes of our source, which uses accessors alone; `shaders/build --check` compares and validates.
+        // SAFETY: what the compiler makes of our source, which uses accessors alone; `shaders/build
+        // --check` compares and validates.
         unsafe {
             ShaderCode::spirv(include_bytes!(concat!("../../shaders/", $id, ".spv")).as_slice())
                 .traced(include_bytes!(concat!("../../shaders/", $id, ".traced.spv")).as_slice())
@@ -34,7 +35,8 @@ macro_rules! built_in {
 /// The committed PTX of the same, built by `kernels/build`.
 macro_rules! built_in_ptx {
     ($id:literal) => {
-        // SAFETY: what the compiler makes of our source, which uses accessors alone; `kernels/build --check` compares.
+        // SAFETY: what the compiler makes of our source, which uses accessors alone; `kernels/build
+        // --check` compares.
         unsafe {
             CudaCode::ptx(include_bytes!(concat!("../../kernels/ptx/", $id, ".ptx")).as_slice())
         }

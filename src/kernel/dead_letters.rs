@@ -318,7 +318,8 @@ impl DeadLetterQueue {
         slot.state.store(FULL, Ordering::Release);
     }
 
-    /// The oldest letter, which is taken. Does not wait; allocates its copy. One that there is no memory for stays.
+    /// The oldest letter, which is taken. Does not wait; allocates its copy. One that there is no
+    /// memory for stays.
     pub fn try_recv(&self) -> Option<DeadLetter> {
         // Another thread may take what was just found: then there is a newer one, or none.
         for _ in 0..=self.slots.len() {

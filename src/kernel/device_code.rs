@@ -21,9 +21,10 @@ pub struct PortableCode {
 }
 
 impl PortableCode {
-    /// The source of a handler. Within the functions of the prelude no index reaches beyond what it is for; but the compilers behind
-    /// take more than these functions, and do not confine what else a source does. It must be the program's own, as any other code
-    /// that is compiled into it: never text from elsewhere.
+    /// The source of a handler. Within the functions of the prelude no index reaches beyond what it
+    /// is for; but the compilers behind take more than these functions, and do not confine what
+    /// else a source does. It must be the program's own, as any other code that is compiled into
+    /// it: never text from elsewhere.
     #[must_use]
     pub fn new(handler: impl Into<Cow<'static, str>>) -> Self {
         Self {
@@ -88,9 +89,9 @@ impl CudaCode {
     /// PTX text that was built with `kernels/ringkernel.cuh`; the driver compiles it at launch.
     ///
     /// # Safety
-    /// What the driver takes runs on the device, and can write to this process's memory: it must have been compiled from a source
-    /// behind that prelude, and access no memory but what the prelude's accessors give it or it allocates itself, whatever
-    /// messages it is sent.
+    /// What the driver takes runs on the device, and can write to this process's memory: it must
+    /// have been compiled from a source behind that prelude, and access no memory but what the
+    /// prelude's accessors give it or it allocates itself, whatever messages it is sent.
     #[must_use]
     pub unsafe fn ptx(text: impl Into<Cow<'static, [u8]>>) -> Self {
         Self::from_source(CudaSource::Image(text.into()))
@@ -163,9 +164,10 @@ impl fmt::Debug for MetalCode {
 }
 
 impl MetalCode {
-    /// The source of a handler, portable or in the Metal Shading Language, which the system compiles at launch. An error there is
-    /// [`Error::Compile`](crate::Error::Compile) with the compiler's log, whose line numbers are those of this source. As for
-    /// [`PortableCode::new`], the source must be the program's own.
+    /// The source of a handler, portable or in the Metal Shading Language, which the system
+    /// compiles at launch. An error there is [`Error::Compile`](crate::Error::Compile) with the
+    /// compiler's log, whose line numbers are those of this source. As for [`PortableCode::new`],
+    /// the source must be the program's own.
     #[must_use]
     pub fn source(handler: impl Into<Cow<'static, str>>) -> Self {
         Self {

@@ -22,7 +22,8 @@ pub type HandlerResult = Result<(), HandlerError>;
 pub trait CpuHandler: Send + Sync {
     /// Handles one request. It may write any number of replies through `context`.
     ///
-    /// A panic fails the kernel; other kernels go on. What a handler calls must not wait for its own kernel: control calls give
+    /// A panic fails the kernel; other kernels go on. What a handler calls must not wait for its
+    /// own kernel: control calls give
     /// [`Error::CalledFromHandler`](crate::Error::CalledFromHandler), calls
     /// [`CallError::OwnKernel`](crate::error::CallError::OwnKernel), at once.
     ///
@@ -190,7 +191,8 @@ impl KernelContext<'_, '_> {
         replied
     }
 
-    /// As `reply`, for a type that needs more scratch memory than there is on the stack. The block has some.
+    /// As `reply`, for a type that needs more scratch memory than there is on the stack. The block
+    /// has some.
     #[cold]
     fn reply_with_scratch<T: RingMessage>(&mut self, kind: u16, reply: &T) -> HandlerResult {
         let mut encoder = std::mem::take(&mut self.port.encoder);

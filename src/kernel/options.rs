@@ -72,8 +72,9 @@ pub struct LaunchOptions {
     pub wait: Option<WaitStrategy>,
     /// How callers wait for its replies, and for room.
     pub host_wait: Option<WaitStrategy>,
-    /// The core of each block, one a block; launching fails if one cannot be had. Empty lets the runtime choose among the
-    /// device's cores: if the system then grants none of them, the blocks run where it lets them, with a warning in the log.
+    /// The core of each block, one a block; launching fails if one cannot be had. Empty lets the
+    /// runtime choose among the device's cores: if the system then grants none of them, the blocks
+    /// run where it lets them, with a warning in the log.
     pub cores: Vec<usize>,
     /// How many `call`s may be pending at once, 1 to 255; each has a buffer of `message_size`.
     pub max_pending_calls: usize,

@@ -45,7 +45,8 @@ impl Counter {
         self.count.load(Ordering::Relaxed)
     }
 
-    /// What has been counted so far, without what a device has passed on since it was last asked. One load.
+    /// What has been counted so far, without what a device has passed on since it was last asked.
+    /// One load.
     pub(crate) fn latest(&self) -> u64 {
         self.count.load(Ordering::Relaxed)
     }
@@ -381,8 +382,8 @@ impl OutletSlot {
         }
     }
 
-    /// The kernel whose loop holds the block's thread, if it is that of a block behind this one: the last one of those that
-    /// share the thread.
+    /// The kernel whose loop holds the block's thread, if it is that of a block behind this one:
+    /// the last one of those that share the thread.
     pub(crate) fn holder(&self) -> Option<Arc<KernelSignals>> {
         let mut holder = None;
         let mut guest = self.guest.lock().clone();

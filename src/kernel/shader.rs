@@ -10,7 +10,8 @@ use std::fmt;
 ///
 /// // Built by: glslangValidator -V --target-env vulkan1.1 -Ishaders -o echo.spv echo.comp
 /// static SPIRV: &[u8] = include_bytes!("../../shaders/echo.spv");
-/// // SAFETY: the module is what the compiler made of our source, which uses the prelude's accessors alone.
+/// // SAFETY: the module is what the compiler made of our source, which uses the prelude's
+/// // accessors alone.
 /// let code = unsafe { ShaderCode::spirv(SPIRV) };
 /// let registration = KernelRegistration::new("mine").shader(code);
 /// # assert_eq!(registration.id(), "mine");
@@ -53,21 +54,25 @@ impl ShaderCode {
     /// beside them and include it.
     pub const PRELUDE: &str = include_str!("../../shaders/ringkernel.glsl");
 
-    /// A SPIR-V module that was built with `shaders/ringkernel.glsl`. At launch its header, its entry point, its layout and what it needs of
-    /// the device are checked, and [`Error::InvalidCode`](crate::Error::InvalidCode) says what is wrong. It is not validated.
+    /// A SPIR-V module that was built with `shaders/ringkernel.glsl`. At launch its header, its
+    /// entry point, its layout and what it needs of the device are checked, and
+    /// [`Error::InvalidCode`](crate::Error::InvalidCode) says what is wrong. It is not validated.
     ///
     /// # Safety
-    /// A module that passes these checks must be valid SPIR-V for Vulkan 1.1, as `spirv-val --target-env vulkan1.1` finds, and its code must
-    /// access no memory beyond its arrays and buffers, whatever messages it is sent: the prelude's accessors see to that. Drivers trust
+    /// A module that passes these checks must be valid SPIR-V for Vulkan 1.1, as `spirv-val
+    /// --target-env vulkan1.1` finds, and its code must access no memory beyond its arrays and
+    /// buffers, whatever messages it is sent: the prelude's accessors see to that. Drivers trust
     /// modules: one that is not valid can crash the process, or worse.
     #[must_use]
     pub unsafe fn spirv(module: impl Into<Cow<'static, [u8]>>) -> Self {
         Self::from_source(ShaderSource::Spirv(module.into()))
     }
 
-    /// The source of a handler, `RK_HANDLER { ... }`, which is compiled behind `shaders/ringkernel.glsl` at launch. An
-    /// error there is [`Error::Compile`](crate::Error::Compile) with the compiler's log, whose line numbers are those
-    /// of this source. As for [`PortableCode::new`](super::PortableCode::new), the source must be the program's own.
+    /// The source of a handler, `RK_HANDLER { ... }`, which is compiled behind
+    /// `shaders/ringkernel.glsl` at launch. An error there is
+    /// [`Error::Compile`](crate::Error::Compile) with the compiler's log, whose line numbers are
+    /// those of this source. As for [`PortableCode::new`](super::PortableCode::new), the source
+    /// must be the program's own.
     #[cfg(feature = "glsl")]
     #[must_use]
     pub fn glsl(handler: impl Into<Cow<'static, str>>) -> Self {

@@ -17,7 +17,8 @@ use crate::thread::watch::Watch;
 const STATE_MASK: u32 = 0xff;
 const DRAINING: u32 = 1 << 8;
 const DEVICE_LOST: u32 = 1 << 9;
-/// In the child of a fork. The state is `Failed` then, so that no check on the way of a message asks for it.
+/// In the child of a fork. The state is `Failed` then, so that no check on the way of a message
+/// asks for it.
 const FORKED: u32 = 1 << 10;
 
 /// A kernel's state, and whether the runtime drains, in one word that every send looks at.
@@ -203,9 +204,11 @@ pub(crate) struct KernelSignals {
     failure: OnceLock<KernelFailure>,
     /// Whether the log has the failure.
     is_announced: AtomicBool,
-    /// Of each block, whether its handler panicked: the request that it had is still the first in its ring.
+    /// Of each block, whether its handler panicked: the request that it had is still the first in
+    /// its ring.
     poisoned: Box<[AtomicBool]>,
-    /// Whether the kernel has terminated as soon as its blocks have ended: its control plane is gone.
+    /// Whether the kernel has terminated as soon as its blocks have ended: its control plane is
+    /// gone.
     ends_with_blocks: AtomicBool,
 }
 
@@ -241,15 +244,15 @@ impl KernelSignals {
         }
     }
 
-    /// Fails the kernel, keeps the first failure, wakes every thread that waits for it, and logs the failure. Does
-    /// nothing to a kernel that has ended.
+    /// Fails the kernel, keeps the first failure, wakes every thread that waits for it, and logs
+    /// the failure. Does nothing to a kernel that has ended.
     pub(crate) fn fail(&self, failure: KernelFailure) {
         self.fail_silently(failure);
         self.announce_failure();
     }
 
-    /// As `fail`, but leaves the log to the next thread that announces the failure: the calling one holds a side of
-    /// the kernel, and a logger is foreign code.
+    /// As `fail`, but leaves the log to the next thread that announces the failure: the calling one
+    /// holds a side of the kernel, and a logger is foreign code.
     pub(crate) fn fail_silently(&self, failure: KernelFailure) {
         if let (Some(block), Some(_)) = (failure.block, &failure.request)
             && let Some(poisoned) = self.poisoned.get(block as usize)
@@ -260,7 +263,8 @@ impl KernelSignals {
             return;
         }
         let reason = failure.reason;
-        // The failure is there before the state that points to it. A later one changes nothing of it.
+        // The failure is there before the state that points to it. A later one changes nothing of
+        // it.
         if self.failure.set(failure).is_ok() && reason == FailureReason::DeviceLost {
             self.gate.bits.fetch_or(DEVICE_LOST, Ordering::AcqRel);
         }

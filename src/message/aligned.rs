@@ -2,8 +2,8 @@
 
 use super::codec::MAX_ALIGNMENT;
 
-/// A buffer of fixed size on the heap that begins at a multiple of [`MAX_ALIGNMENT`] on every target. (No integer has that
-/// alignment everywhere: `u128` has 8 on 32-bit ARM and s390x.)
+/// A buffer of fixed size on the heap that begins at a multiple of [`MAX_ALIGNMENT`] on every
+/// target. (No integer has that alignment everywhere: `u128` has 8 on 32-bit ARM and s390x.)
 pub(crate) struct AlignedBytes {
     units: Box<[Unit]>,
 }
@@ -16,13 +16,13 @@ const _: () = assert!(align_of::<Unit>() == MAX_ALIGNMENT && size_of::<Unit>() =
 
 // SAFETY: an array of bytes may hold all zeros.
 unsafe impl bytemuck::Zeroable for Unit {}
-// SAFETY: an array of bytes takes any bytes; the assertion above says that there is no padding behind it, `repr(C)` that there
-// is none before it. It is `Copy` and holds no pointer.
+// SAFETY: an array of bytes takes any bytes; the assertion above says that there is no padding
+// behind it, `repr(C)` that there is none before it. It is `Copy` and holds no pointer.
 unsafe impl bytemuck::Pod for Unit {}
 
 impl AlignedBytes {
-    /// Zeros, at least `bytes` of them; `None` if there is no memory for it. Every page is written to, so that no later use faults
-    /// one in.
+    /// Zeros, at least `bytes` of them; `None` if there is no memory for it. Every page is written
+    /// to, so that no later use faults one in.
     pub(crate) fn try_zeroed(bytes: usize) -> Option<Self> {
         let count = bytes.div_ceil(MAX_ALIGNMENT);
         let mut units = Vec::new();

@@ -19,13 +19,14 @@ use crate::error::HandlerError;
 /// Alignment of every payload, in bytes: slots are 64-byte aligned, header and extension are multiples of 16.
 pub const MAX_ALIGNMENT: usize = 16;
 
-/// How many pointers (a `Box`, `Vec`, `String`, a node of a map) may lead one into the other in an archive that is
-/// read.
+/// How many pointers (a `Box`, `Vec`, `String`, a node of a map) may lead one into the other in an
+/// archive that is read.
 ///
-/// Validating, decoding and dropping a value of a recursive type recurse once a level: without a bound the sender of
-/// the bytes would decide how much stack the receiver needs. 128 is what `serde_json` allows (protobuf: 100).
-/// Levels of 256 bytes each take some 300 KiB of stack without optimisation; a thread has 2 MiB. A type with levels
-/// of many kilobytes needs a receiver with more.
+/// Validating, decoding and dropping a value of a recursive type recurse once a level: without a
+/// bound the sender of the bytes would decide how much stack the receiver needs. 128 is what
+/// `serde_json` allows (protobuf: 100). Levels of 256 bytes each take some 300 KiB of stack without
+/// optimisation; a thread has 2 MiB. A type with levels of many kilobytes needs a receiver with
+/// more.
 pub const MAX_DEPTH: usize = 128;
 
 /// The validator's count goes down at every pointer and at the root, and must not reach zero.
@@ -34,9 +35,9 @@ const DEPTH_COUNT: NonZeroUsize = match NonZeroUsize::new(MAX_DEPTH + 2) {
     None => unreachable!(),
 };
 
-/// Stack space for the serialiser's own bookkeeping, in bytes. A vector whose elements are not plain numbers uses it:
-/// for each element a few bytes (a position for a `String`, one byte for an `Option`) until the vector is written. A
-/// message of fixed size uses none of it.
+/// Stack space for the serialiser's own bookkeeping, in bytes. A vector whose elements are not
+/// plain numbers uses it: for each element a few bytes (a position for a `String`, one byte for an
+/// `Option`) until the vector is written. A message of fixed size uses none of it.
 pub const SCRATCH_BYTES: usize = 1024;
 
 /// Why a message could not be archived into, or read from, a run of bytes.
@@ -45,7 +46,8 @@ pub const SCRATCH_BYTES: usize = 1024;
 pub enum CodecError {
     /// The archived message does not fit into the slot.
     TooLarge,
-    /// The serialiser needs more scratch memory than there is ([`SCRATCH_BYTES`], or what [`encode_with`] was given).
+    /// The serialiser needs more scratch memory than there is ([`SCRATCH_BYTES`], or what
+    /// [`encode_with`] was given).
     Scratch,
     /// The type's own serialiser refused the value; no slot takes it.
     Refused,
@@ -89,9 +91,9 @@ pub type Encoder<'a> = LowSerializer<SlotWriter<'a>, Scratch<'a>, Failure>;
 /// Archives `value` at the start of `slot` and returns the length used. Neither blocks nor allocates.
 ///
 /// # Errors
-/// [`CodecError::TooLarge`] if `slot` is too small; [`CodecError::Misaligned`] if it is not 16-byte aligned;
-/// [`CodecError::Scratch`] if the serialiser needs more than [`SCRATCH_BYTES`] for its own bookkeeping, which
-/// [`encode_with`] can give it; [`CodecError::Refused`].
+/// [`CodecError::TooLarge`] if `slot` is too small; [`CodecError::Misaligned`] if it is not 16-byte
+/// aligned; [`CodecError::Scratch`] if the serialiser needs more than [`SCRATCH_BYTES`] for its own
+/// bookkeeping, which [`encode_with`] can give it; [`CodecError::Refused`].
 #[inline]
 pub fn encode<T>(value: &T, slot: &mut [u8]) -> Result<usize, CodecError>
 where
@@ -101,8 +103,9 @@ where
     encode_with(value, slot, &mut scratch)
 }
 
-/// As [`encode`], with scratch memory of the caller's. As many bytes as the slot has are enough for vectors, strings,
-/// boxes and options, nested as may be; a hash map needs up to eight times as many.
+/// As [`encode`], with scratch memory of the caller's. As many bytes as the slot has are enough for
+/// vectors, strings, boxes and options, nested as may be; a hash map needs up to eight times as
+/// many.
 ///
 /// # Errors
 /// As `encode`.
@@ -127,8 +130,8 @@ where
 
 /// Validates `bytes` as an archive of `T` and gives the archived value in place. Neither blocks nor allocates.
 ///
-/// Takes time in proportion to the number of bytes, because no byte may belong to two values, and stack for
-/// [`MAX_DEPTH`] levels at most, whatever the bytes are.
+/// Takes time in proportion to the number of bytes, because no byte may belong to two values, and
+/// stack for [`MAX_DEPTH`] levels at most, whatever the bytes are.
 ///
 /// # Errors
 /// [`CodecError::Invalid`] or [`CodecError::Misaligned`].

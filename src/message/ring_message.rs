@@ -15,16 +15,16 @@ pub const RAW_KIND: u16 = 0;
 /// Both sides must agree on the layout that belongs to [`TYPE_ID`](RingMessage::TYPE_ID): change the declared name
 /// (`"orders.New.v2"`) whenever the fields change.
 ///
-/// A sender needs no more memory than its slot and, for vectors of anything but plain numbers and for maps, scratch
-/// memory of the same size, which it takes at set-up where slots are larger than
-/// [`SCRATCH_BYTES`](crate::message::codec::SCRATCH_BYTES). Only for a hash map of small entries that exceeds even that it
-/// allocates, once, when such a message is sent first.
+/// A sender needs no more memory than its slot and, for vectors of anything but plain numbers and
+/// for maps, scratch memory of the same size, which it takes at set-up where slots are larger than
+/// [`SCRATCH_BYTES`](crate::message::codec::SCRATCH_BYTES). Only for a hash map of small entries
+/// that exceeds even that it allocates, once, when such a message is sent first.
 ///
-/// What the receiver of such a type spends on a message is bounded, whatever its bytes are: time and memory are
-/// proportional to their number, and a recursive type is read
-/// [`MAX_DEPTH`](crate::message::codec::MAX_DEPTH) levels deep. One kind of type is outside of this: a vector of
-/// elements without any archived bytes (`Vec<()>`), of which a few bytes can claim 2^32. Do not receive such a type
-/// from a sender that is not trusted.
+/// What the receiver of such a type spends on a message is bounded, whatever its bytes are: time
+/// and memory are proportional to their number, and a recursive type is read
+/// [`MAX_DEPTH`](crate::message::codec::MAX_DEPTH) levels deep. One kind of type is outside of
+/// this: a vector of elements without any archived bytes (`Vec<()>`), of which a few bytes can
+/// claim 2^32. Do not receive such a type from a sender that is not trusted.
 pub trait RingMessage: rkyv::Archive + Sized {
     /// Stable identity of the type, agreed with the kernel at launch and checked on every receive.
     const TYPE_ID: u64;
@@ -36,12 +36,14 @@ pub trait RingMessage: rkyv::Archive + Sized {
     /// allocate unless the type's own serialiser does.
     ///
     /// # Errors
-    /// [`CodecError::TooLarge`] if `slot` is too small, in which case `slot` may hold a part of the message;
-    /// [`CodecError::Scratch`] if the serialiser needs more memory for its own bookkeeping than it has.
+    /// [`CodecError::TooLarge`] if `slot` is too small, in which case `slot` may hold a part of the
+    /// message; [`CodecError::Scratch`] if the serialiser needs more memory for its own bookkeeping
+    /// than it has.
     fn encode(&self, slot: &mut [u8]) -> Result<usize, CodecError>;
 
-    /// As [`encode`](RingMessage::encode), with scratch memory of the sender's instead of a kilobyte on the stack. A
-    /// sender calls it after `encode` has failed with [`CodecError::Scratch`]. By default there is no difference.
+    /// As [`encode`](RingMessage::encode), with scratch memory of the sender's instead of a
+    /// kilobyte on the stack. A sender calls it after `encode` has failed with
+    /// [`CodecError::Scratch`]. By default there is no difference.
     ///
     /// # Errors
     /// As `encode`; [`CodecError::Scratch`] if `scratch` is too small.

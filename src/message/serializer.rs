@@ -1,4 +1,5 @@
-//! What archives are written with: a slot and scratch memory, each of which tells whether it was too small.
+//! What archives are written with: a slot and scratch memory, each of which tells whether it was
+//! too small.
 
 use core::alloc::Layout;
 use core::mem::MaybeUninit;

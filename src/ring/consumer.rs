@@ -202,10 +202,10 @@ impl Consumer {
         } else {
             0
         };
-        // SAFETY: `peek` checked that `offset + length` lies within the slot's body. The slot was published with
-        // release and read with acquire, and belongs to the consumer until `release`, which needs `&mut self`. The
-        // producer is a thread of this process, whose code keeps to that; what a device may write is read by way of
-        // `copy_body` alone.
+        // SAFETY: `peek` checked that `offset + length` lies within the slot's body. The slot was
+        // published with release and read with acquire, and belongs to the consumer until
+        // `release`, which needs `&mut self`. The producer is a thread of this process, whose code
+        // keeps to that; what a device may write is read by way of `copy_body` alone.
         unsafe {
             core::slice::from_raw_parts(
                 self.slots.body(self.position).add(offset).as_ptr(),
@@ -214,12 +214,13 @@ impl Consumer {
         }
     }
 
-    /// Copies extension and payload of the message that `peek` just returned as ready. For rings whose other end is a
-    /// device: it may break the protocol and write to a published slot, so that what has been checked of it must not
-    /// be read there again.
+    /// Copies extension and payload of the message that `peek` just returned as ready. For rings
+    /// whose other end is a device: it may break the protocol and write to a published slot, so
+    /// that what has been checked of it must not be read there again.
     ///
     /// # Safety
-    /// `target` must be valid for writes of the layout's `max_payload()` bytes, and outside of the ring.
+    /// `target` must be valid for writes of the layout's `max_payload()` bytes, and outside of the
+    /// ring.
     #[inline]
     #[cfg(all(feature = "std", not(loom)))]
     pub(crate) unsafe fn copy_body(&self, target: core::ptr::NonNull<u8>) {
@@ -228,9 +229,10 @@ impl Consumer {
         } else {
             0
         };
-        // SAFETY: `peek` checked that extension and payload lie within the slot's body, and the caller promises a
-        // target as large as that. No reference to the slot's bytes is made. Each byte is read once; SPEC: no language
-        // memory model covers stores from outside the program, and any mixture of them is as good as any other bytes.
+        // SAFETY: `peek` checked that extension and payload lie within the slot's body, and the
+        // caller promises a target as large as that. No reference to the slot's bytes is made. Each
+        // byte is read once; SPEC: no language memory model covers stores from outside the program,
+        // and any mixture of them is as good as any other bytes.
         unsafe {
             target.copy_from_nonoverlapping(
                 self.slots.body(self.position),

@@ -1,8 +1,9 @@
 //! What became of a kernel's messages.
 //!
-//! The accounts of a kernel that has ended are not closed: replies can still be received, a request may lie in its ring of a sender that had
-//! just found it open, and kernels behind it take what it has passed on. So they are read when somebody asks. While there is a handle they
-//! are the kernel's own counters; with the last one they go into its [`Books`].
+//! The accounts of a kernel that has ended are not closed: replies can still be received, a request
+//! may lie in its ring of a sender that had just found it open, and kernels behind it take what it
+//! has passed on. So they are read when a report is made. While there is a handle they are the
+//! kernel's own counters; with the last one they go into its [`Books`].
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -20,7 +21,8 @@ use crate::time::Deadline;
 /// Most returned messages that a report holds; beyond that they are only counted.
 const MAX_RETURNED: usize = 1 << 16;
 
-/// How long a report waits for a kernel whose last handle is just being dropped, which takes microseconds.
+/// How long a report waits for a kernel whose last handle is just being dropped, which takes
+/// microseconds.
 const LAST_DROP: Duration = Duration::from_secs(1);
 
 /// What became of the requests of a kernel that has ended, as far as it is known.
@@ -166,10 +168,12 @@ impl Ended {
 }
 
 impl KernelInstance {
-    /// Opens the accounts of a kernel that has ended. Each block's progress is read once, and what lies in its ring behind that is what
-    /// no handler saw: the ring decides, so that the accounts add up whatever a handler that returns after all does meanwhile.
+    /// Opens the accounts of a kernel that has ended. Each block's progress is read once, and what
+    /// lies in its ring behind that is what no handler saw: the ring decides, so that the accounts
+    /// add up whatever a handler that returns after all does meanwhile.
     ///
-    /// `is_between` says of a kernel of one block that its handler has no request, wherever its thread is.
+    /// `is_between` says of a kernel of one block that its handler has no request, wherever its
+    /// thread is.
     pub(super) fn close(&self, dispatch: &dyn Dispatch, is_between: bool) {
         let letters = &self.signals.dead_letters;
         // Device code counts what it refuses; only this CPU's blocks have written letters.
@@ -194,10 +198,12 @@ impl KernelInstance {
         for (block, counter) in self.blocks.iter().zip(&*self.accepted) {
             let control = block.control();
             let position = control.processed();
-            // A request that a handler panicked on, or sits on for ever, is still the first in its ring.
+            // A request that a handler panicked on, or sits on for ever, is still the first in its
+            // ring.
             let in_hand = self.signals.is_poisoned(block.index)
                 || (control.state() != Some(BlockState::Ended) && !is_between);
-            // In this order: a request that is counted only now was sent before, and lies in the ring.
+            // In this order: a request that is counted only now was sent before, and lies in the
+            // ring.
             let (accepted, processed) = self.progress(counter, position);
             let processed = processed + uncounted(accepted, position, self.capacity);
             let refused = u64::from(control.dropped());
@@ -234,7 +240,8 @@ impl KernelInstance {
         }
     }
 
-    /// Takes back what a sender put into a ring or a lane that had found the kernel open just before it ended.
+    /// Takes back what a sender put into a ring or a lane that had found the kernel open just
+    /// before it ended.
     pub(super) fn settle_requests(&self) {
         if let Some(closing) = &mut *self.closing.lock() {
             let mut rings = std::mem::take(&mut closing.rings);
@@ -338,7 +345,8 @@ impl KernelInstance {
     }
 }
 
-/// Requests that a block has handled and that their sender, which had just published them, has not counted: none of a position that cannot be.
+/// Requests that a block has handled and that their sender, which had just published them, has not
+/// counted: none of a position that cannot be.
 fn uncounted(accepted: u64, position: u32, capacity: u64) -> u64 {
     let ahead = u64::from(position.wrapping_sub(accepted as u32));
     if ahead <= capacity { ahead } else { 0 }

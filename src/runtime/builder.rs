@@ -104,8 +104,9 @@ impl RuntimeBuilder {
 
     /// Builds the runtime. Blocks for some 10 ms the first time in a process, to calibrate the clock.
     ///
-    /// The first one in a process puts a panic hook before the one that is set then, so that callers learn of a handler's panic before that one
-    /// runs; it waits for hooks that run at that moment. A hook that is set later replaces both: set yours first.
+    /// The first one in a process puts a panic hook before the one that is set then, so that
+    /// callers learn of a handler's panic before that one runs; it waits for hooks that run at that
+    /// moment. A hook that is set later replaces both: set yours first.
     ///
     /// # Errors
     /// [`Error::InvalidOption`] or [`Error::CoreNotFound`] for a bad configuration; [`Error::DuplicateKernel`];

@@ -24,10 +24,11 @@ const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
 /// All other fields are the same in the three.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuntimeConfig {
-    /// Slots of each request ring and each reply ring, for kernels that declare none: 1 to 2^24, rounded up to a
-    /// power of two. Default 4096. A kernel whose messages are larger than `default_message_size` gets fewer where its rings
-    /// would hold more than 16 MiB of payload each (or what both defaults together come to, if that is more): as many as
-    /// fit, at least 4. A capacity that a launch or a registration names is never changed.
+    /// Slots of each request ring and each reply ring, for kernels that declare none: 1 to 2^24,
+    /// rounded up to a power of two. Default 4096. A kernel whose messages are larger than
+    /// `default_message_size` gets fewer where its rings would hold more than 16 MiB of payload
+    /// each (or what both defaults together come to, if that is more): as many as fit, at least 4.
+    /// A capacity that a launch or a registration names is never changed.
     pub default_queue_capacity: usize,
     /// Largest payload in bytes, for kernels that declare none: 0 to 2^24 - 1. Default 48, which is one cache line
     /// with its header.
@@ -38,17 +39,21 @@ pub struct RuntimeConfig {
     pub bridge_poll_interval: Duration,
     /// How long `activate`, `deactivate` and `terminate` wait for a kernel. Default 5 s; 1 ms to a day.
     pub termination_timeout: Duration,
-    /// How long nothing may come of the kernels that run on a device, no sign of life and no message, until the device counts as lost.
-    /// A device that answers, however late, is not lost; one whose driver says that it is, is lost at once. `None`, the default, means 10 s on
-    /// hardware and 30 s on a driver that runs on this machine's cores: one that gets no processor time is late. A handler that never returns
-    /// holds its device up for as long. At least 100 ms, at most a day. No effect on the CPU backend.
+    /// How long the kernels that run on a device may show no progress (no heartbeat, no message, no
+    /// new slice) until the device counts as lost and every kernel on it fails. A device that
+    /// answers late is not lost; one that its driver reports as lost is lost at once. `None`, the
+    /// default, means 10 s on hardware and 30 s on a driver that runs on this machine's cores,
+    /// which may lack processor time. A handler that never returns holds its device for as long,
+    /// unless the driver cuts its loops. At least 100 ms, at most a day. No effect on the CPU
+    /// backend.
     pub stall_timeout: Option<Duration>,
     /// How the thread of a device's bridge waits ([`RingBufferBridge`](crate::RingBufferBridge)). While it spins, clients leave the moving of
     /// messages between lanes and kernels to it; else those who wait for replies do so themselves. It only ever spins while several clients
     /// share a kernel, or one is subscribed to a topic; with `Auto`, the default, if there is a core for it then.
     pub bridge_wait: WaitStrategy,
-    /// The core that the bridges' threads run on; building the runtime, or what needs a bridge later, fails if it cannot be
-    /// had. `None`, the default, lets them run on any that is not reserved.
+    /// The core that the bridges' threads run on; building the runtime, or what needs a bridge
+    /// later, fails if it cannot be had. `None`, the default, lets them run on any that is not
+    /// reserved.
     pub bridge_core: Option<usize>,
     /// Whether kernels keep [`Telemetry`](crate::kernel::Telemetry). It costs two counter reads (some 20 ns) a
     /// message.
@@ -67,9 +72,10 @@ pub struct RuntimeConfig {
     /// How many CPU devices there are; more than one share the cores and stand in for several devices. Default 1, at
     /// most 64.
     pub cpu_devices: usize,
-    /// Bytes that kernels, their clients, and topics may take on each CPU device; `None` means an even share of the least of
-    /// the machine's memory, the limits of the process's control groups (version 1 and 2), `RLIMIT_AS` and `RLIMIT_DATA`.
-    /// Whatever this says, on Linux what would take more than the process can still have is [`Error::OutOfMemory`].
+    /// Bytes that kernels, their clients, and topics may take on each CPU device; `None` means an
+    /// even share of the least of the machine's memory, the limits of the process's control groups
+    /// (version 1 and 2), `RLIMIT_AS` and `RLIMIT_DATA`. Whatever this says, on Linux what would
+    /// take more than the process can still have is [`Error::OutOfMemory`].
     pub cpu_memory_limit: Option<u64>,
     /// Whether this process's memory for rings (those of kernels on the CPU backend, and clients' lanes on all) is to lie in huge pages: each
     /// ring of at least 2 MiB, by `madvise` on Linux, as far as the system grants it. No effect on other systems. Default false. Rings are

@@ -92,8 +92,8 @@ impl Connection {
     /// connected any more. Blocks for a moment, until the first kernel has brought the ring back.
     ///
     /// # Errors
-    /// [`Error::InvalidTransition`] if one of the kernels is active; [`Error::Timeout`]; [`Error::CalledFromHandler`] in a handler of one of
-    /// them. They stay connected then.
+    /// [`Error::InvalidTransition`] if one of the kernels is active; [`Error::Timeout`];
+    /// [`Error::CalledFromHandler`] in a handler of one of them. They stay connected then.
     pub fn disconnect(&self) -> Result<(), Error> {
         match self.way() {
             Way::Ring(joint) => {

@@ -102,8 +102,9 @@ impl Devices {
         })
     }
 
-    /// The best backend: Vulkan, if it has hardware that keeps kernels resident and all kernels have code for it. CUDA and Metal are
-    /// for those who ask for them, until they have been seen to work on a GPU.
+    /// The best backend: Vulkan, if it has hardware that keeps kernels resident and all kernels
+    /// have code for it. CUDA and Metal are for those who ask for them, until they have been seen
+    /// to work on a GPU.
     pub(super) fn best(
         config: &RuntimeConfig,
         choice: &DeviceChoice,
@@ -255,7 +256,8 @@ impl Devices {
         }
     }
 
-    /// The first hardware device that keeps kernels resident; the first that runs them at all if none does.
+    /// The first hardware device that keeps kernels resident; the first that runs them at all if
+    /// none does.
     fn best_hardware(&self, backend: BackendType) -> Result<usize, Error> {
         let mut fallback = None;
         let mut reasons = Vec::new();

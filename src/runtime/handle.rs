@@ -83,8 +83,8 @@ impl KernelHandle {
     /// Starts polling for messages. Blocks until every block of the grid does, `termination_timeout` at most.
     ///
     /// # Errors
-    /// [`Error::InvalidTransition`] unless the kernel is launched or deactivated; [`Error::Timeout`]; [`Error::ThreadHeld`];
-    /// [`Error::CalledFromHandler`].
+    /// [`Error::InvalidTransition`] unless the kernel is launched or deactivated;
+    /// [`Error::Timeout`]; [`Error::ThreadHeld`]; [`Error::CalledFromHandler`].
     pub fn activate(&self) -> Result<(), Error> {
         self.instance.activate()
     }
@@ -93,7 +93,8 @@ impl KernelHandle {
     /// every block has finished the message at hand, `termination_timeout` at most.
     ///
     /// # Errors
-    /// [`Error::InvalidTransition`] unless the kernel is active; [`Error::Timeout`]; [`Error::ThreadHeld`]; [`Error::CalledFromHandler`].
+    /// [`Error::InvalidTransition`] unless the kernel is active; [`Error::Timeout`];
+    /// [`Error::ThreadHeld`]; [`Error::CalledFromHandler`].
     pub fn deactivate(&self) -> Result<(), Error> {
         self.instance.deactivate()
     }
@@ -106,11 +107,13 @@ impl KernelHandle {
     /// A failed kernel stays `Failed`, and gives its threads and cores back.
     ///
     /// # Errors
-    /// [`Error::InvalidTransition`] if the kernel has been terminated before; [`Error::Timeout`] if a handler did not
-    /// return in time: the kernel is `Failed` then, and the handler's thread is left behind. [`Error::CalledFromHandler`] in a handler of this
-    /// kernel, or of one that shares its thread: nothing has changed then.
+    /// [`Error::InvalidTransition`] if the kernel has been terminated before; [`Error::Timeout`] if
+    /// a handler did not return in time: the kernel is `Failed` then, and the handler's thread is
+    /// left behind. [`Error::CalledFromHandler`] in a handler of this kernel, or of one that shares
+    /// its thread: nothing has changed then.
     ///
-    /// It is no error if only the thread does not end in time, because the handler of another kernel or a destructor holds it:
+    /// It is no error if only the thread does not end in time, because the handler of another
+    /// kernel or a destructor holds it:
     /// [`ShutdownReport::left_behind`](crate::ShutdownReport::left_behind) tells of that.
     pub fn terminate(&self) -> Result<(), Error> {
         self.instance.terminate()
@@ -672,7 +675,8 @@ impl KernelHandle {
             drop(guard);
             return self.take_stored(call, read);
         };
-        // With the side in hand: no further reply is handed to a call that has this one, and would never look for it.
+        // With the side in hand: no further reply is handed to a call that has this one, and would
+        // never look for it.
         call.give_up();
         let received = side.take::<Bytes>(&self.instance, found);
         Some(received.read_with(read.take()?))
@@ -834,7 +838,8 @@ impl KernelHandle {
         self.instance.blocks[0].overwrite_reply_word(slot, word, value);
     }
 
-    /// Receives a reply of 48 bytes in place and checks whether a device that writes to its slot meanwhile changes it.
+    /// Receives a reply of 48 bytes in place and checks whether a device that writes to its slot
+    /// meanwhile changes it.
     pub(crate) fn check_that_replies_stay(&self) {
         let timeout = Duration::from_secs(30);
         self.send_bytes(&[7; 48]).unwrap();

@@ -92,8 +92,9 @@ pub struct DrainReport {
     pub took: Duration,
 }
 
-/// The accounts of a runtime that has stopped, as they were when the report was made. Kernels terminated earlier are included, with the
-/// replies that were received from them after their end. Replies can be received still: they are among the returned ones here.
+/// The accounts of a runtime that has stopped, as they were when the report was made. Kernels
+/// terminated earlier are included, with the replies that were received from them after their end.
+/// Replies can be received still: they are among the returned ones here.
 #[derive(Debug, Default)]
 pub struct ShutdownReport {
     /// Since the runtime was built.
@@ -110,8 +111,8 @@ pub struct ShutdownReport {
     pub topics: MessageTally,
     /// The requests counted as returned: accepted, but no handler saw them.
     pub returned: Vec<UndeliveredMessage>,
-    /// Threads of kernels that could not be joined in time: the name of each, and where it is (in a handler, whose kernel is named, or in a
-    /// destructor). Each ends by itself should that return.
+    /// Threads of kernels that could not be joined in time: the name of each, and where it is (in a
+    /// handler, whose kernel is named, or in a destructor). Each ends by itself should that return.
     pub left_behind: Vec<String>,
     /// What went wrong during the shutdown, if anything did.
     pub errors: Vec<Error>,

@@ -252,7 +252,8 @@ impl KernelLink {
         for block in &self.blocks {
             block.control().set_terminate();
         }
-        // The caller holds a side of the kernel: the block that ends, or the control plane, logs it.
+        // The caller holds a side of the kernel: the block that ends, or the control plane, logs
+        // it.
         self.signals.fail_silently(KernelFailure {
             reason: FailureReason::CorruptRing,
             message: what.to_owned(),

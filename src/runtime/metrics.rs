@@ -56,10 +56,11 @@ pub struct KernelMetrics {
     pub dead_letters: DeadLetterCounts,
     /// Bytes of memory that the kernel takes, on device and host.
     pub memory_bytes: u64,
-    /// The core that each block runs on, read back from the system (on Linux; elsewhere the core that it was put on): of a
-    /// kernel that has ended, the last. Empty if a block may run on several, and for kernels on other devices than the CPU.
+    /// The core that each block runs on, read back from the system (on Linux; elsewhere the core
+    /// that it was put on): of a kernel that has ended, the last. Empty if a block may run on
+    /// several, and for kernels on other devices than the CPU.
     pub cores: Vec<usize>,
-    /// Whether any of the kernel's loops spins (rather than sleeps) at present while it has nothing to do. With
-    /// [`WaitStrategy::Auto`](crate::WaitStrategy) this changes.
+    /// Whether any of the kernel's loops spins (rather than sleeps) at present while it has nothing
+    /// to do. With [`WaitStrategy::Auto`](crate::WaitStrategy) this changes.
     pub spins: bool,
 }

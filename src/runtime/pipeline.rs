@@ -31,8 +31,8 @@ use crate::time::Deadline;
 /// Between two looks whether a block has followed.
 const NAP: Duration = Duration::from_micros(50);
 
-/// How long the control plane waits for a thread that uses a side: far longer than to copy a message, unless the
-/// message's own code takes its time.
+/// How long the control plane waits for a thread that uses a side: far longer than to copy a
+/// message, unless the message's own code takes its time.
 const SIDE_IN_USE: Duration = Duration::from_millis(100);
 
 /// How a connection works.
@@ -45,10 +45,12 @@ pub enum ConnectionKind {
     /// same core, or none of their own, so that two threads would wait for the scheduler with every message. A handler that
     /// takes long holds the other up. The second kernel's own thread takes over while the first one is not active.
     ///
-    /// If the second kernel's handler does not return, only the second kernel has failed. The first one can be terminated all the same; its
-    /// thread is left behind then, which [`ShutdownReport::left_behind`](crate::ShutdownReport::left_behind) tells, and ends when that handler
-    /// returns. A command to the first kernel that is not followed in time gives [`Error::ThreadHeld`], with the second one's name. If the
-    /// first kernel's handler does not return, the second one's own thread goes on with the second kernel.
+    /// If the second kernel's handler does not return, only the second kernel has failed. The first
+    /// one can be terminated all the same; its thread is left behind then, which
+    /// [`ShutdownReport::left_behind`](crate::ShutdownReport::left_behind) tells, and ends when
+    /// that handler returns. A command to the first kernel that is not followed in time gives
+    /// [`Error::ThreadHeld`], with the second one's name. If the first kernel's handler does not
+    /// return, the second one's own thread goes on with the second kernel.
     SharedThread,
     /// The bridge of the first kernel's device carries each message: between devices, kernels of several blocks, wherever a kernel feeds
     /// several others or is fed by several, and on devices whose kernels cannot write into one another's rings (Metal, Vulkan in
@@ -168,7 +170,8 @@ impl Joint {
         {
             let mut replies = self.replies.lock();
             if replies.is_some() {
-                // The kernel has no such side while it lies here, so that no thread decodes a message under this lock.
+                // The kernel has no such side while it lies here, so that no thread decodes a
+                // message under this lock.
                 *from.receive.lock() = replies.take();
                 from.receiver_split.store(false, Ordering::Release);
             }
@@ -561,7 +564,8 @@ impl Entry {
     }
 }
 
-/// The sending side of a kernel. A thread that encodes a message runs foreign code under this lock: not waited for.
+/// The sending side of a kernel. A thread that encodes a message runs foreign code under this lock:
+/// not waited for.
 fn lock_send(kernel: &KernelInstance) -> Result<MutexGuard<'_, Option<SendSide>>, Error> {
     let send = kernel.send.try_lock_for(SIDE_IN_USE);
     send.ok_or_else(|| busy(kernel, "another thread is sending"))

@@ -484,9 +484,9 @@ pub(super) fn until_found<S, R>(
 
 /// A received message, still in its slot. Dropping it gives the slot back to the kernel.
 ///
-/// A kernel on the CPU backend cannot write to the slot meanwhile, and the message is read where it lies. A device could,
-/// if its code is wrong: its message was copied into memory of the receiving side, taken at launch, before its header and
-/// archive are checked, and is read there.
+/// A kernel on the CPU backend cannot write to the slot meanwhile, and the message is read where it
+/// lies. A device could, if its code is wrong: its message was copied into memory of the receiving
+/// side, taken at launch, before its header and archive are checked, and is read there.
 pub struct Received<'a, M> {
     side: &'a mut ReceiveSide,
     link: &'a KernelLink,

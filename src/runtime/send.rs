@@ -36,9 +36,10 @@ pub struct SendOptions {
     /// reads the clock.
     pub timestamp: bool,
     /// When the message stops being of use, in nanoseconds since the Unix epoch
-    /// ([`now_ns`](crate::time::now_ns) gives the present); `Some(0)` has passed, as any time of the past. An expired message goes to the dead letters instead of the handler: of every
-    /// message on the CPU backend; elsewhere of those that a [`Client`](crate::Client) sends, until they are in the kernel's ring. Takes
-    /// the extension.
+    /// ([`now_ns`](crate::time::now_ns) gives the present); `Some(0)` has passed, as any time of
+    /// the past. An expired message goes to the dead letters instead of the handler: of every
+    /// message on the CPU backend; elsewhere of those that a [`Client`](crate::Client) sends, until
+    /// they are in the kernel's ring. Takes the extension.
     pub deadline_ns: Option<u64>,
     /// The same as a time from the moment of sending; the earlier one counts if there are both. Takes the extension, and reads the clock.
     pub time_to_live: Option<Duration>,
@@ -131,7 +132,8 @@ impl Address {
         let extended = options.timestamp || deadline_ns.is_some() || options.trace_id.is_some();
         let extension = extended.then(|| Extension {
             timestamp_ns: 0,
-            // In a message 0 means "never": a deadline of 1970 is the nanosecond after it, which has passed as well.
+            // In a message 0 means "never": a deadline of 1970 is the nanosecond after it, which
+            // has passed as well.
             deadline_ns: deadline_ns.map_or(0, |deadline| deadline.max(1)),
             trace_id: options.trace_id.unwrap_or_default(),
         });
@@ -410,7 +412,8 @@ pub(super) fn write_bytes(payload: &[u8], body: &mut [u8]) -> Result<usize, Reje
     Ok(payload.len())
 }
 
-/// Archives a message into a slot. The length is within the slot, whatever the type's `encode` says.
+/// Archives a message into a slot. The length is within the slot, whatever the type's `encode`
+/// says.
 #[inline]
 pub(super) fn write_message<T: RingMessage>(
     encoder: &mut MessageEncoder,

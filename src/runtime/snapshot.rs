@@ -1,4 +1,5 @@
-//! A value that is replaced as a whole: readers take no lock, and writers hold none while they make the next one.
+//! A value that is replaced as a whole: readers take no lock, and writers hold none while they make
+//! the next one.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -23,8 +24,8 @@ impl<T> Snapshot<T> {
         self.present.load_full()
     }
 
-    /// Puts what `change` makes of the value in its place, and gives what `change` returns beside it. Runs `change`
-    /// again if another thread has replaced the value meanwhile.
+    /// Puts what `change` makes of the value in its place, and gives what `change` returns beside
+    /// it. Runs `change` again if another thread has replaced the value meanwhile.
     pub(super) fn update<R>(&self, mut change: impl FnMut(&T) -> (T, R)) -> R {
         match self.try_update(|value| Ok::<_, Infallible>(change(value))) {
             Ok(result) => result,

@@ -1,7 +1,7 @@
 //! Threads of our own whose end is waited for with a bound.
 //!
-//! `JoinHandle::join` waits for the destructors of the thread's thread-local values as well, which belong to the crate's user
-//! or to a driver, and `JoinHandle::is_finished` does not tell of them.
+//! `JoinHandle::join` waits for the destructors of the thread's thread-local values as well, which
+//! belong to the crate's user or to a driver, and `JoinHandle::is_finished` does not tell of them.
 
 use std::cell::Cell;
 use std::io;
@@ -17,8 +17,8 @@ use crate::time::Deadline;
 const LOOK: Duration = Duration::from_micros(100);
 
 thread_local! {
-    /// What the calling thread sets when it is done, if it is one of ours. Without a destructor: destructors of other
-    /// thread-local values may still ask.
+    /// What the calling thread sets when it is done, if it is one of ours. Without a destructor:
+    /// destructors of other thread-local values may still ask.
     static OWN: Cell<*const End> = const { Cell::new(std::ptr::null()) };
 }
 
@@ -69,7 +69,7 @@ impl BoundedThread {
                 if foreign::contain(body).is_none() {
                     told.panicked.store(true, Ordering::Relaxed);
                 }
-                // Publishes `panicked` to whoever sees it.
+                // A thread that sees it sees `panicked` as well.
                 told.done.store(true, Ordering::Release);
             })?;
         Ok(Self {
@@ -143,7 +143,8 @@ fn join_now(handle: JoinHandle<()>, end: &End) -> Result<(), JoinHandle<()>> {
     if OWN.get() == std::ptr::from_ref(end) {
         return Err(handle);
     }
-    // SAFETY: the handle vouches for a thread that has been neither joined nor detached. No result is asked for.
+    // SAFETY: the handle vouches for a thread that has been neither joined nor detached. No result
+    // is asked for.
     let joined = unsafe { libc::pthread_tryjoin_np(handle.as_pthread_t(), std::ptr::null_mut()) };
     if joined == 0 {
         // It is joined: the handle must not detach it. What else the handle holds is given back.
@@ -162,7 +163,8 @@ fn join_now(handle: JoinHandle<()>, _end: &End) -> Result<(), JoinHandle<()>> {
     unsafe extern "system" {
         fn WaitForSingleObject(handle: *mut core::ffi::c_void, milliseconds: u32) -> u32;
     }
-    // SAFETY: the handle is open as long as `handle` lives; a wait of no time has no other precondition.
+    // SAFETY: the handle is open as long as `handle` lives; a wait of no time has no other
+    // precondition.
     if unsafe { WaitForSingleObject(handle.as_raw_handle(), 0) } != 0 {
         return Err(handle);
     }
@@ -171,8 +173,8 @@ fn join_now(handle: JoinHandle<()>, _end: &End) -> Result<(), JoinHandle<()>> {
     Ok(())
 }
 
-/// Joins a thread whose body is done if that does not wait, else gives it back. What C libraries registered with
-/// `pthread_key_create` is waited for all the same.
+/// Joins a thread whose body is done if that does not wait, else gives it back. What C libraries
+/// registered with `pthread_key_create` is waited for all the same.
 #[cfg(not(any(target_os = "linux", windows)))]
 fn join_now(handle: JoinHandle<()>, end: &End) -> Result<(), JoinHandle<()>> {
     if OWN.get() == std::ptr::from_ref(end) || !end.gone.load(Ordering::Acquire) {

@@ -1,5 +1,5 @@
-//! How many threads of this process may spin at once without one having to wait for another: the cores that it may use,
-//! or the processor time that its control groups allow, whichever is less.
+//! How many threads of this process may spin at once without one having to wait for another: the
+//! cores that it may use, or the processor time that its control groups allow, whichever is less.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
@@ -40,8 +40,8 @@ fn refresh_quota() -> usize {
     budget
 }
 
-/// Asks for the quota again unless that was done within the last second. Reads files; for threads that have just not got
-/// on for longer than that takes.
+/// Asks for the quota again unless that was done within the last second. Reads files; for threads
+/// that have just not got on for longer than that takes.
 pub(super) fn refresh_if_old() {
     let (now, looked) = (time::now_ns(), LOOKED_NS.load(Ordering::Relaxed));
     // A clock that was set back makes it old as well.

@@ -1,10 +1,10 @@
-//! Sets of cores as the system takes them, of any size: `cpu_set_t` has 1 024 bits, and Linux refuses a smaller set than
-//! the machine could have cores.
+//! Sets of cores as the system takes them, of any size: `cpu_set_t` has 1 024 bits, and Linux
+//! refuses a smaller set than the machine could have cores.
 
 use std::io;
 
-/// Core numbers are below this: eight times what any Linux distribution is built for (`CONFIG_NR_CPUS`). Larger ones are
-/// not of a core.
+/// Core numbers are below this: eight times what any Linux distribution is built for
+/// (`CONFIG_NR_CPUS`). Larger ones are not of a core.
 pub(super) const MOST_CORES: usize = 1 << 16;
 
 const WORD_BITS: usize = libc::c_ulong::BITS as usize;
@@ -58,7 +58,8 @@ impl CoreMask {
     /// Lets the calling thread run on these cores, as far as its cpuset has them, and on no other.
     pub(super) fn apply(&self) -> io::Result<()> {
         let bytes = size_of_val(self.0.as_slice());
-        // SAFETY: the pointer and the size describe the words, which the call reads; 0 names the calling thread.
+        // SAFETY: the pointer and the size describe the words, which the call reads; 0 names the
+        // calling thread.
         match unsafe { libc::sched_setaffinity(0, bytes, self.0.as_ptr().cast()) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
@@ -73,7 +74,8 @@ impl CoreMask {
 
 fn get(thread: libc::pid_t, words: &mut [libc::c_ulong]) -> io::Result<()> {
     let bytes = size_of_val(words);
-    // SAFETY: the pointer and the size describe the words, which the call overwrites: any bits are an integer.
+    // SAFETY: the pointer and the size describe the words, which the call overwrites: any bits are
+    // an integer.
     match unsafe { libc::sched_getaffinity(thread, bytes, words.as_mut_ptr().cast()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -102,10 +104,11 @@ pub(super) mod inherited {
     /// A bit a core; empty where nothing has run before `main`.
     static CORES: [AtomicUsize; WORDS] = [const { AtomicUsize::new(0) }; WORDS];
 
-    /// Run before `main`, or when a library that holds this crate is loaded: afterwards threads may pin themselves.
+    /// Run before `main`, or when a library that holds this crate is loaded: afterwards threads may
+    /// pin themselves.
     #[used]
-    // SAFETY: the section holds pointers to functions of this type (System V ABI, "Initialization and Termination
-    // Functions"); this one only makes a system call and stores to atomics.
+    // SAFETY: the section holds pointers to functions of this type (System V ABI, "Initialization
+    // and Termination Functions"); this one only makes a system call and stores to atomics.
     #[unsafe(link_section = ".init_array")]
     static BEFORE_MAIN: extern "C" fn() = remember;
 

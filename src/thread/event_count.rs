@@ -4,10 +4,11 @@
 //! true first and looks for sleepers afterwards. With a sequentially consistent fence on both sides, at least one of
 //! the two sees the other.
 //!
-//! A sleeper that spins for long times, and sleeps only now and then, spares its notifiers the fence: it *disarms* the
-//! event count, and notifiers that find it so do nothing. Before it sleeps it arms it again, which makes every other
-//! thread pass a fence (`barrier.rs`): who still found it disarmed has made the condition true before that fence, so that
-//! the sleeper's next look finds it; all others announce themselves as above.
+//! A sleeper that spins for long times, and sleeps only now and then, spares its notifiers the
+//! fence: it *disarms* the event count, and notifiers that find it so do nothing. Before it sleeps
+//! it arms it again, which makes every other thread pass a fence (`barrier.rs`): who still found it
+//! disarmed has made the condition true before that fence, so that the sleeper's next look finds
+//! it; all others announce themselves as above.
 
 use std::sync::PoisonError;
 use std::time::Duration;
@@ -70,24 +71,27 @@ impl EventCount {
     /// As [`notify`](Self::notify), but does nothing while disarmed: two loads then, and no fence.
     #[inline]
     pub(crate) fn notify_if_armed(&self) {
-        // ORDERING: park. Pairs with the heavy fence in `arm`: either the load below sees that it is armed, or the
-        // sleeper's looks after `arm` see what the caller made true.
+        // ORDERING: park. Pairs with the heavy fence in `arm`: either the load below sees that it
+        // is armed, or the sleeper's looks after `arm` see what the caller made true.
         barrier::light();
         if self.armed.load(Ordering::Relaxed) != 0 {
             self.notify();
         }
     }
 
-    /// From now on [`notify_if_armed`](Self::notify_if_armed) wakes no sleeper. There may be one sleeper only, which says this itself and does not
-    /// sleep, unless for [`notify`](Self::notify), before [`arm`](Self::arm). Does nothing where the system has no such fence.
+    /// From now on [`notify_if_armed`](Self::notify_if_armed) wakes no sleeper. There may be one
+    /// sleeper only, which says this itself and does not sleep, unless for
+    /// [`notify`](Self::notify), before [`arm`](Self::arm). Does nothing where the system has no
+    /// such fence.
     pub(crate) fn disarm(&self) {
         if barrier::is_available() {
             self.armed.store(0, Ordering::Relaxed);
         }
     }
 
-    /// From now on `notify_if_armed` wakes sleepers again. Takes microseconds, and interrupts the process's other threads for as long. False if
-    /// the system refuses that: the caller must not sleep then for want of a notification.
+    /// From now on `notify_if_armed` wakes sleepers again. Takes microseconds, and interrupts the
+    /// process's other threads for as long. False if the system refuses that: the caller must not
+    /// sleep then for want of a notification.
     #[must_use]
     pub(crate) fn arm(&self) -> bool {
         if self.armed.load(Ordering::Relaxed) != 0 {

@@ -1,16 +1,17 @@
-//! Code of the crate's user that runs where its panic must not get any further: destructors of panic payloads and of what
-//! handlers captured.
+//! Code of the crate's user that runs where its panic must not get any further: destructors of
+//! panic payloads and of what handlers captured.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// Panics of payloads that are dropped one after the other, before the next one is leaked: a payload's destructor may panic
-/// with a payload of the same type, without end.
+/// Panics of payloads that are dropped one after the other, before the next one is leaked: a
+/// payload's destructor may panic with a payload of the same type, without end.
 const PANICS: u32 = 8;
 
 /// Runs `code`; none if it panicked.
 ///
-/// The panic's payload is dropped here. Its destructor may block: what others wait for is done before this call.
+/// The panic's payload is dropped here. Its destructor may block: what others wait for is done
+/// before this call.
 pub(crate) fn contain<T>(code: impl FnOnce() -> T) -> Option<T> {
     match catch_unwind(AssertUnwindSafe(code)) {
         Ok(value) => Some(value),

@@ -25,8 +25,8 @@ impl PlacedThread {
         }
     }
 
-    /// To be called by the thread itself, once it was put where it shall run; `asked` is the core that it was put on, if it
-    /// was one.
+    /// To be called by the thread itself, once it was put where it shall run; `asked` is the core
+    /// that it was put on, if it was one.
     pub(crate) fn run(&self, asked: Option<usize>) -> Running<'_> {
         self.core.store(asked.unwrap_or(NO_CORE), Ordering::Relaxed);
         #[cfg(target_os = "linux")]
@@ -40,7 +40,8 @@ impl PlacedThread {
         Running(self)
     }
 
-    /// The core that the thread may run on, if it is only one; of a thread that has ended, the last.
+    /// The core that the thread may run on, if it is only one; of a thread that has ended, the
+    /// last.
     ///
     /// A system call on Linux, while the thread runs; elsewhere the core that it was put on.
     pub(crate) fn core(&self) -> Option<usize> {

@@ -1,5 +1,5 @@
-//! How much processor time the control groups of this process allow it, in cores. Linux; elsewhere there is no such
-//! limit.
+//! How much processor time the control groups of this process allow it, in cores. Linux; elsewhere
+//! there is no such limit.
 
 use std::path::{Path, PathBuf};
 
@@ -8,7 +8,8 @@ use crate::system;
 /// Most groups between a process and the root that are looked at.
 const MOST_LEVELS: usize = 64;
 
-/// Cores' worth of time that the process may use, if a group limits it: the least over its groups and their ancestors.
+/// Cores' worth of time that the process may use, if a group limits it: the least over its groups
+/// and their ancestors.
 ///
 /// Reads a few files, so it is for the control plane only. What cannot be read limits nothing.
 pub(super) fn cpu_quota() -> Option<f64> {
@@ -35,7 +36,8 @@ enum Version {
 fn least_quota(groups: &str, mounts: &str, read: &impl Fn(&Path) -> Option<String>) -> Option<f64> {
     let mut least: Option<f64> = None;
     for line in groups.lines() {
-        // `hierarchy:controllers:path` (cgroups(7)); version 2 has hierarchy 0 and names no controllers.
+        // `hierarchy:controllers:path` (cgroups(7)); version 2 has hierarchy 0 and names no
+        // controllers.
         let mut fields = line.splitn(3, ':');
         let (Some(hierarchy), Some(controllers), Some(path)) =
             (fields.next(), fields.next(), fields.next())
@@ -113,8 +115,9 @@ fn quota_below(
     version: Version,
     read: &impl Fn(&Path) -> Option<String>,
 ) -> Option<f64> {
-    // In a container the mount often shows the container's own group as its root, while the path is the host's: then
-    // the path does not lie below the mount, and its root is the group itself, or the closest that can be seen.
+    // In a container the mount often shows the container's own group as its root, while the path is
+    // the host's: then the path does not lie below the mount, and its root is the group itself, or
+    // the closest that can be seen.
     let below = group
         .strip_prefix(root)
         .or_else(|_| group.strip_prefix("/"))
@@ -213,7 +216,8 @@ mod tests {
 
     #[test]
     fn a_container_finds_its_quota_below_a_mount_of_its_own_group() {
-        // Version 1 without a namespace: the mount's root is the group, which the path names by the host's root.
+        // Version 1 without a namespace: the mount's root is the group, which the path names by the
+        // host's root.
         let mounts = "9 8 0:29 /docker/1f2e /sys/fs/cgroup/cpu ro - cgroup cgroup rw,cpu\n";
         let files = [
             ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "50000"),

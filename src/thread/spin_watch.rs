@@ -1,13 +1,14 @@
 //! Whether a thread that spins gets on, and how long it does without when it does not.
 //!
-//! A thread that spins on a core that others want is charged for it: the scheduler takes the core away for milliseconds,
-//! and a message that comes meanwhile waits. One that sleeps is given the core within microseconds. A spinning thread
-//! notices by the clock: looks that follow each other within 100 us are suddenly a millisecond apart. It then parks for a
-//! while, and tries again; each time that this fails soon, the pause doubles. It is twenty times as long at least as the
-//! thread was not running, so that on a busy machine trying takes a small part of the time.
+//! A thread that spins on a core that others want is charged for it: the scheduler takes the core
+//! away for milliseconds, and a message that comes meanwhile waits. One that sleeps is given the
+//! core within microseconds. A spinning thread notices by the clock: looks that follow each other
+//! within 100 us are suddenly a millisecond apart. It then parks for a while, and tries again; each
+//! time that this fails soon, the pause doubles. It is twenty times as long at least as the thread
+//! was not running, so that on a busy machine trying takes a small part of the time.
 
-/// Time between two looks that says that the thread was not running. The shortest slice of Linux's scheduler is above it,
-/// interrupts are below it.
+/// Time between two looks that says that the thread was not running. The shortest slice of Linux's
+/// scheduler is above it, interrupts are below it.
 const GAP_NS: u64 = 500_000;
 
 /// How long a thread parks the first time.
@@ -19,7 +20,8 @@ const TIMES_GAP: u64 = 20;
 /// How long at most.
 const LONGEST_PAUSE_NS: u64 = 5_000_000_000;
 
-/// A thread that spun so many times as long as it had paused before it was disturbed begins with the first pause again.
+/// A thread that spun so many times as long as it had paused before it was disturbed begins with
+/// the first pause again.
 const TIMES_PAUSE: u64 = 4;
 
 /// Of one thread.
@@ -97,7 +99,8 @@ mod tests {
 
     const MS: u64 = 1_000_000;
 
-    /// Spins from `now` on, looking every 50 us, until the thread is stopped for 3 ms after `for_ns`.
+    /// Spins from `now` on, looking every 50 us, until the thread is stopped for 3 ms after
+    /// `for_ns`.
     fn spin(watch: &mut SpinWatch, mut now: u64, for_ns: u64) -> u64 {
         let end = now + for_ns;
         watch.begin(now);

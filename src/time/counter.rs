@@ -3,8 +3,8 @@
 #[cfg(target_arch = "x86_64")]
 #[inline]
 pub(super) fn counter() -> u64 {
-    // SAFETY: RDTSC is part of the x86-64 baseline, and every OS that std supports leaves it enabled
-    // for users.
+    // SAFETY: RDTSC is part of the x86-64 baseline, and every OS that std supports leaves it
+    // enabled for users.
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
@@ -12,7 +12,8 @@ pub(super) fn counter() -> u64 {
 #[inline]
 pub(super) fn counter() -> u64 {
     let ticks: u64;
-    // SAFETY: `cntvct_el0` is readable from user space on every AArch64 OS that Rust's std supports.
+    // SAFETY: `cntvct_el0` is readable from user space on every AArch64 OS that Rust's std
+    // supports.
     unsafe { core::arch::asm!("mrs {}, cntvct_el0", out(reg) ticks, options(nomem, nostack)) };
     ticks
 }
@@ -33,8 +34,8 @@ pub(super) fn counter_ordered() -> u64 {
 #[inline]
 pub(super) fn counter_ordered() -> u64 {
     // Arm ARM, "Ordering of reads of the counters": a read may be early but for an ISB before it.
-    // SAFETY: a barrier has no preconditions. It may not be moved across memory accesses, so it says
-    // nothing of `nomem`.
+    // SAFETY: a barrier has no preconditions. It may not be moved across memory accesses, so it
+    // says nothing of `nomem`.
     unsafe { core::arch::asm!("isb", options(nostack)) };
     counter()
 }
@@ -43,7 +44,8 @@ pub(super) fn counter_ordered() -> u64 {
 #[cfg(target_arch = "aarch64")]
 pub(super) fn frequency() -> u64 {
     let frequency: u64;
-    // SAFETY: `cntfrq_el0` is readable from user space on every AArch64 OS that Rust's std supports.
+    // SAFETY: `cntfrq_el0` is readable from user space on every AArch64 OS that Rust's std
+    // supports.
     unsafe {
         core::arch::asm!("mrs {}, cntfrq_el0", out(reg) frequency, options(nomem, nostack));
     }
@@ -67,16 +69,16 @@ pub(super) fn objection() -> Option<String> {
     None
 }
 
-/// Whether the counter runs at a constant rate in every power state: CPUID leaf 0x8000_0007, EDX bit 8
-/// (Intel SDM volume 3, "Invariant TSC"; the same bit on AMD).
+/// Whether the counter runs at a constant rate in every power state: CPUID leaf 0x8000_0007, EDX
+/// bit 8 (Intel SDM volume 3, "Invariant TSC"; the same bit on AMD).
 #[cfg(target_arch = "x86_64")]
 fn is_invariant() -> bool {
     use core::arch::x86_64::__cpuid;
     __cpuid(0x8000_0000).eax >= 0x8000_0007 && __cpuid(0x8000_0007).edx & (1 << 8) != 0
 }
 
-/// What the kernel says of its clock sources. `None` in a sandbox without `/sys`: then the checks at run
-/// time are all there is.
+/// What the kernel says of its clock sources. `None` in a sandbox without `/sys`: then the checks
+/// at run time are all there is.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 fn read_source(which: &str) -> Option<String> {
     let path = format!("/sys/devices/system/clocksource/clocksource0/{which}_clocksource");
@@ -87,8 +89,8 @@ fn read_source(which: &str) -> Option<String> {
 /// Whether a Linux kernel whose clock sources are these regards the counter as sound.
 ///
 /// A kernel that finds the time-stamp counter unstable chooses another source. The sources of
-/// hypervisors are computed from that counter, and some kernels prefer them to a sound one: they count
-/// if the kernel lists the counter as available, from which it strikes an unstable one.
+/// hypervisors are computed from that counter, and some kernels prefer them to a sound one: they
+/// count if the kernel lists the counter as available, from which it strikes an unstable one.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 fn system_trusts_counter(current: &str, available: &str) -> bool {
     #[cfg(target_arch = "x86_64")]

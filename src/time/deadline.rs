@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use super::clock::{clock, ticks};
 
-/// Before this part of a timeout has passed, only the counter is read. The rest is room for an error of
-/// its rate, and for a system's clock that is slewed.
+/// Before this part of a timeout has passed, only the counter is read. The rest is room for an
+/// error of its rate, and for a system's clock that is slewed.
 const LAST_PART: u32 = 8;
 
-/// A point in time at which a wait ends. It has passed when the system's monotonic clock says so: no wait
-/// ends early. Earlier looks read the counter, which is cheaper.
+/// A point in time at which a wait ends. It has passed when the system's monotonic clock says so:
+/// no wait ends early. Earlier looks read the counter, which is cheaper.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadline {
     /// On the system's monotonic clock. `None` is "never".
@@ -20,8 +20,8 @@ pub struct Deadline {
 }
 
 impl Deadline {
-    /// `timeout` from now. A timeout beyond what the system's clock can express (at least 292 years)
-    /// means "never".
+    /// `timeout` from now. A timeout beyond what the system's clock can express (at least 292
+    /// years) means "never".
     #[inline]
     #[must_use]
     pub fn after(timeout: Duration) -> Self {
@@ -34,8 +34,8 @@ impl Deadline {
         }
     }
 
-    /// Whether the deadline has passed. One counter read, and one look at the system's clock in the last
-    /// eighth of the timeout.
+    /// Whether the deadline has passed. One counter read, and one look at the system's clock in the
+    /// last eighth of the timeout.
     #[inline]
     #[must_use]
     pub fn has_passed(&self) -> bool {

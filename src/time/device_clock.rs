@@ -97,8 +97,9 @@ impl DeviceClock {
         self.brackets.push(bracket);
     }
 
-    /// What the host's clock showed when the device's showed `ticks`: on the line through the two brackets around it, or through the nearest
-    /// two. `None` before there are two, and where readings are so far apart that nothing can be said.
+    /// What the host's clock showed when the device's showed `ticks`: on the line through the two
+    /// brackets around it, or through the nearest two. `None` before there are two, and where
+    /// readings are so far apart that nothing can be said.
     pub(crate) fn host_time(&self, ticks: u64) -> Option<HostTime> {
         let later = self
             .brackets
@@ -111,8 +112,8 @@ impl DeviceClock {
                     .filter(|last| *last > 0)?,
             );
         let (a, b) = (self.brackets.get(later - 1)?, self.brackets.get(later)?);
-        // Differences of clocks over a kernel's life. In 128 bits their products do not overflow, unless a device tells
-        // anything.
+        // Differences of clocks over a kernel's life. In 128 bits their products do not overflow,
+        // unless a device tells anything.
         let of = |value: u64, from: u64| i128::from(value) - i128::from(from);
         let (at, span) = (of(ticks, a.ticks), of(b.ticks, a.ticks).max(1));
         let passed = of(b.middle_ns(), a.middle_ns());

@@ -20,8 +20,8 @@ const LOGICAL_MASK: u64 = (1 << LOGICAL_BITS) - 1;
 /// is no timestamp, or comes from a machine without the time of day.
 const DEFAULT_MAX_AHEAD: Duration = Duration::from_secs(10);
 
-/// The most that may be asked for: a day, as for every duration of the runtime. It keeps sums within 64
-/// bits: this machine's clock begins in 2262 at the latest, and the numbers end in 2554.
+/// The most that may be asked for: a day, as for every duration of the runtime. It keeps sums
+/// within 64 bits: this machine's clock begins in 2262 at the latest, and the numbers end in 2554.
 const LONGEST_AHEAD: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// A timestamp of an [`Hlc`]. Greater means "not before": if one event can have had an influence on another, its timestamp is the lesser.
@@ -180,8 +180,8 @@ impl Hlc {
         // read-modify-writes of one word are in one order anyway.
         let mut last = self.last.load(Ordering::Relaxed);
         loop {
-            // Does not saturate before the year 2554: `remote` is within a day of this machine's clock,
-            // `last` by induction.
+            // Does not saturate before the year 2554: `remote` is within a day of this machine's
+            // clock, `last` by induction.
             let next = physical.max(last.max(remote).saturating_add(1));
             match self
                 .last

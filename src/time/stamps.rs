@@ -21,8 +21,8 @@ impl TimestampSource {
         }
     }
 
-    /// Nanoseconds since the Unix epoch, larger than everything this source gave before. Lock-free; does not allocate
-    /// or call the system.
+    /// Nanoseconds since the Unix epoch, larger than everything this source gave before. Lock-free;
+    /// does not allocate or call the system.
     #[inline]
     pub fn next(&self) -> u64 {
         self.after(now_ns())

@@ -1,8 +1,8 @@
 //! The system's own clock, which the counter is held against.
 
-/// Nanoseconds since some moment before the process began: never goes back, the same on every core, and
-/// not slewed towards the time of day where the system has such a clock. Some 30 ns, without a system
-/// call where the system's clock source allows that.
+/// Nanoseconds since some moment before the process began: never goes back, the same on every core,
+/// and not slewed towards the time of day where the system has such a clock. Some 30 ns, without a
+/// system call where the system's clock source allows that.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 #[inline]
 pub(super) fn system_ns() -> u64 {

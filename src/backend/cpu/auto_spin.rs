@@ -1,4 +1,5 @@
-//! A block whose thread spins as long as that gets on, and parks otherwise: `WaitStrategy::Auto` on the CPU.
+//! A block whose thread spins as long as that gets on, and parks otherwise: `WaitStrategy::Auto` on
+//! the CPU.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -73,7 +74,8 @@ impl AutoSpin {
         }
     }
 
-    /// How the block waits instead of sleeping, if it is time to try whether spinning gets on again.
+    /// How the block waits instead of sleeping, if it is time to try whether spinning gets on
+    /// again.
     pub(super) fn try_again(&mut self) -> Option<KernelWait> {
         let now = time::now_ns();
         if !self.watch.may_spin(now) {

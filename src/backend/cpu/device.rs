@@ -51,8 +51,9 @@ struct CpuDevice {
 }
 
 impl CpuDevice {
-    /// Describes `count` devices, which share the usable cores (less `reserved`) evenly, each with `memory_limit` bytes
-    /// or its share of the memory that the process may have. With fewer cores than devices, all have all cores.
+    /// Describes `count` devices, which share the usable cores (less `reserved`) evenly, each with
+    /// `memory_limit` bytes or its share of the memory that the process may have. With fewer cores
+    /// than devices, all have all cores.
     fn enumerate(count: usize, memory_limit: Option<u64>, reserved: &[usize]) -> Vec<DeviceInfo> {
         let mut cores = affinity::usable_cores();
         if cores.iter().any(|core| !reserved.contains(core)) {

@@ -1,5 +1,5 @@
-//! Which kernels' loops are on the calling thread's stack: what a handler calls must not wait for them, and what it panics
-//! with is their failure.
+//! Which kernels' loops are on the calling thread's stack: what a handler calls must not wait for
+//! them, and what it panics with is their failure.
 
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -12,7 +12,8 @@ use crate::kernel::signals::KernelSignals;
 use crate::thread::unwinding;
 
 thread_local! {
-    /// The innermost loop on this thread. Without a destructor, so that destructors of thread-local values find it too.
+    /// The innermost loop on this thread. Without a destructor, so that destructors of thread-local
+    /// values find it too.
     static INNERMOST: Cell<*const Entry<'static>> = const { Cell::new(std::ptr::null()) };
 }
 
@@ -20,7 +21,8 @@ thread_local! {
 pub(super) struct Running {
     pub(super) signals: Arc<KernelSignals>,
     memory: Arc<BlockMemory>,
-    /// Whether the handler has the request at the consumer's position right now. Written by the thread that runs the block.
+    /// Whether the handler has the request at the consumer's position right now. Written by the
+    /// thread that runs the block.
     in_hand: AtomicBool,
 }
 
@@ -44,7 +46,8 @@ impl Running {
     }
 }
 
-/// A kernel's loop on the stack of a thread: the kernel's own, or one whose thread runs it. Removed when dropped.
+/// A kernel's loop on the stack of a thread: the kernel's own, or one whose thread runs it. Removed
+/// when dropped.
 struct Entry<'a> {
     running: &'a Running,
     outer: *const Entry<'static>,
@@ -80,11 +83,12 @@ impl Drop for Entered<'_, '_> {
     }
 }
 
-/// The kernel whose handler has just begun to panic on the calling thread, its block and the request that it had, if nothing
-/// between the handler and its loop catches the panic.
+/// The kernel whose handler has just begun to panic on the calling thread, its block and the
+/// request that it had, if nothing between the handler and its loop catches the panic.
 pub(super) fn panicking_handler() -> Option<(Arc<KernelSignals>, u32, UndeliveredMessage)> {
     let innermost = INNERMOST.get();
-    // SAFETY: entries are on this thread's stack, and taken out of the list before they are dropped.
+    // SAFETY: entries are on this thread's stack, and taken out of the list before they are
+    // dropped.
     let running = unsafe { innermost.as_ref() }?.running;
     // The entry lies within what the loop's own `catch_unwind` runs.
     if !running.is_in_hand() || unwinding::catches_before(innermost.addr()) != Some(false) {
@@ -92,16 +96,18 @@ pub(super) fn panicking_handler() -> Option<(Arc<KernelSignals>, u32, Undelivere
     }
     let memory = &running.memory;
     let position = memory.control().processed();
-    // SAFETY: this thread is in the block's handler, whose request is the first that has not been processed.
+    // SAFETY: this thread is in the block's handler, whose request is the first that has not been
+    // processed.
     let request = unsafe { memory.request_at(&running.signals.name, position) }?;
     Some((Arc::clone(&running.signals), memory.index, request))
 }
 
-/// Whether the loop of one of these kernels is on the calling thread's stack: whether this is one of its handlers, or that
-/// of a kernel that runs on the same thread. The kernel's name then.
+/// Whether the loop of one of these kernels is on the calling thread's stack: whether this is one
+/// of its handlers, or that of a kernel that runs on the same thread. The kernel's name then.
 pub(crate) fn running_here(is_one: impl Fn(&Arc<KernelSignals>) -> bool) -> Option<String> {
     let mut next = INNERMOST.get();
-    // SAFETY: entries are on this thread's stack, and taken out of the list before they are dropped.
+    // SAFETY: entries are on this thread's stack, and taken out of the list before they are
+    // dropped.
     while let Some(entry) = unsafe { next.as_ref() } {
         if is_one(&entry.running.signals) {
             return Some(entry.running.signals.name.clone());
@@ -111,7 +117,8 @@ pub(crate) fn running_here(is_one: impl Fn(&Arc<KernelSignals>) -> bool) -> Opti
     None
 }
 
-/// Whether the calling thread runs a handler of this kernel, or one of a kernel that shares its thread.
+/// Whether the calling thread runs a handler of this kernel, or one of a kernel that shares its
+/// thread.
 #[inline]
 pub(crate) fn runs_here(signals: &Arc<KernelSignals>) -> bool {
     // The common case, a thread that runs no kernel, looks at one word.

@@ -81,8 +81,9 @@ impl Worker {
         }
     }
 
-    /// Runs until the block is told to end, or fails. Whatever happens, the block's end is announced before code of the
-    /// crate's user runs that may not return: destructors of a panic's payload, and of what the handler captured.
+    /// Runs until the block is told to end, or fails. Whatever happens, the block's end is
+    /// announced before code of the crate's user runs that may not return: destructors of a panic's
+    /// payload, and of what the handler captured.
     pub(super) fn run(self) {
         let Self {
             ends,
@@ -113,7 +114,8 @@ impl Worker {
             mut state,
             memory,
         } = ends;
-        // Before the loop, so that it is dropped after it: the consumer publishes its cursor when it is dropped.
+        // Before the loop, so that it is dropped after it: the consumer publishes its cursor when
+        // it is dropped.
         let mut ending = Ending {
             signals,
             memory: &memory,
@@ -189,7 +191,7 @@ impl Drop for Ending<'_> {
             }
             self.signals.fail_silently(failure);
         }
-        // In this order: whoever finds that the block has ended finds its failure as well.
+        // In this order: a thread that finds the block ended finds its failure as well.
         self.memory.control().store_state(BlockState::Ended);
         // Of two blocks that end together at least one finds that the other has ended.
         fence(Ordering::SeqCst);

@@ -112,8 +112,8 @@ impl Monitor {
 }
 
 impl Drop for Monitor {
-    /// Ends the thread once all kernels have: bounded, because one that does not end in time loses the device, and a
-    /// thread that the driver keeps is left behind.
+    /// Ends the thread once all kernels have: bounded, because one that does not end in time loses
+    /// the device, and a thread that the driver keeps is left behind.
     fn drop(&mut self) {
         self.handle.stop.store(true, Ordering::Release);
         self.handle.doorbell.notify();

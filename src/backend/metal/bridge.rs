@@ -149,8 +149,8 @@ impl Bridge {
 }
 
 impl Drop for Bridge {
-    /// Ends the thread once all kernels have: bounded, because a slice that does not end in time loses the device,
-    /// and a thread that the driver keeps is left behind.
+    /// Ends the thread once all kernels have: bounded, because a slice that does not end in time
+    /// loses the device, and a thread that the driver keeps is left behind.
     fn drop(&mut self) {
         self.handle.stop.store(true, Ordering::Release);
         self.handle.look();

@@ -69,7 +69,8 @@ pub(super) fn probe(
     }
     let mut readings = read_clock(device, &probe::traced_echo(), || context.ticks())
         .map_err(|error| error.to_string())??;
-    // Of a clock without its high word those that took long say nothing: it may have been around once more.
+    // Of a clock without its high word those that took long say nothing: it may have been around
+    // once more.
     readings.retain(ClockReading::is_short);
     if readings.len() < LEAST_READINGS {
         return Err(

@@ -166,7 +166,8 @@ impl Lane {
 }
 
 impl Drop for Lane {
-    /// Ends the thread. Bounded: a fence that never signals ends the device, and a thread that a driver keeps is left behind.
+    /// Ends the thread. Bounded: a fence that never signals ends the device, and a thread that a
+    /// driver keeps is left behind.
     fn drop(&mut self) {
         let _deferral = logging::defer();
         self.handle.stop.store(true, Ordering::Release);
@@ -306,7 +307,8 @@ impl Bridge {
 
     fn run(mut self) {
         loop {
-            // What is logged while the lane holds locks, or a driver calls back, leaves at the end of the round.
+            // What is logged while the lane holds locks, or a driver calls back, leaves at the end
+            // of the round.
             let deferral = logging::defer();
             let mut failed = self.admit();
             if failed.is_none() && self.context.lost().is_none() {

@@ -89,7 +89,8 @@ mod tests {
             };
             let device = backend.open_device(0).unwrap();
             for block_size in BLOCK_SIZES {
-                // If perhaps from other dispatches than those that ran when they were sent: always so without resident dispatches.
+                // If perhaps from other dispatches than those that ran when they were sent: always
+                // so without resident dispatches.
                 let seen = run_block(&device, &echo(), block_size, u32::MAX).unwrap();
                 let seen = seen.unwrap_or_else(|failed| panic!("{mode:?}: {failed:?}"));
                 assert_eq!(seen.received, seen.sent, "{mode:?}: {seen:?}");

@@ -304,7 +304,8 @@ impl SliceKernel {
         whole.min((FEW_GROUPS * SOFTWARE_ITERATIONS / self.simd_groups).max(LEAST_BUDGET))
     }
 
-    /// A number that changes with every progress of its slices that the host can see while they run.
+    /// A number that changes with every progress of its slices that the host can see while they
+    /// run.
     pub(super) fn life(&self) -> u32 {
         match &self.relay_blocks[..] {
             [] => life(&self.blocks),

@@ -123,16 +123,17 @@ pub(super) struct PublisherShared {
 }
 
 impl PublisherShared {
-    /// Announces that a message may be put into the outbox, until [`left`](Self::left). What the caller looks at after this was not
-    /// changed by a topic that closes without waiting for it.
+    /// Announces that a message may be put into the outbox, until [`left`](Self::left). What the
+    /// caller looks at after this was not changed by a topic that closes without waiting for it.
     pub(super) fn announce(&self) {
         self.leaving.store(true, Ordering::Relaxed);
-        // ORDERING: leaving. Either the topic that closes sees the announcement, or the publisher sees that it is closed.
+        // ORDERING: leaving. Either the topic that closes sees the announcement, or the publisher
+        // sees that it is closed.
         fence(Ordering::SeqCst);
     }
 
     pub(super) fn left(&self) {
-        // ORDERING: leaving. The message is in the outbox for whoever sees this.
+        // ORDERING: leaving. A thread that sees this finds the message in the outbox.
         self.leaving.store(false, Ordering::Release);
     }
 
@@ -242,7 +243,8 @@ impl Core {
         }
     }
 
-    /// Nothing is published from now on. What publishers were told is taken reaches the lanes before.
+    /// Nothing is published from now on. What publishers were told is taken reaches the lanes
+    /// before.
     fn close(&mut self, deadline: Deadline) {
         self.lanes.signals.state.fetch_max(CLOSED, Ordering::SeqCst);
         // ORDERING: leaving. See `PublisherShared::announce`.
@@ -275,7 +277,8 @@ impl Errand for Core {
                 count += 1;
                 let payload = outbox.messages.payload();
                 if is_closed {
-                    // Of a publisher that stood still while the topic was closed, for longer than that waits.
+                    // Of a publisher that stood still while the topic was closed, for longer than
+                    // that waits.
                     let letters = &self.lanes.signals.letters;
                     letters.put(DeadLetterReason::Shutdown, payload);
                 } else {

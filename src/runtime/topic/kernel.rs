@@ -141,7 +141,8 @@ impl Pump {
         }
     }
 
-    /// What the topic cannot take is of no use to the client, and goes to the kernel's dead letters.
+    /// What the topic cannot take is of no use to the client, and goes to the kernel's dead
+    /// letters.
     fn publish(
         &self,
         replies: &mut PublisherLane,

@@ -43,15 +43,17 @@ pub enum RealtimeWarning {
         /// The period, in microseconds.
         period_us: i64,
     },
-    /// A realtime thread that runs for so long without waiting is sent a signal that ends the process (`RLIMIT_RTTIME`).
+    /// A realtime thread that runs for so long without waiting is sent a signal that ends the
+    /// process (`RLIMIT_RTTIME`).
     TimeLimit {
         /// Microseconds until SIGXCPU, which is sent again each second; if there is such a limit.
         soft_us: Option<u64>,
         /// Microseconds until SIGKILL, if there is such a limit.
         hard_us: Option<u64>,
     },
-    /// All memory of the process stays in RAM (`mlockall`), which is limited (`RLIMIT_MEMLOCK`) and not for a process with CAP_IPC_LOCK: what is
-    /// mapped beyond it fails, allocations and stacks of new threads included.
+    /// All memory of the process stays in RAM (`mlockall`), which is limited (`RLIMIT_MEMLOCK`) and
+    /// not for a process with CAP_IPC_LOCK: what is mapped beyond it fails, allocations and stacks
+    /// of new threads included.
     LockedMemoryLimit {
         /// Bytes that the process may have, all together.
         limit: u64,
@@ -155,8 +157,8 @@ fn locked_limit(limit: Option<u64>, may_lock_all: bool) -> Option<RealtimeWarnin
     Some(RealtimeWarning::LockedMemoryLimit { limit })
 }
 
-/// Everything of note for a thread on these cores, scheduled so, with a device on this node, in a process whose memory stays in RAM or does
-/// not.
+/// Everything of note for a thread on these cores, scheduled so, with a device on this node, in a
+/// process whose memory stays in RAM or does not.
 pub(super) fn warnings(
     cores: &[usize],
     schedule: Option<Schedule>,
