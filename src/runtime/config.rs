@@ -75,7 +75,9 @@ pub struct RuntimeConfig {
     /// Bytes that kernels, their clients, and topics may take on each CPU device; `None` means an
     /// even share of the least of the machine's memory, the limits of the process's control groups
     /// (version 1 and 2), `RLIMIT_AS` and `RLIMIT_DATA`. Whatever this says, on Linux what would
-    /// take more than the process can still have is [`Error::OutOfMemory`].
+    /// take more than the process can still have is [`Error::OutOfMemory`]. Swap does not count as
+    /// memory, what the system can drop (contents of files) does, and `memory.high` is a limit like
+    /// `memory.max`: beyond it, the system slows the process down.
     pub cpu_memory_limit: Option<u64>,
     /// Whether this process's memory for rings (those of kernels on the CPU backend, and clients' lanes on all) is to lie in huge pages: each
     /// ring of at least 2 MiB, by `madvise` on Linux, as far as the system grants it. No effect on other systems. Default false. Rings are

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::limits::{Resource, limits};
 use super::{number, read};
+use crate::process::PerProcess;
 
 /// Less than this is taken without asking.
 const UNASKED: u64 = 1 << 20;
@@ -21,18 +22,21 @@ const UNLIMITED: u64 = 1 << 60;
 /// Bytes that were taken without asking since it was asked last.
 static TAKEN_UNASKED: AtomicU64 = AtomicU64::new(0);
 
-/// Bytes that were granted, and may not have been written to yet.
-static GRANTED: AtomicU64 = AtomicU64::new(0);
+/// Bytes that were granted, and may not have been written to yet. Threads that write to them stay
+/// with the parent of a fork.
+static GRANTED: PerProcess<AtomicU64> = PerProcess::new(|| AtomicU64::new(0));
 
 /// Leave to write to so many bytes of new memory; to be dropped once they are written to.
 #[derive(Debug)]
 pub(crate) struct Grant {
     bytes: u64,
+    /// The count that they are part of.
+    granted: &'static AtomicU64,
 }
 
 impl Drop for Grant {
     fn drop(&mut self) {
-        GRANTED.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.granted.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -42,8 +46,9 @@ impl Drop for Grant {
 /// How many bytes there are, if they are fewer.
 pub(crate) fn ask(bytes: u64) -> Result<Grant, u64> {
     // Two that ask at once are both refused if there is only room for one: the system ends a process that takes too much.
-    let before = GRANTED.fetch_add(bytes, Ordering::Relaxed);
-    let grant = Grant { bytes };
+    let granted = GRANTED.get();
+    let before = granted.fetch_add(bytes, Ordering::Relaxed);
+    let grant = Grant { bytes, granted };
     let unasked = TAKEN_UNASKED
         .fetch_add(bytes, Ordering::Relaxed)
         .saturating_add(bytes);
@@ -164,7 +169,12 @@ impl Group {
             };
             // A group outside of what is mounted here is not seen.
             let below = match path.strip_prefix(root.trim_end_matches('/')) {
-                Some(below) if !below.split('/').any(|part| part == "..") => below,
+                Some(below)
+                    if (below.is_empty() || below.starts_with('/'))
+                        && !below.split('/').any(|part| part == "..") =>
+                {
+                    below
+                }
                 _ => "",
             };
             let mut folder = format!("{mounted}{}", below.trim_end_matches('/'));
@@ -204,8 +214,9 @@ impl Group {
         };
         let used = self.number(usage)?;
         let statistics = read(&format!("{}/memory.stat", self.folder)).unwrap_or_default();
-        // Contents of files: the system drops them when it needs the memory.
-        let cached: u64 = ["inactive_file", "active_file"]
+        // Contents of files, and what the kernel knows of them (version 2 tells): it drops both
+        // when it needs the memory.
+        let cached: u64 = ["inactive_file", "active_file", "slab_reclaimable"]
             .iter()
             .filter_map(|field| {
                 statistics.lines().find_map(|line| {
@@ -261,6 +272,11 @@ mod tests {
             folders("5:cpu,cpuacct:/docker/x\n4:memory:/docker/x/y", first),
             ["/sys/fs/cgroup/memory/y", "/sys/fs/cgroup/memory"]
         );
+        // Beside what is mounted.
+        assert_eq!(
+            folders("4:memory:/docker/xy", first),
+            ["/sys/fs/cgroup/memory"]
+        );
         for nonsense in ["", "x", "::", "0::", "4:memory", "\0", "4:memory:/a\n0::/b"] {
             assert_eq!(folders(nonsense, "- - -\n 1 2 - cgroup2"), [""; 0]);
         }
@@ -277,6 +293,30 @@ mod tests {
         ] {
             assert_eq!(kibibytes(nonsense, "MemAvailable"), None);
         }
+    }
+
+    #[test]
+    fn what_the_system_can_drop_is_left_to_a_group() {
+        let folder = std::env::temp_dir().join(format!("rk-group-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        for (file, text) in [
+            ("memory.max", "1000\n"),
+            ("memory.high", "max\n"),
+            ("memory.current", "900\n"),
+            (
+                "memory.stat",
+                "anon 100\ninactive_file 300\nactive_file 200\nslab_reclaimable 250\nslab 300\n",
+            ),
+        ] {
+            std::fs::write(folder.join(file), text).unwrap();
+        }
+        let group = Group {
+            folder: folder.to_str().unwrap().to_owned(),
+            is_unified: true,
+        };
+        let left = group.left();
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(left, Some(850));
     }
 
     #[cfg(target_os = "linux")]
