@@ -20,6 +20,7 @@ use crate::backend::{
 use crate::error::Error;
 use crate::kernel::CudaCode;
 use crate::logging;
+use crate::process::PerProcess;
 use crate::thread::event_count::EventCount;
 use crate::thread::{KernelWait, affinity};
 
@@ -30,7 +31,7 @@ const PARKED_NAP: Duration = Duration::from_micros(10);
 const LONGEST_NAP: Duration = Duration::from_millis(1);
 
 /// Held while a device is opened and probed, and while code is made ready.
-static OPENING: Mutex<()> = Mutex::new(());
+static OPENING: PerProcess<Mutex<()>> = PerProcess::new(|| Mutex::new(()));
 
 /// The CUDA backend.
 #[derive(Debug)]
@@ -72,7 +73,7 @@ impl Backend for CudaBackend {
 
     fn open(&self, index: usize) -> Result<Arc<dyn Device>, Error> {
         // Another runtime that opens the device at the same time would meet a running probe.
-        let _opening = OPENING.lock();
+        let _opening = OPENING.get().lock();
         let physical = self.devices.get(index).ok_or(Error::DeviceNotFound {
             backend: crate::backend::BackendType::Cuda.name(),
             index,
@@ -279,7 +280,7 @@ impl Device for CudaDevice {
     fn prepare(&self, kernel: &str, handler: &Handler) -> Result<(), Error> {
         match handler {
             Handler::Cuda(code) => {
-                let _opening = OPENING.lock();
+                let _opening = OPENING.get().lock();
                 self.context.module(kernel, &code.source).map(|_| ())
             }
             _ => Ok(()),

@@ -11,6 +11,7 @@ use super::arena::{Arena, NotTaken};
 use super::current::Current;
 use super::driver::check;
 use super::module::Module;
+use crate::process::PerProcess;
 
 /// What runs on a device in this process, whose runtimes share its one primary context. Locked during everything that would
 /// wait for running kernels.
@@ -34,8 +35,9 @@ pub(super) struct Shape {
 
 impl Residents {
     pub(super) fn of(device: CUdevice) -> Arc<Mutex<Self>> {
-        static ALL: Mutex<BTreeMap<CUdevice, Arc<Mutex<Residents>>>> = Mutex::new(BTreeMap::new());
-        Arc::clone(ALL.lock().entry(device).or_default())
+        static ALL: PerProcess<Mutex<BTreeMap<CUdevice, Arc<Mutex<Residents>>>>> =
+            PerProcess::new(|| Mutex::new(BTreeMap::new()));
+        Arc::clone(ALL.get().lock().entry(device).or_default())
     }
 
     /// How many more blocks of a shape are certain to be resident at once. Blocks of another shape may each lie on a
