@@ -70,11 +70,12 @@ static REGISTRY: Registry = Registry {
     objects: std::cell::UnsafeCell::new(Vec::new()),
 };
 
-/// Attempts to take the lock in `fork`, a pause apart: a second at least. Its holder copies a few words.
+/// Attempts to take the lock in `fork`, a pause apart: nearly a second at least. Its holder copies
+/// a few words.
 const ATTEMPTS: u32 = 10_000;
 
-/// Attempts after which a thread sleeps between two: one of a realtime policy that only yields may keep the holder
-/// from ever running.
+/// Attempts after which a thread sleeps between two: one of a realtime policy that only yields may
+/// keep the holder from ever running.
 const YIELDS: u32 = 100;
 
 const NAP: Duration = Duration::from_micros(100);
@@ -113,13 +114,13 @@ impl Registry {
 
 /// Has the process notice that it is forked.
 ///
-/// No `Once`: the child of a fork would wait for ever for a thread that was just at it. The child does it again then,
-/// which may install the handlers twice.
+/// No `Once`: the child of a fork would wait for ever for a thread that was just at it. The child
+/// does it again then, which may install the handlers twice.
 fn prepare() {
     const NOT_YET: u32 = 0;
     const DONE: u32 = u32::MAX;
-    /// Or the process, a thread of which is at it. That another process has the same number, as in a namespace of its
-    /// own, costs it a second.
+    /// Or the process, a thread of which is at it. That another process has the same number, as in
+    /// a namespace of its own, costs it a second.
     static PROGRESS: AtomicU32 = AtomicU32::new(NOT_YET);
 
     let mut progress = PROGRESS.load(Ordering::Acquire);

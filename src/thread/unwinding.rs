@@ -5,9 +5,9 @@
 //! does this: the language-specific data of each frame (Itanium C++ ABI: Exception Handling, section 7), as
 //! `library/std/src/sys/personality/dwarf/eh.rs` reads it for Rust.
 
-/// Whether a frame between this one and that of a local variable at the address `end` catches a panic; the frame of the
-/// variable itself does not count. `None` if that cannot be told here: also where this frame is not below the variable,
-/// as on a stack of its own that a coroutine runs on.
+/// Whether a frame between this one and that of a local variable at the address `end` catches a
+/// panic; the frame of the variable itself does not count. `None` if that cannot be told here: also
+/// where this frame is not below the variable, as on a stack of its own that a coroutine runs on.
 pub(crate) fn catches_before(end: usize) -> Option<bool> {
     imp::catches_before(end)
 }
