@@ -65,15 +65,16 @@ pub fn a_kernel_may_subscribe_to_a_topic<S: Subject>() {
         assert_eq!(recv(&mut subscriber), number);
     }
     let carried = u64::from(MESSAGES - 2);
+    // The bridge counts a reply after it has published it.
+    eventually("the count of the last reply", || {
+        subscription.stats().published == carried
+    });
     let stats = subscription.stats();
     assert_eq!(
         (stats.messages.published, stats.messages.delivered),
         (carried, carried)
     );
-    assert_eq!(
-        (stats.published, stats.unpublished, stats.errors),
-        (carried, 0, 0)
-    );
+    assert_eq!((stats.unpublished, stats.errors), (0, 0));
     // Once it is over, the kernel is its handle's again.
     drop((subscription, client));
     eventually("the kernel's release", || {
