@@ -5,10 +5,11 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ringkernel::error::TrySendError;
+use ringkernel::message::RingMessage;
 use ringkernel::{
     Bytes, Client, ClientOptions, KernelRegistration, LaunchOptions, Overflow, Publisher,
     RingKernelRuntime, RuntimeConfig, SubscriberOptions, TopicOptions, WaitStrategy,
@@ -22,6 +23,8 @@ static COUNTING: AtomicBool = AtomicBool::new(false);
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 /// Those of them that bridges made.
 static BY_BRIDGES: AtomicU64 = AtomicU64::new(0);
+/// Those of them that threads made which a test watches.
+static BY_WATCHED: AtomicU64 = AtomicU64::new(0);
 
 thread_local! {
     /// The test harness has threads of its own; only this test's, the kernel's and the bridge's count.
@@ -36,7 +39,11 @@ fn count() {
     if by_bridge {
         BY_BRIDGES.fetch_add(1, Ordering::Relaxed);
     }
-    if by_bridge || WATCHED.try_with(Cell::get).unwrap_or(false) {
+    let by_watched = WATCHED.try_with(Cell::get).unwrap_or(false);
+    if by_watched {
+        BY_WATCHED.fetch_add(1, Ordering::Relaxed);
+    }
+    if by_bridge || by_watched {
         ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
     }
 }
@@ -192,6 +199,121 @@ fn nothing_is_allocated_per_message() {
     drop(std::hint::black_box(vec![1]));
     COUNTING.store(false, Ordering::SeqCst);
     assert_eq!(ALLOCATIONS.swap(0, Ordering::SeqCst), 2);
+}
+
+/// What needs scratch memory beside its slot: each element's place until all of them are written.
+#[derive(Archive, Serialize, Deserialize, Debug)]
+struct Orders {
+    sizes: Vec<Option<u32>>,
+    names: Vec<Vec<String>>,
+}
+ringkernel::ring_message!(Orders, "test.Orders.v1");
+
+/// What may need more scratch memory than its slot has bytes.
+#[derive(Archive, Serialize, Deserialize, Debug)]
+struct Counts {
+    by_name: std::collections::HashMap<u32, u8>,
+}
+ringkernel::ring_message!(Counts, "test.Counts.v1");
+
+const LARGE_SLOT: usize = 64 << 10;
+
+static ORDERS: LazyLock<Orders> = LazyLock::new(|| Orders {
+    sizes: (0..3000)
+        .map(|size| (size % 3 > 0).then_some(size))
+        .collect(),
+    names: (0..300)
+        .map(|name| vec![format!("a name that is not short {name}"); 2])
+        .collect(),
+});
+static COUNTS: LazyLock<Counts> = LazyLock::new(|| Counts {
+    by_name: (0..4000).map(|name| (name, 1)).collect(),
+});
+
+/// Sends a large message by every kind of sender, and has the handler reply with it; how often anything was allocated while
+/// the first one of each sender was sent, and while others like it were.
+fn allocations_for<T: RingMessage + Send + Sync + 'static>(message: &'static T) -> [u64; 2] {
+    WATCHED.with(|watched| watched.set(true));
+    let counted = |run: &mut dyn FnMut()| {
+        COUNTING.store(true, Ordering::SeqCst);
+        run();
+        COUNTING.store(false, Ordering::SeqCst);
+        // Not those of a bridge, which archives nothing and may just be starting.
+        BY_WATCHED.swap(0, Ordering::SeqCst)
+    };
+    let mut buffer = vec![0; LARGE_SLOT];
+    let mut allocations = [0; 2];
+    let echo = KernelRegistration::new("large")
+        .message::<T>()
+        .largest_message(LARGE_SLOT)
+        .queue_capacity(4)
+        .cpu_handler(move |request, context| {
+            WATCHED.with(|watched| watched.set(true));
+            match request.payload().is_empty() {
+                true => context.reply_bytes(&[]),
+                false => context.reply(message),
+            }
+        });
+    let runtime = RingKernelRuntime::builder()
+        .config(RuntimeConfig {
+            kernel_wait: WaitStrategy::Park,
+            host_wait: WaitStrategy::Park,
+            ..RuntimeConfig::default()
+        })
+        .register(echo)
+        .build()
+        .unwrap();
+    let kernel = runtime
+        .launch("large", 1, 1, LaunchOptions::default())
+        .unwrap();
+    kernel.activate().unwrap();
+    // What a thread takes once is none of the messages'.
+    kernel.call_bytes(&[], &mut buffer, LONG).unwrap();
+    for round in 0..4 {
+        allocations[round.min(1)] += counted(&mut || {
+            kernel.send(message).unwrap();
+            kernel.recv_bytes_timeout(&mut buffer, LONG).unwrap();
+        });
+    }
+    let (mut sender, mut receiver) = kernel.split::<T, T>().unwrap();
+    for round in 0..4 {
+        allocations[round.min(1)] += counted(&mut || {
+            sender.try_send(message).unwrap();
+            receiver.recv_bytes_timeout(&mut buffer, LONG).unwrap();
+        });
+    }
+    drop((sender, receiver));
+    let mut client = kernel.client::<T, T>().unwrap();
+    for round in 0..4 {
+        allocations[round.min(1)] += counted(&mut || {
+            client.try_send(message).unwrap();
+            client.recv_bytes_timeout(&mut buffer, LONG).unwrap();
+        });
+    }
+    let options = TopicOptions {
+        message_size: Some(LARGE_SLOT),
+        ..TopicOptions::default()
+    };
+    let topic = runtime.topic::<T>("large", options).unwrap();
+    let mut publisher = topic.publisher().unwrap();
+    for round in 0..4 {
+        allocations[round.min(1)] += counted(&mut || publisher.publish(message).unwrap());
+    }
+    allocations
+}
+
+#[test]
+fn nothing_is_allocated_per_large_message() {
+    let _one = one_at_a_time();
+    BY_WATCHED.store(0, Ordering::SeqCst);
+    // Vectors, strings and options need no more than was taken at set-up.
+    assert_eq!(allocations_for(&*ORDERS), [0, 0]);
+    // A hash map does, when the first one is sent.
+    let [first, others] = allocations_for(&*COUNTS);
+    assert!(first > 0);
+    assert_eq!(others, 0);
+    ALLOCATIONS.store(0, Ordering::SeqCst);
+    BY_BRIDGES.store(0, Ordering::SeqCst);
 }
 
 /// Messages through kernels that are connected, with a thread each and on one thread.

@@ -8,9 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::backend::DeviceMemory;
 use crate::error::Error;
-use crate::kernel::MemoryAccount;
 use crate::ring::WriteCombining;
-use crate::system;
+use crate::system::{self, memory::MemoryAccount};
 
 /// Size and alignment of a huge page, where there are any: what a page directory's entry covers with 4 KiB pages, on x86-64 and AArch64.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
@@ -100,7 +99,7 @@ impl HostPool {
     }
 
     /// Where the memory is booked.
-    pub(super) fn account(&self) -> &Arc<Account> {
+    pub(crate) fn account(&self) -> &Arc<Account> {
         &self.account
     }
 

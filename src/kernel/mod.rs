@@ -36,7 +36,7 @@ pub use handler::{CpuHandler, HandlerResult, KernelContext, Request};
 pub use options::{Dim3, LaunchOptions};
 pub use registration::KernelRegistration;
 pub use registry::{KERNELS, find_kernel, registered_kernels};
-pub(crate) use reply_port::{MemoryAccount, ReplyPort};
+pub(crate) use reply_port::ReplyPort;
 pub use shader::ShaderCode;
 #[cfg(feature = "vulkan")]
 pub(crate) use shader::ShaderSource;

@@ -13,6 +13,7 @@ use super::telemetry::TelemetryBuffer;
 use crate::error::HandlerError;
 use crate::message::{AlignedBytes, Extension, Head, MessageEncoder, MessageHeader};
 use crate::ring::{Producer, PushError};
+use crate::system::memory::MemoryAccount;
 
 /// Empty looks at a full reply ring before the block sleeps between them. Nobody reads then, so nobody waits.
 const LOOKS_BEFORE_NAP: u32 = 4096;
@@ -50,15 +51,6 @@ pub(crate) struct ReplyPort<'a> {
     pub(crate) bytes: u64,
     /// For replies of types that need scratch memory.
     pub(crate) encoder: MessageEncoder,
-}
-
-/// Where memory is booked that this process takes for a device.
-pub(crate) trait MemoryAccount: Send + Sync + fmt::Debug {
-    /// Books `bytes`, unless that would exceed the limit.
-    fn take(&self, bytes: u64) -> bool;
-
-    /// Gives back what was taken.
-    fn give_back(&self, bytes: u64);
 }
 
 /// A reply that is still to be written.
@@ -142,7 +134,8 @@ impl<'a> ReplyPort<'a> {
 
     /// Takes scratch memory for typed replies.
     pub(crate) fn prepare_encoder(&mut self) {
-        self.encoder = MessageEncoder::for_slots_of(self.producer.layout().max_payload());
+        let bytes = self.producer.layout().max_payload();
+        self.encoder = MessageEncoder::for_slots_of(bytes, Arc::clone(&self.account));
     }
 
     /// Writes one reply in place. Waits while the reply ring is full, until the kernel ends.

@@ -69,7 +69,7 @@ impl<Req, Resp> Client<Req, Resp> {
     pub(super) fn new(lane: ClientLane, kind: u16, reply_kind: Option<u16>) -> Self {
         let encoder = match kind {
             RAW_KIND => MessageEncoder::default(),
-            _ => MessageEncoder::for_slots_of(lane.instance().ring.max_payload()),
+            _ => lane.instance().encoder_of_its_own(),
         };
         Self {
             plain: lane.address(kind),

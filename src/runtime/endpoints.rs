@@ -101,7 +101,7 @@ impl<M> Sender<M> {
     pub(super) fn new(instance: Arc<KernelInstance>, side: SendSide, kind: u16) -> Self {
         let encoder = match kind {
             RAW_KIND => MessageEncoder::default(),
-            _ => MessageEncoder::for_slots_of(instance.ring.max_payload()),
+            _ => instance.encoder_of_its_own(),
         };
         Self {
             encoder,

@@ -15,7 +15,7 @@ use super::metrics::{KernelMetrics, KernelStatus};
 use super::receive::ReceiveSide;
 use super::send::{SendSide, not_written, write_message};
 use crate::backend::cpu::runs_here;
-use crate::backend::{Dispatch, DispatchStatus};
+use crate::backend::{Account, Dispatch, DispatchStatus};
 use crate::bridge::Bridge;
 use crate::error::{Error, Rejection};
 use crate::kernel::{
@@ -25,6 +25,7 @@ use crate::logging;
 use crate::message::codec::CodecError;
 use crate::message::{MessageEncoder, RingMessage};
 use crate::process::{self, InChild};
+use crate::system::memory::MemoryAccount;
 use crate::thread::{CoreLease, PlacedThread, SpinPermit};
 use crate::time::{self, Deadline};
 
@@ -113,8 +114,21 @@ impl KernelInstance {
     ) -> Result<usize, Rejection> {
         match self.encoder.try_lock() {
             Some(mut encoder) => write_message(&mut encoder, message, body),
-            None => write_message(&mut MessageEncoder::default(), message, body),
+            None => {
+                let mut encoder = MessageEncoder::new(self.account());
+                write_message(&mut encoder, message, body)
+            }
         }
+    }
+
+    /// An encoder for an endpoint of this kernel.
+    pub(super) fn encoder_of_its_own(&self) -> MessageEncoder {
+        MessageEncoder::for_slots_of(self.ring.max_payload(), self.account())
+    }
+
+    /// Where memory for this kernel is booked.
+    fn account(&self) -> Arc<dyn MemoryAccount> {
+        Arc::<Account>::clone(self.bridge.pool.account())
     }
 
     fn illegal(&self, from: KernelState, to: KernelState) -> Error {

@@ -17,8 +17,8 @@ use super::receive::ReceiveSide;
 use super::send::SendSide;
 use super::traces::Tracing;
 use crate::backend::{
-    BackendType, BlockLayout, Device, DeviceKind, DispatchRequest, GridMemory, Handler, host_ring,
-    host_ring_bytes,
+    Account, BackendType, BlockLayout, Device, DeviceKind, DispatchRequest, GridMemory, Handler,
+    host_ring, host_ring_bytes,
 };
 use crate::bridge::Bridge;
 use crate::error::{Error, HandlerError};
@@ -86,10 +86,20 @@ pub(super) fn launch(
     let types = Arc::new(registration.type_table());
     let pool = device.host_pool();
     let call_bytes = CallTable::bytes(calls, layout.ring.max_payload());
+    let scratch_bytes = match types.last_kind() {
+        0 => 0,
+        _ => MessageEncoder::bytes_for(layout.ring.max_payload()) as u64,
+    };
+    // The handles' one, and one for the replies of each block of this CPU.
+    let encoders = match device.info().kind {
+        DeviceKind::Cpu => 1 + u64::from(blocks),
+        _ => 1,
+    };
     let memory_bytes = (layout.total() as u64)
         .saturating_mul(blocks.into())
         .saturating_add(host_ring_bytes(layout.ring) as u64)
-        .saturating_add(call_bytes);
+        .saturating_add(call_bytes)
+        .saturating_add(scratch_bytes.saturating_mul(encoders));
     // All of it at once, before a page is written to.
     if device.info().kind == DeviceKind::Cpu {
         system::memory::ask(memory_bytes)
@@ -105,7 +115,10 @@ pub(super) fn launch(
     let calls = CallTable::new(&pool, calls, layout.ring.max_payload())?;
     let encoder = match types.last_kind() {
         0 => MessageEncoder::default(),
-        _ => MessageEncoder::for_slots_of(layout.ring.max_payload()),
+        _ => {
+            let account = Arc::<Account>::clone(pool.account());
+            MessageEncoder::for_slots_of(layout.ring.max_payload(), account)
+        }
     };
     let copy_bytes = device_ends
         .first()

@@ -1,6 +1,7 @@
 //! How much memory this process may still take: the least of what the machine, its control groups and the process itself
 //! have left. Linux maps more than there is, and ends a process that then writes to it: so it is asked before.
 
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::limits::{Resource, limits};
@@ -25,6 +26,15 @@ static TAKEN_UNASKED: AtomicU64 = AtomicU64::new(0);
 /// Bytes that were granted, and may not have been written to yet. Threads that write to them stay
 /// with the parent of a fork.
 static GRANTED: PerProcess<AtomicU64> = PerProcess::new(|| AtomicU64::new(0));
+
+/// Where memory is booked that this process takes for a device.
+pub(crate) trait MemoryAccount: Send + Sync + fmt::Debug {
+    /// Books `bytes`, unless that would exceed the limit.
+    fn take(&self, bytes: u64) -> bool;
+
+    /// Gives back what was taken.
+    fn give_back(&self, bytes: u64);
+}
 
 /// Leave to write to so many bytes of new memory; to be dropped once they are written to.
 #[derive(Debug)]

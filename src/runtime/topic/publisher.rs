@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::core::{PublisherShared, TopicShared};
 use super::options::PublisherStats;
-use crate::backend::{Booked, HostProducer};
+use crate::backend::{Account, Booked, HostProducer};
 use crate::error::{Error, Rejection, SendTimeoutError, TrySendError};
 use crate::message::{AlignedBytes, MessageEncoder, RingMessage};
 use crate::runtime::receive::Bytes;
@@ -188,10 +188,12 @@ impl<M> Publisher<M> {
             0 => 0,
             _ => lane.topic.shape.message_size,
         };
+        let account = Arc::<Account>::clone(lane.topic.pool.account());
+        let encoder = MessageEncoder::for_slots_of(bytes, account);
         Ok(Self {
             archive: lane.topic.pool.payload(bytes)?,
             lane,
-            encoder: MessageEncoder::for_slots_of(bytes),
+            encoder,
             messages: PhantomData,
         })
     }
