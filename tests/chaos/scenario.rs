@@ -618,8 +618,13 @@ pub fn run(backend: BackendType, seed: u64) {
     );
     let [doubled, lost] = ledger.faults();
     assert!(
-        (doubled.is_empty() && lost.len() as u64 <= unanswered) || may_double || is_lost,
-        "seen too often: {doubled:#?}\nnot seen, of which {unanswered} may be: {lost:#?}\n{names:#?}\n{report:?}"
+        doubled.is_empty() || may_double || is_lost,
+        "seen too often: {doubled:#?}\n{names:#?}\n{report:?}"
+    );
+    // What goes several ways is not followed, so that kernels which others share excuse nothing here.
+    assert!(
+        lost.len() as u64 <= unanswered || is_lost,
+        "not seen, of which {unanswered} may be: {lost:#?}\n{names:#?}\n{report:?}"
     );
 }
 
