@@ -16,7 +16,7 @@ pub(crate) trait InChild: Send + Sync {
     /// Makes it say in the child of a fork that it is of no use there.
     ///
     /// Runs in the handler of `pthread_atfork`, where other threads no longer exist but their locks may still be held:
-    /// stores to atomics only.
+    /// stores to atomics and calls that are async-signal-safe only.
     fn close_in_child(&self);
 }
 

@@ -200,6 +200,7 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn a_core_that_another_process_has_is_chosen_last() {
+        let _one = crate::thread::core_claims::one_at_a_time();
         let cores = cores(200_000_000);
         // What another process does, seen from here.
         let Some((other, _)) = CoreClaim::new(cores[2]) else {
@@ -225,6 +226,8 @@ mod tests {
 
     #[test]
     fn leases_spread_over_the_cores_and_are_given_back() {
+        #[cfg(target_os = "linux")]
+        let _one = crate::thread::core_claims::one_at_a_time();
         let cores = cores(100_000_000);
         let first = CoreLease::least_used(&cores).unwrap();
         let second = CoreLease::least_used(&cores).unwrap();
