@@ -83,6 +83,8 @@ fn runtime(wait: WaitStrategy) -> RingKernelRuntime {
     let config = RuntimeConfig {
         kernel_wait: wait,
         host_wait: wait,
+        // Beside busy processes a thread may not get a turn for seconds.
+        termination_timeout: 6 * LONG,
         ..RuntimeConfig::default()
     };
     RingKernelRuntime::builder()

@@ -297,12 +297,13 @@ impl RingKernelRuntime {
     }
 
     /// Launches a kernel: afterwards it is resident on its device, and idle until it is activated. Starts the runtime
-    /// if nobody has. Blocks while threads start and pin themselves.
+    /// if nobody has. Blocks while threads start and pin themselves, for a minute at most.
     ///
     /// # Errors
     /// [`Error::KernelNotFound`], which lists what is registered; [`Error::InvalidOption`] (a grid of zero, a message
     /// size out of range), [`Error::CoreNotFound`], [`Error::DeviceNotFound`], [`Error::OutOfMemory`],
-    /// [`Error::NoHandler`], [`Error::InvalidLifecycle`] once the runtime drains, [`Error::Os`].
+    /// [`Error::NoHandler`], [`Error::InvalidLifecycle`] once the runtime drains, [`Error::Os`]; [`Error::Timeout`] if a
+    /// thread has not started within that minute.
     pub fn launch(
         &self,
         id: &str,

@@ -22,7 +22,9 @@ pub mod topics;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use ringkernel::{KernelHandle, LaunchOptions, RingKernelRuntime, RuntimeBuilder, RuntimeConfig};
+use ringkernel::{
+    Error, KernelHandle, LaunchOptions, RingKernelRuntime, RuntimeBuilder, RuntimeConfig,
+};
 
 /// A backend under test.
 pub trait Subject {
@@ -78,7 +80,14 @@ pub fn runtime_from(builder: RuntimeBuilder) -> RingKernelRuntime {
 /// Launches and activates one block of a kernel.
 pub fn active(runtime: &RingKernelRuntime, id: &str, options: LaunchOptions) -> KernelHandle {
     let kernel = runtime.launch(id, 1, 1, options).unwrap();
-    kernel.activate().unwrap();
+    let begin = std::time::Instant::now();
+    loop {
+        match kernel.activate() {
+            // Beside busy processes a kernel's thread may not get a turn within the configured time.
+            Err(Error::Timeout { .. }) if begin.elapsed() < LONG => {}
+            activated => break activated.unwrap(),
+        }
+    }
     kernel
 }
 
