@@ -477,6 +477,48 @@ fn threads_end_when_they_are_told_and_panics_are_handed_on() {
     assert_eq!(panic.downcast_ref::<&str>(), Some(&"on purpose"));
 }
 
+/// The payload of a panic, whose destructor panics as well.
+struct PanicsAgain;
+
+impl Drop for PanicsAgain {
+    fn drop(&mut self) {
+        std::panic::resume_unwind(Box::new("again"));
+    }
+}
+
+#[test]
+fn a_handle_whose_thread_panicked_is_dropped_without_a_panic() {
+    let thread = RealtimeThread::new("rk-payload")
+        .spawn(|_| std::panic::resume_unwind(Box::new(PanicsAgain)))
+        .unwrap();
+    let dropped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(thread)));
+    assert!(dropped.is_ok());
+}
+
+/// Blocks when it is dropped, until its sender is gone.
+struct Blocks(std::sync::mpsc::Receiver<()>);
+
+impl Drop for Blocks {
+    fn drop(&mut self) {
+        let _ = self.0.recv();
+    }
+}
+
+#[test]
+fn a_refused_thread_does_not_wait_for_what_its_body_captured() {
+    let (open, gate) = std::sync::mpsc::channel();
+    let blocks = Blocks(gate);
+    let begin = std::time::Instant::now();
+    let refused = RealtimeThread::new("rk-blocks")
+        .cores(&[100_000], Need::Required)
+        .spawn(move |_| {
+            let _captured = &blocks;
+        });
+    assert!(matches!(refused, Err(Error::RealtimeRefused { .. })));
+    assert!(begin.elapsed() < LONG);
+    drop(open);
+}
+
 #[test]
 fn the_machine_is_looked_at() {
     let _one = one_at_a_time();

@@ -35,7 +35,7 @@ use std::time::Duration;
 pub use machine::RealtimeWarning;
 pub use report::{Grant, Need, RealtimeReport, Refusal, Schedule, Setting};
 
-use super::own;
+use super::{foreign, own};
 use crate::error::Error;
 use crate::logging;
 use crate::process::Birth;
@@ -43,6 +43,9 @@ use crate::time::Deadline;
 
 /// Between two looks whether a thread has ended.
 const JOIN_LOOK: Duration = Duration::from_millis(1);
+
+/// How long the end of a thread is waited for that does not run: it only drops what its body captured.
+const REFUSED_END: Duration = Duration::from_secs(1);
 
 /// Bytes of stack of a thread that asks for no other size, beside what is prefaulted: as the standard library has it.
 const STACK: usize = 2 * 1024 * 1024;
@@ -201,7 +204,7 @@ impl RealtimeThread {
     ///
     /// # Errors
     /// `InvalidOption`; `Os` if there is no further thread; [`Error::RealtimeRefused`] for the first setting that is required and refused:
-    /// the thread has ended then, and `body` was not run.
+    /// `body` was not run then. The thread has ended, unless dropping what `body` captured takes longer than a second.
     pub fn spawn<T, F>(self, body: F) -> Result<RealtimeHandle<T>, Error>
     where
         T: Send + 'static,
@@ -245,7 +248,15 @@ impl RealtimeThread {
                 thread: Some(thread),
             }),
             Err(error) => {
-                let _ = thread.join();
+                let deadline = Deadline::after(REFUSED_END);
+                while !thread.is_finished() && !deadline.has_passed() {
+                    std::thread::sleep(JOIN_LOOK);
+                }
+                if thread.is_finished()
+                    && let Err(panic) = thread.join()
+                {
+                    foreign::dispose(panic);
+                }
                 Err(error)
             }
         }
@@ -433,9 +444,11 @@ impl<T> Drop for RealtimeHandle<T> {
         self.stop();
         if let Some(thread) = self.thread.take()
             && !own::is_current(&thread)
-            && thread.join().is_err()
+            && let Err(panic) = thread.join()
         {
             logging::error!("realtime thread '{}' panicked", self.report.thread);
+            // Its destructor may panic, which ends a process that unwinds already.
+            foreign::dispose(panic);
         }
     }
 }
