@@ -283,16 +283,11 @@ fn set_current(cores: &[usize]) -> Result<Vec<usize>, Error> {
     }
 }
 
-/// Runs `body` on a thread of its own.
+/// Runs `body`, which does not block, on a thread of its own.
 ///
 /// # Errors
 /// [`Error::Os`] if there can be no thread, or `body` panics.
-#[cfg(any(
-    target_os = "linux",
-    feature = "vulkan",
-    feature = "cuda",
-    feature = "metal"
-))]
+#[cfg(target_os = "linux")]
 fn on_thread<T: Send>(name: &'static str, body: impl FnOnce() -> T + Send) -> Result<T, Error> {
     let failed = |source| Error::Os {
         operation: "run a thread for a moment",
@@ -305,24 +300,6 @@ fn on_thread<T: Send>(name: &'static str, body: impl FnOnce() -> T + Send) -> Re
             .map_err(failed)?
             .join()
             .map_err(|_| failed(std::io::Error::other("it panicked")))
-    })
-}
-
-/// Runs `body` on a thread of its own, which may run on `cores` only (anywhere, with a warning, if it may not).
-///
-/// # Errors
-/// [`Error::Os`] if there can be no thread, or `body` panics.
-#[cfg(any(feature = "vulkan", feature = "cuda", feature = "metal"))]
-pub(crate) fn on_cores<T: Send>(
-    name: &'static str,
-    cores: &[usize],
-    body: impl FnOnce() -> T + Send,
-) -> Result<T, Error> {
-    on_thread(name, || {
-        if let Err(error) = prefer_cores(cores) {
-            crate::logging::warning!("{name}: driver threads run anywhere: {error}");
-        }
-        body()
     })
 }
 

@@ -29,6 +29,11 @@ mod core_claims;
 mod core_mask;
 #[cfg(not(loom))]
 mod cores;
+#[cfg(all(
+    not(loom),
+    any(feature = "vulkan", feature = "cuda", feature = "metal")
+))]
+pub(crate) mod driver_thread;
 #[cfg(not(loom))]
 pub(crate) mod foreign;
 #[cfg(not(loom))]

@@ -22,7 +22,7 @@ use crate::kernel::CudaCode;
 use crate::logging;
 use crate::process::PerProcess;
 use crate::thread::event_count::EventCount;
-use crate::thread::{KernelWait, affinity};
+use crate::thread::{KernelWait, affinity, driver_thread};
 
 /// Longest pause between two empty polls of a kernel that parks: what waking a thread would take.
 const PARKED_NAP: Duration = Duration::from_micros(10);
@@ -50,10 +50,11 @@ impl CudaBackend {
         limits: StallLimits,
     ) -> Result<Self, Error> {
         let cores = affinity::unreserved_cores(reserved_cores);
-        let devices = affinity::on_cores("rk-cuda-open", &cores, || {
+        let settings = config.clone();
+        let devices = driver_thread::on_cores("rk-cuda-open", cores.clone(), move || {
             driver::load()?;
-            physical::enumerate(config)
-        })??;
+            physical::enumerate(&settings)
+        })?;
         Ok(Self {
             config: config.clone(),
             cores,
@@ -81,36 +82,36 @@ impl Backend for CudaBackend {
         })?;
         let account = Arc::new(Account::new(physical.info.memory_limit));
         // Drivers start threads, which inherit the cores of the thread that calls them.
-        let (context, no_bar) = affinity::on_cores("rk-cuda-open", &self.cores, || {
-            let (bar, no_bar) = match self.config.ring_memory {
-                CudaRingMemory::Host => (None, "decided by the configuration".to_owned()),
-                _ => match physical.uuid.map_or_else(
-                    || Err("the driver does not tell its UUID".into()),
-                    Bar::open,
-                ) {
-                    Ok(bar) => (Some(bar), String::new()),
-                    Err(reason) => (None, reason),
-                },
-            };
-            if bar.is_none() && self.config.ring_memory == CudaRingMemory::Device {
-                return Err(unavailable(format!(
-                    "'{}' cannot have rings in its own memory: {no_bar}",
-                    physical.info.name
-                )));
-            }
-            match Context::open(physical, &self.config, bar.clone(), Arc::clone(&account)) {
-                // Without what may be missing.
-                Err(Error::BackendUnavailable { reason, .. })
-                    if bar.is_some() && self.config.ring_memory == CudaRingMemory::Auto =>
-                {
-                    Ok((
-                        Context::open(physical, &self.config, None, account)?,
-                        reason,
-                    ))
+        let (config, opened) = (self.config.clone(), physical.clone());
+        let (context, no_bar) =
+            driver_thread::on_cores("rk-cuda-open", self.cores.clone(), move || {
+                let physical = &opened;
+                let (bar, no_bar) = match config.ring_memory {
+                    CudaRingMemory::Host => (None, "decided by the configuration".to_owned()),
+                    _ => match physical.uuid.map_or_else(
+                        || Err("the driver does not tell its UUID".into()),
+                        Bar::open,
+                    ) {
+                        Ok(bar) => (Some(bar), String::new()),
+                        Err(reason) => (None, reason),
+                    },
+                };
+                if bar.is_none() && config.ring_memory == CudaRingMemory::Device {
+                    return Err(unavailable(format!(
+                        "'{}' cannot have rings in its own memory: {no_bar}",
+                        physical.info.name
+                    )));
                 }
-                opened => Ok((opened?, no_bar)),
-            }
-        })??;
+                match Context::open(physical, &config, bar.clone(), Arc::clone(&account)) {
+                    // Without what may be missing.
+                    Err(Error::BackendUnavailable { reason, .. })
+                        if bar.is_some() && config.ring_memory == CudaRingMemory::Auto =>
+                    {
+                        Ok((Context::open(physical, &config, None, account)?, reason))
+                    }
+                    opened => Ok((opened?, no_bar)),
+                }
+            })?;
         let monitor = Monitor::start(&context, self.cores.clone(), self.limits)?;
         let mut device = CudaDevice {
             info: physical.info.clone(),

@@ -22,8 +22,8 @@ use crate::error::Error;
 use crate::kernel::MetalCode;
 use crate::logging;
 use crate::ring::WriteCombining;
-use crate::thread::affinity;
 use crate::thread::event_count::EventCount;
+use crate::thread::{affinity, driver_thread};
 
 /// Metal's own part of the prelude.
 const PRELUDE: &str = include_str!("../../../kernels/ringkernel.metal");
@@ -109,55 +109,60 @@ impl Backend for MetalBackend {
             available: self.devices.len(),
         })?;
         let account = Arc::new(Account::new(info.memory_limit));
-        let open = |mode, coherent| {
-            let health = Health::new(info);
-            let bridge = Bridge::start(info, mode, &health, self.cores.clone(), self.limits)?;
-            Ok::<_, Error>(MetalDevice {
-                info: info.clone(),
-                mode,
-                described: described.clone(),
-                bridge,
-                health,
-                coherent,
-                libraries: Mutex::new(HashMap::new()),
-                account: Arc::clone(&account),
-                gpu: Arc::clone(gpu),
-            })
+        let (gpu, described, info) = (Arc::clone(gpu), described.clone(), info.clone());
+        let (config, cores, limits) = (self.config.clone(), self.cores.clone(), self.limits);
+        let open = {
+            let gpu = Arc::clone(&gpu);
+            move |mode, coherent| {
+                let health = Health::new(&info);
+                let bridge = Bridge::start(&info, mode, &health, cores.clone(), limits)?;
+                Ok::<_, Error>(MetalDevice {
+                    info: info.clone(),
+                    mode,
+                    described: described.clone(),
+                    bridge,
+                    health,
+                    coherent,
+                    libraries: Mutex::new(HashMap::new()),
+                    account: Arc::clone(&account),
+                    gpu: Arc::clone(&gpu),
+                })
+            }
         };
         // Drivers start threads, which inherit the cores of the thread that calls them.
-        let opened = affinity::on_cores("rk-metal-open", &self.cores, || {
-            // What the compiler has against code that is coherent with the host, if anything.
-            let incoherent = gpu.pipeline(&library_source(ECHO, true)).err();
-            let coherent = incoherent.is_none();
-            let (mode, reason) = match (self.config.mode, &incoherent) {
-                (MetalMode::Resident, _) => (ExecutionMode::Resident, "forced".to_owned()),
-                (MetalMode::Exchange, _) => (ExecutionMode::Exchange, "forced".to_owned()),
-                (MetalMode::Auto, Some(log)) => (
-                    ExecutionMode::Exchange,
-                    format!(
-                        "this system's Metal has no memory that is coherent with the host: {}",
-                        log.trim()
-                    ),
-                ),
-                (MetalMode::Auto, None) => {
-                    let device = open(ExecutionMode::Resident, coherent)?;
-                    match device.probe() {
-                        Ok(Ok(seen)) => return Ok((device, seen)),
-                        Ok(Err(failed)) => (
-                            ExecutionMode::Exchange,
-                            format!("the probe failed: {failed}"),
+        let (mut device, reason) =
+            driver_thread::on_cores("rk-metal-open", self.cores.clone(), move || {
+                // What the compiler has against code that is coherent with the host, if anything.
+                let incoherent = gpu.pipeline(&library_source(ECHO, true)).err();
+                let coherent = incoherent.is_none();
+                let (mode, reason) = match (config.mode, &incoherent) {
+                    (MetalMode::Resident, _) => (ExecutionMode::Resident, "forced".to_owned()),
+                    (MetalMode::Exchange, _) => (ExecutionMode::Exchange, "forced".to_owned()),
+                    (MetalMode::Auto, Some(log)) => (
+                        ExecutionMode::Exchange,
+                        format!(
+                            "this system's Metal has no memory that is coherent with the host: {}",
+                            log.trim()
                         ),
-                        // A slice that polls was ended by the system; those of exchange mode do not.
-                        Err(lost @ Error::DeviceLost { .. }) => {
-                            (ExecutionMode::Exchange, format!("the probe failed: {lost}"))
+                    ),
+                    (MetalMode::Auto, None) => {
+                        let device = open(ExecutionMode::Resident, coherent)?;
+                        match device.probe() {
+                            Ok(Ok(seen)) => return Ok((device, seen)),
+                            Ok(Err(failed)) => (
+                                ExecutionMode::Exchange,
+                                format!("the probe failed: {failed}"),
+                            ),
+                            // A slice that polls was ended by the system; those of exchange mode do not.
+                            Err(lost @ Error::DeviceLost { .. }) => {
+                                (ExecutionMode::Exchange, format!("the probe failed: {lost}"))
+                            }
+                            Err(error) => return Err(error),
                         }
-                        Err(error) => return Err(error),
                     }
-                }
-            };
-            Ok::<_, Error>((open(mode, coherent)?, reason))
-        })?;
-        let (mut device, reason) = opened?;
+                };
+                Ok::<_, Error>((open(mode, coherent)?, reason))
+            })?;
         logging::info!(
             "device '{}' is in {} mode: {reason}",
             device.info.name,

@@ -19,8 +19,8 @@ use crate::backend::{
 };
 use crate::error::Error;
 use crate::logging;
-use crate::thread::affinity;
 use crate::thread::event_count::EventCount;
+use crate::thread::{affinity, driver_thread};
 
 /// How often a shader's clock is tried before its answer counts: on a busy machine an attempt may come to nothing.
 const CLOCK_PROBES: u32 = 3;
@@ -48,17 +48,18 @@ impl VulkanBackend {
     ) -> Result<Self, Error> {
         // Drivers start threads, which inherit the cores of the thread that calls them.
         let cores = driver_cores(reserved_cores, true);
-        affinity::on_cores("rk-vulkan-open", &cores, || {
-            let instance = Arc::new(Instance::load(config)?);
-            let devices = physical::enumerate(&instance, config)?;
+        let (config, reserved_cores) = (config.clone(), reserved_cores.to_vec());
+        driver_thread::on_cores("rk-vulkan-open", cores, move || {
+            let instance = Arc::new(Instance::load(&config)?);
+            let devices = physical::enumerate(&instance, &config)?;
             Ok(Self {
-                config: config.clone(),
-                reserved_cores: reserved_cores.to_vec(),
+                config,
+                reserved_cores,
                 limits,
                 devices,
                 instance,
             })
-        })?
+        })
     }
 }
 
@@ -87,9 +88,10 @@ impl VulkanBackend {
         let open = |config: &VulkanConfig| {
             let account = Arc::new(Account::new(physical.info.memory_limit));
             let cores = cores.clone();
-            let context = affinity::on_cores("rk-vulkan-open", &cores, || {
-                Context::open(&self.instance, physical, account)
-            })??;
+            let (instance, physical) = (Arc::clone(&self.instance), physical.clone());
+            let context = driver_thread::on_cores("rk-vulkan-open", cores.clone(), move || {
+                Context::open(&instance, &physical, account)
+            })?;
             // The caller's thread exchanges messages with the probe: the driver's cores are busy.
             VulkanDevice::open(context, config, cores, self.limits)
         };
