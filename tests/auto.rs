@@ -5,7 +5,7 @@
 //! itself once more.
 #![cfg(target_os = "linux")]
 
-use std::io;
+use std::io::{self, BufRead};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -385,8 +385,8 @@ fn two_processes_spin_on_different_cores() {
     if std::env::var_os("RINGKERNEL_AUTO_GRANDCHILD").is_some() {
         let runtime = runtime(WaitStrategy::Spin);
         println!("cores {:?}.", echo(&runtime).metrics().cores);
-        // As long as the other one takes to choose.
-        thread::sleep(Duration::from_secs(2));
+        // Until the other one has chosen as well.
+        io::copy(&mut io::stdin(), &mut io::sink()).unwrap();
         return;
     }
     if is_child() {
@@ -394,16 +394,24 @@ fn two_processes_spin_on_different_cores() {
             Command::new(std::env::current_exe().unwrap())
                 .args(["--exact", SELF, "--nocapture"])
                 .env("RINGKERNEL_AUTO_GRANDCHILD", "1")
+                .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .spawn()
                 .unwrap()
         };
-        let cores = [start(), start()].map(|child| {
-            let text = child.wait_with_output().unwrap().stdout;
-            let text = String::from_utf8_lossy(&text).into_owned();
-            let (_, cores) = text.split_once("cores ").unwrap();
-            cores.split_once('.').unwrap().0.to_owned()
+        let mut children = [start(), start()];
+        let cores = children.each_mut().map(|child| {
+            let lines = io::BufReader::new(child.stdout.as_mut().unwrap()).lines();
+            let text = lines.map(Result::unwrap).find_map(|line| {
+                let (_, cores) = line.split_once("cores ")?;
+                Some(cores.to_owned())
+            });
+            text.unwrap()
         });
+        for mut child in children {
+            drop(child.stdin.take());
+            child.wait().unwrap();
+        }
         assert_ne!(cores[0], cores[1]);
         return;
     }
