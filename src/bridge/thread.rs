@@ -33,7 +33,7 @@ const ROUNDS_PER_COMMAND: u32 = 64;
 /// ring has work for longer.
 const BLOCKED_NAP: Duration = Duration::from_micros(50);
 
-/// How long the thread may take to reach the core that a user named for it. As for a kernel's threads, only a machine that is
+/// How long the thread may take to reach the core that a user named for it. Only a machine that is
 /// busy with threads of a higher priority needs seconds.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 

@@ -302,8 +302,8 @@ impl RingKernelRuntime {
     /// # Errors
     /// [`Error::KernelNotFound`], which lists what is registered; [`Error::InvalidOption`] (a grid of zero, a message
     /// size out of range), [`Error::CoreNotFound`], [`Error::DeviceNotFound`], [`Error::OutOfMemory`],
-    /// [`Error::NoHandler`], [`Error::InvalidLifecycle`] once the runtime drains, [`Error::Os`]; [`Error::Timeout`] if a
-    /// thread has not started within that minute.
+    /// [`Error::NoHandler`], [`Error::InvalidLifecycle`] once the runtime drains, [`Error::Os`];
+    /// [`Error::Timeout`] if a thread has not started within that minute.
     pub fn launch(
         &self,
         id: &str,

@@ -1,8 +1,9 @@
 //! How the processes of a machine tell each other on which cores their kernels spin, so that each chooses other ones.
 //!
 //! A claim is a socket with a name that stands for a core (Linux's abstract names, unix(7)): it needs no file and no
-//! rights, and goes with its process, however that ends; the child of a fork closes what it inherited. It is advice. Processes in other network namespaces do not see
-//! it, and where there are no such sockets nothing is claimed.
+//! rights, and goes with its process, however that ends. The child of a fork closes what it inherited.
+//! It is advice: processes in other network namespaces do not see it, and where there are no such
+//! sockets nothing is claimed.
 
 #[cfg(target_os = "linux")]
 pub(super) use system::{CoreClaim, Onlooker};
@@ -30,10 +31,11 @@ mod system {
     struct ClaimSocket(UnixDatagram);
 
     impl InChild for ClaimSocket {
-        /// With a copy of the socket, the child would hold the name for as long as it lives, whatever the parent does.
+        /// With a copy of the socket, the child would hold the name for as long as it lives.
         fn close_in_child(&self) {
-            // SAFETY: the object exists, so its socket is open. In the child no code uses it: the leases that lead to it are
-            // the parent's, and the registry keeps the object from being dropped. The call is async-signal-safe.
+            // SAFETY: the object exists, so its socket is open. In the child no code uses it: the
+            // leases that lead to it are the parent's, and the registry keeps the object from being
+            // dropped. The call is async-signal-safe.
             unsafe { libc::close(self.0.as_raw_fd()) };
         }
     }
@@ -115,7 +117,8 @@ impl Onlooker {
     }
 }
 
-/// Tests that count claims run one at a time: the child of a fork has all claims until its handler has run.
+/// Tests that count claims run one at a time: the child of a fork has all claims until its handler
+/// has run.
 #[cfg(all(test, target_os = "linux"))]
 pub(super) fn one_at_a_time() -> std::sync::MutexGuard<'static, ()> {
     static LOCK: std::sync::Mutex<()> = std::sync::Mutex::new(());

@@ -1,5 +1,6 @@
-//! Calls into drivers that may take long, on threads of their own: threads that a driver starts inherit the cores of the
-//! thread that calls it, and a driver that never returns must not keep its caller.
+//! Calls into drivers that may take long, on threads of their own: threads that a driver starts
+//! inherit the cores of the thread that calls it, and a driver that never returns must not keep its
+//! caller.
 
 use std::io;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
@@ -11,17 +12,20 @@ use crate::error::Error;
 use crate::logging;
 use crate::time::Deadline;
 
-/// How long a driver may take to open. Seconds are usual where it compiles code; a busy machine needs more.
+/// How long a driver may take to open. Seconds are usual where it compiles code.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// How long the end of the thread is waited for once it has given its result: destructors of the driver's own values.
+/// How long the end of the thread is waited for once it has given its result: destructors of the
+/// driver's thread-local values.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Runs `body` on a thread of its own, which may run on `cores` only (anywhere, with a warning, if it may not). Waits two
-/// minutes at most: then the thread is left behind, and what it makes is dropped there.
+/// Runs `body` on a thread of its own, which may run on `cores` only (anywhere, with a warning, if it
+/// may not). Waits two minutes at most: then the thread is left behind, and what it makes is dropped
+/// there.
 ///
 /// # Errors
-/// Those of `body`; [`Error::Os`] if there can be no thread, if `body` panics, or if it does not return in time.
+/// Those of `body`; [`Error::Os`] if there can be no thread, if `body` panics, or if it does not
+/// return in time.
 pub(crate) fn on_cores<T: Send + 'static>(
     name: &'static str,
     cores: Vec<usize>,

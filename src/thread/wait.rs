@@ -63,8 +63,9 @@ const LOOKS_WITHOUT_LIFE: u32 = 6;
 ///
 /// The side that wakes a sleeper pays for it: `try_send` to a kernel that parks has a memory fence, and a system
 /// call if the kernel sleeps. To a kernel that spins it has neither. Where Linux's `membarrier` is missing or refused, as on
-/// other systems, sending to a kernel with `Auto` has the fence in either case. With it, a block that goes over from spinning
-/// to parking, at most once in 10 ms, interrupts each core that runs a thread of the process.
+/// other systems, sending to a kernel with `Auto` has the fence in either case. With it, a block that
+/// goes over from spinning to parking, at most once in 10 ms, interrupts each core that runs a thread
+/// of the process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum WaitStrategy {

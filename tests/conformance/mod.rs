@@ -83,7 +83,7 @@ pub fn active(runtime: &RingKernelRuntime, id: &str, options: LaunchOptions) -> 
     let begin = std::time::Instant::now();
     loop {
         match kernel.activate() {
-            // Beside busy processes a kernel's thread may not get a turn within the configured time.
+            // Beside busy processes a kernel's thread may get no turn within the configured time.
             Err(Error::Timeout { .. }) if begin.elapsed() < LONG => {}
             activated => break activated.unwrap(),
         }

@@ -19,8 +19,8 @@ use crate::thread::affinity;
 use crate::thread::bounded::{BoundedThread, Join};
 use crate::time::Deadline;
 
-/// How long a thread may take to start and to pin itself. Milliseconds are usual. Beside many busy processes of a higher
-/// priority it has been more than ten seconds: nothing but that makes it late, so that waiting on is right.
+/// How long a thread may take to start and to pin itself. Milliseconds are usual. Beside many busy
+/// processes of a higher priority it has been more than ten seconds. Nothing else makes it late.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Between two looks whether a thread has ended.

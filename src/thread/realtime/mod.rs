@@ -44,7 +44,7 @@ use crate::time::Deadline;
 /// Between two looks whether a thread has ended.
 const JOIN_LOOK: Duration = Duration::from_millis(1);
 
-/// How long the end of a thread is waited for that does not run: it only drops what its body captured.
+/// How long the end of a refused thread is waited for, which only drops what its body captured.
 const REFUSED_END: Duration = Duration::from_secs(1);
 
 /// Bytes of stack of a thread that asks for no other size, beside what is prefaulted: as the standard library has it.
@@ -204,7 +204,8 @@ impl RealtimeThread {
     ///
     /// # Errors
     /// `InvalidOption`; `Os` if there is no further thread; [`Error::RealtimeRefused`] for the first setting that is required and refused:
-    /// `body` was not run then. The thread has ended, unless dropping what `body` captured takes longer than a second.
+    /// `body` was not run then. The thread has ended, unless dropping what `body` captured takes
+    /// longer than a second.
     pub fn spawn<T, F>(self, body: F) -> Result<RealtimeHandle<T>, Error>
     where
         T: Send + 'static,
