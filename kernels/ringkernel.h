@@ -198,8 +198,8 @@ RK_FN void rk_handler(RK_THREAD Rk& rk);
 // Waits for all threads of the block, and shows each what the others wrote to state and shared words. [all]
 #define rk_barrier() rk_group_sync(rk.threads)
 
-// Every index is allowed, in every accessor below. A read beyond the end gives 0, and a write beyond it does nothing. A 64-bit
-// value is beyond the end if either of its words is.
+// Every index is allowed, in every accessor below. A read beyond the end gives 0, and a write
+// beyond it does nothing. A 64-bit value is beyond the end if either of its words is.
 
 // The request's payload: its bytes, its words (the last one may be cut short), its kind (0 is raw bytes).
 #define rk_in_bytes() (rk.bytes)
@@ -214,8 +214,9 @@ RK_FN void rk_handler(RK_THREAD Rk& rk);
 #define rk_out(i, value) rk_write_word(rk, i, value)
 #define rk_out_i32(i, value) rk_out(i, uint(value))
 #define rk_out_f32(i, value) rk_out(i, rk_from_f32(value))
-// Copies `n` words of the request, from the first on, to the reply, shared by the threads of the block: as many as the request
-// has and the reply holds. What it leaves in the up to three words behind them, to the next multiple of four, is not defined.
+// Copies `n` words of the request, from the first on, to the reply, shared by the threads of the
+// block: as many as the request has and the reply holds. What it leaves in the up to three words
+// behind them, to the next multiple of four, is not defined.
 #define rk_out_copy(n) rk_copy_words(rk, n)
 
 // The block's state words, zero at launch, and words that its threads share during one run of the handler (1024).
@@ -239,8 +240,9 @@ RK_FN void rk_handler(RK_THREAD Rk& rk);
 #define rk_again() (rk.again = true)
 // Fails the request: an error reply with this code follows when the handler returns. [all]
 #define rk_error(code) (rk.has_error = true, rk.error_code = (code))
-// Sends the reply: `bytes` of what `rk_out` wrote, of this kind, or of the request's, or raw. One more than the kernel
-// declared for each run fails the kernel. A kind that does not fit its half of a word is one that no kernel knows. [all]
+// Sends the reply: `bytes` of what `rk_out` wrote, of this kind, or of the request's, or raw. One
+// more than the kernel declared for each run fails the kernel. A kind that does not fit its half of
+// a word is one that no kernel knows. [all]
 #define rk_reply_as(kind, bytes) rk_publish(rk, rk_half(kind), 0u, bytes)
 #define rk_reply(bytes) rk_publish(rk, rk_in_kind(), 0u, bytes)
 #define rk_reply_raw(bytes) rk_publish(rk, 0u, 0u, bytes)

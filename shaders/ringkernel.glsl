@@ -233,8 +233,8 @@ uint rk_blocks() { return gl_NumWorkGroups.x; }
 // Waits for all threads of the block, and shows each what the others wrote to state. [all]
 #define rk_barrier() RK_SYNC
 
-// Every index is allowed, in every accessor below. A read beyond the end gives 0, and a write beyond it does nothing. A 64-bit
-// value is beyond the end if either of its words is.
+// Every index is allowed, in every accessor below. A read beyond the end gives 0, and a write
+// beyond it does nothing. A 64-bit value is beyond the end if either of its words is.
 
 // The request's payload: its bytes, its words (the last one may be cut short), its kind (0 is raw bytes).
 uint rk_in_bytes() { return rk_bytes; }
@@ -278,8 +278,9 @@ void rk_out_u64(uint i, rk_u64 value) { rk_out_pair(i, unpackUint2x32(value)); }
 double rk_in_f64(uint i) { return packDouble2x32(rk_in_pair(i)); }
 void rk_out_f64(uint i, double value) { rk_out_pair(i, unpackDouble2x32(value)); }
 #endif
-// Copies `n` words of the request, from the first on, to the reply, shared by the threads of the block: as many as the request
-// has and the reply holds. What it leaves in the up to three words behind them, to the next multiple of four, is not defined.
+// Copies `n` words of the request, from the first on, to the reply, shared by the threads of the
+// block: as many as the request has and the reply holds. What it leaves in the up to three words
+// behind them, to the next multiple of four, is not defined.
 void rk_out_copy(uint n) {
     uint i = rk_thread(), end = (min(min(n, rk_in_words()), rk_reply_limit >> 2) + 3u) >> 2;
     if (i < end && rk_left != 0u) {
@@ -444,8 +445,9 @@ void rk_publish(uint kind, uint flags, uint bytes) {
     }
 }
 
-// Sends the reply: `bytes` of what `rk_out` wrote, of this kind, or of the request's. One more than the kernel declared
-// for each run fails the kernel. A kind that does not fit its half of a word is one that no kernel knows. [all]
+// Sends the reply: `bytes` of what `rk_out` wrote, of this kind, or of the request's. One more than
+// the kernel declared for each run fails the kernel. A kind that does not fit its half of a word is
+// one that no kernel knows. [all]
 void rk_reply_as(uint kind, uint bytes) { rk_publish(min(kind, RK_NO_KIND), 0u, bytes); }
 void rk_reply(uint bytes) { rk_publish(rk_in_kind(), 0u, bytes); }
 // The same as raw bytes, whatever the request was. [all]

@@ -39,7 +39,8 @@ pub enum Unavailable {
     Closed,
     /// The topic had publishers and has none any more. May change at any time.
     NoPublisher,
-    /// The process is the child of a `fork`: what the handle leads to stays with the parent. A new runtime can be built.
+    /// The process is the child of a `fork`: what the handle leads to stays with the parent. A new
+    /// runtime can be built.
     Forked,
 }
 
@@ -73,8 +74,8 @@ pub enum Rejection {
         /// Payload bytes that a slot has for it.
         max: usize,
     },
-    /// The type's own serialiser refuses the value, or needs scratch memory that cannot be had: more than 16 times the
-    /// slot, or more than the system gives. No other slot size helps.
+    /// The type's own serialiser refuses the value, or needs scratch memory that cannot be had:
+    /// more than 16 times the slot, or more than the system gives. No other slot size helps.
     NotEncodable,
     /// The kernel was not registered for this type.
     UnknownType {
@@ -336,8 +337,9 @@ channel_error! {
     SendTimeoutError {
         /// The ring stayed full for the whole timeout.
         Timeout => "the request ring stayed full for the whole timeout",
-        /// There is no room, and the client's [`Backpressure`](crate::Backpressure) says not to wait for it; or the sender is a handler
-        /// of the kernel's only block, which makes none before it returns.
+        /// There is no room, and the client's [`Backpressure`](crate::Backpressure) says not to
+        /// wait for it; or the sender is a handler of the kernel's only block, which makes none
+        /// before it returns.
         Full => "there is no room",
         @
         /// The kernel takes nothing, or stopped taking messages during the wait.
@@ -385,8 +387,8 @@ channel_error! {
         Timeout => "no reply came within the timeout",
         /// More calls are pending at once than the launch allows.
         TooManyCalls => "too many calls are pending at once",
-        /// A handler calls its own kernel, or one that shares its thread: the reply could not come before the handler returns. Nothing
-        /// has been sent.
+        /// A handler calls its own kernel, or one that shares its thread: the reply could not come
+        /// before the handler returns. Nothing has been sent.
         OwnKernel => "a handler cannot call the kernel that it belongs to, or one that shares its thread",
         @
         /// The kernel takes nothing, or ended during the wait.

@@ -1,9 +1,10 @@
 //! Floor 1: what a process knows of having been forked.
 //!
-//! After `fork` the child has the memory of its parent and one thread. Kernels, bridges and devices stay with the parent.
-//! Whatever leads to them is registered here; a handler of `pthread_atfork` closes each of these objects in the child,
-//! and keeps them from ever being dropped there: no destructor joins a thread or calls a driver. A page that the system
-//! clears in the child (`MADV_WIPEONFORK`, Linux) tells of children that were made without such handlers.
+//! After `fork` the child has the memory of its parent and one thread. Kernels, bridges and devices
+//! stay with the parent. Whatever leads to them is registered here; a handler of `pthread_atfork`
+//! closes each of these objects in the child, and keeps them from ever being dropped there: no
+//! destructor joins a thread or calls a driver. A page that the system clears in the child
+//! (`MADV_WIPEONFORK`, Linux) tells of children that were made without such handlers.
 
 use std::cell::Cell;
 use std::fmt;
@@ -15,8 +16,8 @@ use std::time::Duration;
 pub(crate) trait InChild: Send + Sync {
     /// Makes it say in the child of a fork that it is of no use there.
     ///
-    /// Runs in the handler of `pthread_atfork`, where other threads no longer exist but their locks may still be held:
-    /// stores to atomics and calls that are async-signal-safe only.
+    /// Runs in the handler of `pthread_atfork`, where other threads no longer exist but their locks
+    /// may still be held: stores to atomics and calls that are async-signal-safe only.
     fn close_in_child(&self);
 }
 
@@ -25,13 +26,13 @@ static GENERATION: AtomicU32 = AtomicU32::new(0);
 
 /// Which process an object was made in.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Birth {
+pub(crate) struct OriginProcess {
     generation: u32,
 }
 
-impl Birth {
+impl OriginProcess {
     /// The present process.
-    pub(crate) fn here() -> Self {
+    pub(crate) fn current() -> Self {
         prepare();
         Self {
             generation: generation(),
@@ -39,7 +40,7 @@ impl Birth {
     }
 
     /// Whether the object was made in another process, which has forked since. Control plane only.
-    pub(crate) fn is_elsewhere(self) -> bool {
+    pub(crate) fn has_forked_since(self) -> bool {
         generation() != self.generation
     }
 }
@@ -49,14 +50,16 @@ fn generation() -> u32 {
     GENERATION.load(Ordering::Relaxed)
 }
 
-/// Closes what was registered if this process is the child of a fork that no handler was told of. Two loads.
+/// Closes what was registered if this process is the child of a fork that no handler was told of.
+/// Two loads.
 pub(crate) fn look() {
     if page::is_wiped() {
         close_all();
     }
 }
 
-/// The registered objects. The list is changed, and walked in a child, under a lock of its own that `fork` takes first.
+/// The registered objects. The list is changed, and walked in a child, under a lock of its own that
+/// `fork` takes first.
 struct Registry {
     is_locked: AtomicBool,
     objects: std::cell::UnsafeCell<Vec<Weak<dyn InChild>>>,
@@ -209,8 +212,9 @@ fn after_fork() {
 fn close_all() {
     GENERATION.fetch_add(1, Ordering::Relaxed);
     page::mark();
-    // A fork without handlers may find the lock held by a thread that no longer exists: what the list is like then is
-    // not known. Objects still say on the control plane that they are elsewhere.
+    // A fork without handlers may find the lock held by a thread that no longer exists: what the
+    // list is like then is not known. Objects still say on the control plane that they are
+    // elsewhere.
     if HOLDS.try_with(|holds| holds.replace(false)) != Ok(true) && !REGISTRY.try_lock() {
         return;
     }
@@ -218,13 +222,15 @@ fn close_all() {
     let objects = unsafe { &*REGISTRY.objects.get() };
     for object in objects.iter().filter_map(Weak::upgrade) {
         object.close_in_child();
-        // Never dropped in this process: its destructor would wait for threads that do not exist, or call a driver.
+        // Never dropped in this process: its destructor would wait for threads that do not exist,
+        // or call a driver.
         std::mem::forget(object);
     }
     REGISTRY.unlock();
 }
 
-/// A value of this process: the child of a fork begins with a new one, whatever state the parent's was in.
+/// A value of this process: the child of a fork begins with a new one, whatever state the parent's
+/// was in.
 pub(crate) struct PerProcess<T: 'static> {
     make: fn() -> T,
     present: std::sync::atomic::AtomicPtr<Versioned<T>>,
@@ -295,8 +301,8 @@ mod handlers {
     }
 
     pub(super) fn install() {
-        // SAFETY: the handlers use atomics, the thread's own cell and the lock that the first one takes. Failure (no
-        // memory) leaves the cleared page.
+        // SAFETY: the handlers use atomics, the thread's own cell and the lock that the first one
+        // takes. Failure (no memory) leaves the cleared page.
         let _ =
             unsafe { libc::pthread_atfork(Some(before_fork), Some(after_fork), Some(close_all)) };
     }

@@ -1,8 +1,9 @@
-//! `WaitStrategy::Auto`, the default, against the better of `Spin` and `Park`: beside busy threads, on one core, with a quota and
-//! beside realtime threads. Each comparison is made in turns within one run, as a ratio with much room.
+//! `WaitStrategy::Auto`, the default, against the better of `Spin` and `Park`: beside busy threads,
+//! on one core, with a quota and beside realtime threads. Each comparison is made in turns within
+//! one run, as a ratio with much room.
 //!
-//! What changes a whole process (its cores, its group, its namespace) is done in a process of its own: the test starts
-//! itself once more.
+//! What changes a whole process (its cores, its group, its namespace) is done in a process of its
+//! own: the test starts itself once more.
 #![cfg(target_os = "linux")]
 
 use std::io::{self, BufRead};
@@ -67,7 +68,8 @@ fn run_child_with(
 
 /// Leaves the process one core.
 fn confine(core: usize) -> io::Result<()> {
-    // SAFETY: `cpu_set_t` is an array of integers, all zeros the empty set; the core is below its size.
+    // SAFETY: `cpu_set_t` is an array of integers, all zeros the empty set; the core is below its
+    // size.
     let result = unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
         libc::CPU_SET(core, &mut set);
@@ -190,7 +192,8 @@ fn with_a_quota_of_half_a_core_auto_parks() {
     };
     let procs = std::ffi::CString::new(format!("{}/cgroup.procs", group.0)).unwrap();
     run_child("with_a_quota_of_half_a_core_auto_parks", move || {
-        // SAFETY: the path ends with a zero, and the text is as long as said. "0" is the process that writes it.
+        // SAFETY: the path ends with a zero, and the text is as long as said. "0" is the process
+        // that writes it.
         unsafe {
             let file = libc::open(procs.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
             match libc::write(file, c"0".as_ptr().cast(), 1) {
@@ -234,7 +237,8 @@ fn a_kernel_that_spins_parks_once_there_is_a_quota() {
     );
 }
 
-/// Leaves the process alone with those that it starts, if that may be had: tests in other processes spin as well.
+/// Leaves the process alone with those that it starts, if that may be had: tests in other processes
+/// spin as well.
 fn see_no_other_process() -> io::Result<()> {
     // SAFETY: the call takes an integer.
     let _ = unsafe { libc::unshare(libc::CLONE_NEWNET) };
@@ -274,7 +278,8 @@ impl Drop for Group {
     }
 }
 
-/// How many of 20 calls of 100 ms a realtime thread on this core waits for in vain; `None` if there may be none.
+/// How many of 20 calls of 100 ms a realtime thread on this core waits for in vain; `None` if there
+/// may be none.
 fn timeouts_of_a_realtime_caller(wait: WaitStrategy, core: usize) -> Option<usize> {
     let runtime = runtime(wait);
     let kernel = echo(&runtime);

@@ -1,7 +1,8 @@
 //! What holds when the CPU's counter cannot be believed.
 //!
-//! Each test runs in a process of its own, in which reads of the time-stamp counter trap and are answered with what
-//! the test wants the counter to show. The system's clock, whose code reads the counter as well, is given the truth.
+//! Each test runs in a process of its own, in which reads of the time-stamp counter trap and are
+//! answered with what the test wants the counter to show. The system's clock, whose code reads the
+//! counter as well, is given the truth.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 #[path = "counter/fake.rs"]

@@ -1,5 +1,6 @@
-//! A logger and an allocator that ask the library how it is, whenever it calls them, wait for nothing: no lock that such
-//! questions need is held then. Both are global, so that this is a process of its own.
+//! A logger and an allocator that ask the library how it is, whenever it calls them, wait for
+//! nothing: no lock that such questions need is held then. Both are global, so that this is a
+//! process of its own.
 
 #![cfg(feature = "std")]
 

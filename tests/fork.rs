@@ -1,5 +1,6 @@
-//! `fork`: kernels and threads stay with the parent. The child is told so at once by everything that it inherited, waits for
-//! nothing when it drops it, and builds a runtime of its own; the parent notices nothing.
+//! `fork`: kernels and threads stay with the parent. The child is told so at once by everything
+//! that it inherited, waits for nothing when it drops it, and builds a runtime of its own; the
+//! parent notices nothing.
 
 #![cfg(all(feature = "std", target_os = "linux"))]
 
@@ -26,7 +27,8 @@ use ringkernel::{
 /// Longer than any wait that ends.
 const LONG: Duration = Duration::from_secs(60);
 
-/// What a child may take for everything that is to happen at once. It is far below `LONG`, for which calls may wait.
+/// What a child may take for everything that is to happen at once. It is far below `LONG`, for
+/// which calls may wait.
 const AT_ONCE: Duration = Duration::from_secs(30);
 
 /// Children are made one at a time: each would inherit what the other tests do at the moment.
@@ -35,7 +37,8 @@ fn one_at_a_time() -> MutexGuard<'static, ()> {
     LOCK.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Runs `act` in a child of this process, and gives back what the parent keeps. Fails unless it ends in time, without a panic.
+/// Runs `act` in a child of this process, and gives back what the parent keeps. Fails unless it
+/// ends in time, without a panic.
 fn in_a_child<T>(kept: T, fork: fn() -> libc::pid_t, act: impl FnOnce(T)) -> T {
     let mut ends = [0; 2];
     // SAFETY: the pointer is to two numbers.
@@ -94,7 +97,8 @@ fn in_a_child<T>(kept: T, fork: fn() -> libc::pid_t, act: impl FnOnce(T)) -> T {
 }
 
 fn fork() -> libc::pid_t {
-    // SAFETY: the child keeps to this crate and to what allocates, whose own handlers make that safe with this C library.
+    // SAFETY: the child keeps to this crate and to what allocates, whose own handlers make that
+    // safe with this C library.
     unsafe { libc::fork() }
 }
 

@@ -230,8 +230,9 @@ static COUNTS: LazyLock<Counts> = LazyLock::new(|| Counts {
     by_name: (0..4000).map(|name| (name, 1)).collect(),
 });
 
-/// Sends a large message by every kind of sender, and has the handler reply with it; how often anything was allocated while
-/// the first one of each sender was sent, and while others like it were.
+/// Sends a large message by every kind of sender, and has the handler reply with it; how often
+/// anything was allocated while the first one of each sender was sent, and while others like it
+/// were.
 fn allocations_for<T: RingMessage + Send + Sync + 'static>(message: &'static T) -> [u64; 2] {
     WATCHED.with(|watched| watched.set(true));
     let counted = |run: &mut dyn FnMut()| {

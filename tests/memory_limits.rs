@@ -1,5 +1,6 @@
-//! What would take more memory than the process can have is `Error::OutOfMemory`: by the limits of a control group and of
-//! the process itself. Each is tried in a process of its own, which has the limit.
+//! What would take more memory than the process can have is `Error::OutOfMemory`: by the limits of
+//! a control group and of the process itself. Each is tried in a process of its own, which has the
+//! limit.
 
 #![cfg(all(feature = "std", target_os = "linux"))]
 #![allow(clippy::unwrap_used)]
@@ -73,7 +74,8 @@ fn what_a_control_group_does_not_allow_is_out_of_memory_and_no_kill() {
     };
     let mut child = child();
     let join = std::ffi::CString::new(format!("{}/cgroup.procs", group.0)).unwrap();
-    // SAFETY: only system calls; the pointers are to what the closure holds. 0 stands for the process that writes it.
+    // SAFETY: only system calls; the pointers are to what the closure holds. 0 stands for the
+    // process that writes it.
     unsafe {
         child.pre_exec(move || {
             let file = libc::open(join.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);

@@ -1,4 +1,5 @@
-//! What messages of ordinary types may hold, and what bytes of others cannot do to those who read them.
+//! What messages of ordinary types may hold, and what bytes of others cannot do to those who read
+//! them.
 
 use std::collections::HashMap;
 use std::thread;

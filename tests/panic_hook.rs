@@ -1,5 +1,6 @@
-//! What reaches callers while the process's panic hook runs. A test binary of its own, because hooks are the process's.
-//! (On 32-bit ARM and Windows callers learn of a panic after the hook: there is nothing to test there.)
+//! What reaches callers while the process's panic hook runs. A test binary of its own, because
+//! hooks are the process's. (On 32-bit ARM and Windows callers learn of a panic after the hook:
+//! there is nothing to test there.)
 #![cfg(all(unix, not(target_arch = "arm")))]
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,7 +24,8 @@ const LONG: Duration = Duration::from_secs(30);
 static BEGUN: AtomicU32 = AtomicU32::new(0);
 static ENDED: AtomicU32 = AtomicU32::new(0);
 
-/// One test at a time, with a hook that takes its time on the threads of kernels, and with a runtime that knows these kernels.
+/// One test at a time, with a hook that takes its time on the threads of kernels, and with a
+/// runtime that knows these kernels.
 fn start() -> (MutexGuard<'static, ()>, RingKernelRuntime) {
     static LOCK: Mutex<()> = Mutex::new(());
     static HOOKED: Once = Once::new();

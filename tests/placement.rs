@@ -1,6 +1,7 @@
-//! Cores that nobody named never decide whether something runs: on systems whose `sched_setaffinity` and
-//! `sched_getaffinity` behave as in a container, in a sandbox, or on a very large machine. Both functions are replaced
-//! here, for the whole test program; one test at a time says how they behave.
+//! Cores that the user did not name never decide whether something runs: on systems whose
+//! `sched_setaffinity` and `sched_getaffinity` behave as in a container, in a sandbox, or on a very
+//! large machine. Both functions are replaced here, for the whole test program; one test at a time
+//! says how they behave.
 
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)]
@@ -326,8 +327,8 @@ fn cores_beyond_the_first_thousand_are_used() {
     }
 }
 
-/// What may lie where the system lists its cores, and whether it does list this machine's. A name that begins with `/` is
-/// a file of the system that is put there instead.
+/// What may lie where the system lists its cores, and whether it does list this machine's. A name
+/// that begins with `/` is a file of the system that is put there instead.
 const LISTS: [&str; 9] = [
     "0\n",
     "0-2047\n",
@@ -376,14 +377,16 @@ fn what_the_system_lists_never_decides_whether_a_kernel_runs() {
     let _ = std::fs::remove_file(&file);
 }
 
-/// Has one core, the last, and 4 GiB of addresses, and finds `source` where the system lists its cores.
+/// Has one core, the last, and 4 GiB of addresses, and finds `source` where the system lists its
+/// cores.
 fn container(source: &std::ffi::CStr) -> io::Result<()> {
     let check = |result: i64| match result {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     };
     let online = c"/sys/devices/system/cpu/online";
-    // SAFETY: each pointer is to a string that ends with a NUL byte, to a local, or null where the call allows it.
+    // SAFETY: each pointer is to a string that ends with a NUL byte, to a local, or null where the
+    // call allows it.
     unsafe {
         if libc::unshare(libc::CLONE_NEWNS) != 0 {
             check(libc::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS).into())?;

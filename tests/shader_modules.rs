@@ -29,8 +29,8 @@ fn instructions(bytes: &[u8]) -> Vec<(u32, Vec<u32>)> {
     found
 }
 
-/// Validators since 1.4.309 of the Vulkan SDK refuse a second decoration of the same sort (SPIR-V specification, 2.16.1,
-/// "Universal Validation Rules"); older ones accept it.
+/// Validators since 1.4.309 of the Vulkan SDK refuse a second decoration of the same sort (SPIR-V
+/// specification, 2.16.1, "Universal Validation Rules"); older ones accept it.
 #[test]
 fn no_committed_module_decorates_anything_twice_in_the_same_way() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

@@ -1025,7 +1025,8 @@ fn subscribers_and_publishers_come_and_go_while_others_publish() {
     assert!(report.topics.adds_up());
 }
 
-/// A message that a newest-only subscriber left where it was gives way to the next one, also when the subscriber goes.
+/// A message that a newest-only subscriber left where it was gives way to the next one, also when
+/// the subscriber goes.
 #[test]
 fn what_a_newest_only_subscriber_leaves_is_booked_once() {
     let _one = one_at_a_time();
@@ -1058,7 +1059,8 @@ fn what_a_newest_only_subscriber_leaves_is_booked_once() {
     );
 }
 
-/// What a publisher was told is taken reaches the lanes, or is refused: also while the runtime shuts down.
+/// What a publisher was told is taken reaches the lanes, or is refused: also while the runtime
+/// shuts down.
 #[test]
 fn what_is_published_while_the_runtime_shuts_down_is_in_the_report() {
     let _one = one_at_a_time();
@@ -1103,7 +1105,8 @@ fn what_is_published_while_the_runtime_shuts_down_is_in_the_report() {
     }
 }
 
-/// The last value, newest-only lanes and the archive of a publisher are booked on the device, and given back.
+/// The last value, newest-only lanes and the archive of a publisher are booked on the device, and
+/// given back.
 #[test]
 fn memory_of_topics_is_booked_and_may_be_refused() {
     let _one = one_at_a_time();

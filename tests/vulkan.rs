@@ -307,7 +307,8 @@ fn any_block_size_gives_the_same_answers() {
     }
 }
 
-/// As `active`, on a driver that compiles for long when it first runs a shader: an activation that comes late can be asked for again.
+/// As `active`, on a driver that compiles for long when it first runs a shader: an activation that
+/// comes late can be asked for again.
 fn active_at_last(runtime: &RingKernelRuntime, id: &str) -> KernelHandle {
     let kernel = runtime.launch(id, 1, 1, small()).unwrap();
     eventually("the activation", || match kernel.activate() {
@@ -330,7 +331,8 @@ fn cuts_loops(mode: VulkanMode) -> bool {
     }
 }
 
-/// What a handler that never ends leads to: a driver that cuts its loops lets the kernel fail, any other holds the device up.
+/// What a handler that never ends leads to: a driver that cuts its loops lets the kernel fail, any
+/// other holds the device up.
 #[test]
 fn a_handler_that_never_ends_fails_its_kernel_or_its_device() {
     let Some(_turn) = turn() else { return };
@@ -371,7 +373,8 @@ fn a_handler_is_asked_to_go_on_for_ever() {
     assert_eq!(kernel.call_bytes(b"", &mut [0; 8], LONG), Ok(0));
     assert_eq!(other.call_bytes(b"well", &mut [0; 8], LONG), Ok(4));
     kernel.send_bytes(b"for ever").unwrap();
-    // No reply of a run that was cut short, and a wait that ends in time whatever holds the kernel up.
+    // No reply of a run that was cut short, and a wait that ends in time whatever holds the kernel
+    // up.
     let waited = Instant::now();
     let timeout = Duration::from_millis(50);
     match kernel.recv_bytes_timeout(&mut [0; 8], timeout) {

@@ -300,7 +300,7 @@ fn a_driver_that_stands_still_for_seconds_is_late_and_not_lost() {
     }
 }
 
-/// A device that never answers keeps nobody who is done with it.
+/// A device that never answers does not keep a caller that is done with it.
 #[test]
 fn a_device_that_stands_still_is_closed_in_time() {
     if !in_child("a_device_that_stands_still_is_closed_in_time") {

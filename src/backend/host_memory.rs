@@ -139,8 +139,8 @@ impl HostMemory {
         self.start
     }
 
-    /// At least `bytes` of zeroed memory, every page of it present; if the account or the system has not as much left, how
-    /// much there is.
+    /// At least `bytes` of zeroed memory, every page of it present; if the account or the system
+    /// has not as much left, how much there is.
     pub(crate) fn allocate(bytes: usize, account: &Arc<Account>) -> Result<Self, u64> {
         let available = account.available();
         let bytes = bytes
@@ -184,14 +184,16 @@ impl HostMemory {
     }
 }
 
-/// Has the child of a fork find zeros instead of its parent's messages, so that none is received twice; whether the system does so.
+/// Has the child of a fork find zeros instead of its parent's messages, so that none is received
+/// twice; whether the system does so.
 #[cfg(target_os = "linux")]
 fn clear_in_child(start: NonNull<u8>, bytes: usize, is_cleared: bool) -> bool {
     let advice = match is_cleared {
         true => libc::MADV_WIPEONFORK,
         false => libc::MADV_KEEPONFORK,
     };
-    // SAFETY: the range is whole pages of an allocation of ours; the advice changes nothing of what they hold here.
+    // SAFETY: the range is whole pages of an allocation of ours; the advice changes nothing of what
+    // they hold here.
     unsafe { libc::madvise(start.as_ptr().cast(), bytes, advice) == 0 }
 }
 
@@ -240,7 +242,8 @@ impl DeviceMemory for HostMemory {
 impl Drop for HostMemory {
     fn drop(&mut self) {
         if self.is_cleared && !clear_in_child(self.start, self.layout.size(), false) {
-            // The allocator may keep its own words there, which no child may lose: better never to have it back.
+            // The allocator may keep its own words there, which no child may lose: better never to
+            // have it back.
             return;
         }
         // SAFETY: `start` came from `alloc_zeroed` or `alloc` with this very layout, and is freed once.

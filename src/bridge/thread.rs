@@ -160,7 +160,7 @@ pub(crate) struct Bridge {
     thread: Mutex<Thread>,
     load: Arc<LoadMeter>,
     /// Whether this process is the child of a fork, and the thread stays with its parent.
-    is_elsewhere: AtomicBool,
+    has_forked_since: AtomicBool,
 }
 
 impl fmt::Debug for Bridge {
@@ -173,7 +173,7 @@ impl fmt::Debug for Bridge {
 
 impl InChild for Bridge {
     fn close_in_child(&self) {
-        self.is_elsewhere.store(true, Ordering::Relaxed);
+        self.has_forked_since.store(true, Ordering::Relaxed);
     }
 }
 
@@ -188,7 +188,7 @@ impl Bridge {
             taken: Arc::new(AtomicUsize::new(0)),
             thread: Mutex::new(Thread::NotStarted(receiver)),
             load: Arc::new(LoadMeter::default()),
-            is_elsewhere: AtomicBool::new(false),
+            has_forked_since: AtomicBool::new(false),
         }
     }
 
@@ -313,11 +313,11 @@ impl Bridge {
         }
     }
 
-    /// Ends the thread, and lets go of everything that it looked after. Does not wait on the thread itself, where the last one
-    /// to let go of a kernel, or a logger, may call it.
+    /// Ends the thread, and lets go of everything that it looked after. Does not wait on the thread
+    /// itself, where the last one to let go of a kernel, or a logger, may call it.
     pub(crate) fn stop(&self) {
         process::look();
-        if self.is_elsewhere.load(Ordering::Relaxed) {
+        if self.has_forked_since.load(Ordering::Relaxed) {
             return;
         }
         let thread = std::mem::replace(&mut *self.thread.lock(), Thread::Stopped);
@@ -339,7 +339,7 @@ impl Bridge {
     /// How busy the thread is; `None` if it was never started.
     pub(crate) fn load(&self) -> Option<BridgeLoad> {
         process::look();
-        if self.is_elsewhere.load(Ordering::Relaxed) {
+        if self.has_forked_since.load(Ordering::Relaxed) {
             return None;
         }
         match *self.thread.lock() {
@@ -370,7 +370,8 @@ impl RingBufferBridge {
         &self.bridge.settings.device
     }
 
-    /// Its load; `None` while it has not been needed, and in the child of a fork. Allocates; does not disturb the thread beyond the transfer of a few cache lines.
+    /// Its load; `None` while it has not been needed, and in the child of a fork. Allocates; does
+    /// not disturb the thread beyond the transfer of a few cache lines.
     #[must_use]
     pub fn load(&self) -> Option<BridgeLoad> {
         self.bridge.load()
@@ -495,7 +496,8 @@ impl Worker {
         }
     }
 
-    /// How it waits now: `Auto` spins while there are lanes to look after and a core for it, and this gets on.
+    /// How it waits now: `Auto` spins while there are lanes to look after and a core for it, and
+    /// this gets on.
     fn strategy(&mut self, is_crowded: bool, empty: u32) -> KernelWait {
         let wait = match self.wait {
             _ if !is_crowded => KernelWait::Park,

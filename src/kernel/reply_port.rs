@@ -212,7 +212,8 @@ impl<'a> ReplyPort<'a> {
         self.bytes += length as u64;
     }
 
-    /// Takes back what `count` did, unseen by other threads: the reply is just about to be counted again.
+    /// Takes back what `count` did, unseen by other threads: the reply is just about to be counted
+    /// again.
     fn uncount(&mut self, length: usize) {
         self.produced = self.produced.wrapping_sub(1);
         self.replies -= 1;
@@ -478,14 +479,16 @@ impl ReplyPort<'_> {
                 &spilled,
                 match refused.code {
                     HandlerError::ENDING => DeadLetterReason::Shutdown,
-                    // The ring that it goes to now has other slots or types than the one that it was written for.
+                    // The ring that it goes to now has other slots or types than the one that it
+                    // was written for.
                     _ => DeadLetterReason::Mismatch,
                 },
             );
         }
     }
 
-    /// Writes the replies that had no room as far as there is some, and gives the others up. To be called when the block ends.
+    /// Writes the replies that had no room as far as there is some, and gives the others up. To be
+    /// called when the block ends.
     pub(crate) fn give_spilled_up(&mut self) {
         if self.spilled.is_empty() || self.has_room() {
             return;

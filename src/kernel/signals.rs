@@ -101,7 +101,7 @@ impl Gate {
     }
 
     /// Whether this process is a child that the kernel is not in.
-    pub(crate) fn is_elsewhere(&self) -> bool {
+    pub(crate) fn has_forked_since(&self) -> bool {
         self.bits.load(Ordering::Relaxed) & FORKED != 0
     }
 
@@ -317,7 +317,7 @@ impl KernelSignals {
 
     /// How the kernel failed, if it did. Takes no lock.
     pub(crate) fn failure(&self) -> Option<KernelFailure> {
-        if self.gate.is_elsewhere() {
+        if self.gate.has_forked_since() {
             return Some(KernelFailure {
                 reason: FailureReason::Forked,
                 message: "the process was forked, and the kernel stays with its parent".into(),

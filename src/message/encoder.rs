@@ -7,11 +7,13 @@ use super::codec::{CodecError, SCRATCH_BYTES};
 use super::ring_message::RingMessage;
 use crate::system::memory::{self, MemoryAccount};
 
-/// How much more scratch than a slot's bytes is taken at most. Hash maps need the most: up to eight times.
+/// How much more scratch than a slot's bytes is taken at most. Hash maps need the most: up to eight
+/// times.
 const MOST_TIMES_THE_SLOT: usize = 16;
 
-/// What a sender archives its messages with: scratch memory as large as a slot, taken at set-up, for types that need
-/// more than there is on the stack. A type that needs still more (a hash map of small entries) makes it grow, once.
+/// What a sender archives its messages with: scratch memory as large as a slot, taken at set-up,
+/// for types that need more than there is on the stack. A type that needs still more (a hash map of
+/// small entries) makes it grow, once.
 #[derive(Debug, Default)]
 pub(crate) struct MessageEncoder {
     scratch: Vec<MaybeUninit<u8>>,
@@ -28,7 +30,8 @@ impl MessageEncoder {
         }
     }
 
-    /// An encoder for slots with this much room for a payload. Without memory for it, it has none until it is needed.
+    /// An encoder for slots with this much room for a payload. Without memory for it, it has none
+    /// until it is needed.
     pub(crate) fn for_slots_of(bytes: usize, account: Arc<dyn MemoryAccount>) -> Self {
         let mut encoder = Self::new(account);
         encoder.grow_to(Self::bytes_for(bytes));
@@ -40,7 +43,8 @@ impl MessageEncoder {
         if slot > SCRATCH_BYTES { slot } else { 0 }
     }
 
-    /// Archives a message at the start of a slot; its length, which is within the slot whatever the type says.
+    /// Archives a message at the start of a slot; its length, which is within the slot whatever the
+    /// type says.
     #[inline]
     pub(crate) fn encode<T: RingMessage>(
         &mut self,
@@ -79,7 +83,8 @@ impl MessageEncoder {
         }
     }
 
-    /// Takes memory, and touches it, so that no message has to fault a page in; whether there was enough.
+    /// Takes memory, and touches it, so that no message has to fault a page in; whether there was
+    /// enough.
     fn grow_to(&mut self, bytes: usize) -> bool {
         let more = bytes.saturating_sub(self.scratch.len());
         let Some(account) = &self.account else {

@@ -540,7 +540,7 @@ impl ClientLane {
 impl Drop for ClientLane {
     /// What was sent is handled all the same; replies that nobody has received go to the dead letters.
     fn drop(&mut self) {
-        if self.inbox.instance.is_elsewhere() {
+        if self.inbox.instance.has_forked_since() {
             // The child of a fork: no bridge is there to be told.
             return;
         }

@@ -282,7 +282,7 @@ impl<M> Drop for Sender<M> {
     /// Gives the sending side back to the kernel's handles.
     fn drop(&mut self) {
         let side = self.side.take();
-        if self.instance.is_elsewhere() {
+        if self.instance.has_forked_since() {
             // The lock may be held by a thread that does not exist here.
             std::mem::forget(side);
             return;
@@ -465,7 +465,7 @@ impl<M> Drop for Receiver<M> {
     /// Gives the receiving side back to the kernel's handles.
     fn drop(&mut self) {
         let side = self.side.take();
-        if self.instance.is_elsewhere() {
+        if self.instance.has_forked_since() {
             // As for a sender.
             std::mem::forget(side);
             return;

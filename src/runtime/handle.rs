@@ -289,8 +289,8 @@ impl KernelHandle {
 
     /// Whether this process is the child of a fork.
     fn elsewhere(&self) -> Option<Unavailable> {
-        let is_elsewhere = self.instance.signals.gate.is_elsewhere();
-        is_elsewhere.then_some(Unavailable::Forked)
+        let has_forked_since = self.instance.signals.gate.has_forked_since();
+        has_forked_since.then_some(Unavailable::Forked)
     }
 
     /// As `send_once`, after what a connection that has ended held back is there again.

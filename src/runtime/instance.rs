@@ -105,7 +105,8 @@ impl KernelInstance {
         }
     }
 
-    /// The same with the scratch memory that was taken at launch; a thread that finds it in use takes some of its own.
+    /// The same with the scratch memory that was taken at launch; a thread that finds it in use
+    /// takes some of its own.
     #[cold]
     fn write_with_scratch<T: RingMessage>(
         &self,
@@ -176,8 +177,9 @@ impl KernelInstance {
         self.command(&mut control, false, BlockState::Idle, "deactivation")
     }
 
-    /// Fails on a thread that runs a handler of this kernel, which cannot follow a command until that handler returns. Takes no
-    /// lock: another thread may hold the control plane's, and wait for the same handler.
+    /// Fails on a thread that runs a handler of this kernel, which cannot follow a command until
+    /// that handler returns. Takes no lock: another thread may hold the control plane's, and wait
+    /// for the same handler.
     pub(super) fn check_not_here(&self, operation: &'static str) -> Result<(), Error> {
         if runs_here(&self.signals) {
             return Err(Error::CalledFromHandler {
@@ -295,10 +297,10 @@ impl KernelInstance {
         self.end(&mut control)
     }
 
-    /// Tells the kernel to end once its handler returns, which the calling thread is in; does not wait for it. What is left in
-    /// its rings is not reported.
+    /// Tells the kernel to end once its handler returns, which the calling thread is in; does not
+    /// wait for it. What is left in its rings is not reported.
     pub(super) fn end_after_handler(&self) {
-        // Whoever holds it ends the kernel, as soon as the handler returns.
+        // The thread that holds the lock ends the kernel as soon as the handler returns.
         let Some(mut control) = self.control.try_lock() else {
             return;
         };
@@ -324,16 +326,16 @@ impl KernelInstance {
 
     /// Fails in the child of a fork. For the control plane.
     pub(super) fn check_here(&self, operation: &'static str) -> Result<(), Error> {
-        if self.is_elsewhere() {
+        if self.has_forked_since() {
             return Err(Error::Forked { operation });
         }
         Ok(())
     }
 
     /// Whether this process is the child of a fork, and the kernel stays with its parent.
-    pub(super) fn is_elsewhere(&self) -> bool {
+    pub(super) fn has_forked_since(&self) -> bool {
         process::look();
-        self.signals.gate.is_elsewhere()
+        self.signals.gate.has_forked_since()
     }
 
     /// Whether the kernel has ended, and only its accounts are left.
@@ -403,7 +405,7 @@ impl KernelInstance {
     pub(super) fn status(&self) -> KernelStatus {
         let _deferral = logging::defer();
         // Not while another thread moves the kernel to a new state: that may take a while.
-        if !self.is_elsewhere()
+        if !self.has_forked_since()
             && let Some(mut control) = self.control.try_lock()
         {
             self.look_after(&mut control);
@@ -418,7 +420,7 @@ impl KernelInstance {
     }
 
     pub(super) fn traces(&self) -> Option<Vec<MessageTrace>> {
-        if self.is_elsewhere() {
+        if self.has_forked_since() {
             return None;
         }
         let _deferral = logging::defer();
@@ -461,7 +463,7 @@ impl KernelInstance {
     }
 
     pub(super) fn metrics(&self) -> KernelMetrics {
-        if self.is_elsewhere() {
+        if self.has_forked_since() {
             return self.metrics_elsewhere();
         }
         let telemetry = self.telemetry.then(|| {

@@ -296,7 +296,7 @@ fn layout(
     })
 }
 
-/// Slots of a ring that nobody gave a capacity: fewer than the configuration says if their payloads would exceed
+/// Slots of a ring whose capacity neither launch nor registration names: fewer than the configuration says if their payloads would exceed
 /// [`DEFAULT_RING_BYTES`], and what the configuration's own rings take.
 fn default_capacity(config: &RuntimeConfig, payload: usize) -> usize {
     let capacity = config.default_queue_capacity;
@@ -401,7 +401,8 @@ impl Placing {
         })
     }
 
-    /// Gives the cores back that the system did not grant: of a kernel one of whose blocks runs elsewhere, all.
+    /// Gives the cores back that the system did not grant: of a kernel one of whose blocks runs
+    /// elsewhere, all.
     fn keep_held(&mut self, places: &[PlacedThread]) {
         let mut blocks = self.leases.iter().zip(places);
         if !blocks.all(|(lease, place)| place.core() == Some(lease.core())) {

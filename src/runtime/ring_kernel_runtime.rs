@@ -30,7 +30,7 @@ use crate::kernel::{
     DeadLetterQueue, Dim3, KernelRegistration, KernelState, LaunchOptions, registered_kernels,
 };
 use crate::logging;
-use crate::process::{self, Birth};
+use crate::process::{self, OriginProcess};
 use crate::system;
 use crate::thread::{affinity, budget, foreign};
 use crate::time::{self, Deadline};
@@ -74,7 +74,7 @@ pub struct RingKernelRuntime {
     config: RuntimeConfig,
     devices: Arc<Devices>,
     /// The process that the runtime is of.
-    birth: Birth,
+    origin: OriginProcess,
     registry: Snapshot<BTreeMap<String, KernelRegistration>>,
     built: Instant,
     dead_letters: Arc<DeadLetterQueue>,
@@ -155,7 +155,7 @@ impl RingKernelRuntime {
         let devices = Arc::new(devices);
         process::register(&devices);
         let runtime = Self {
-            birth: Birth::here(),
+            origin: OriginProcess::current(),
             dead_letters: Arc::new(dead_letters),
             backend,
             default_device,
@@ -220,7 +220,7 @@ impl RingKernelRuntime {
     /// The bridge of a device, once a kernel was launched there.
     #[must_use]
     pub fn bridge(&self, device: usize) -> Option<RingBufferBridge> {
-        if self.birth.is_elsewhere() {
+        if self.origin.has_forked_since() {
             return None;
         }
         self.bridges.load().get(&device).map(RingBufferBridge::new)
@@ -244,8 +244,9 @@ impl RingKernelRuntime {
         self.default_device
     }
 
-    /// Bytes that live kernels, their clients, and topics take on a device; 0 while the device has not been used. First gives
-    /// back what failed kernels took that no handle or endpoint refers to any more.
+    /// Bytes that live kernels, their clients, and topics take on a device; 0 while the device has
+    /// not been used. First gives back what failed kernels took that no handle or endpoint refers
+    /// to any more.
     ///
     /// # Errors
     /// [`Error::DeviceNotFound`].
@@ -297,7 +298,7 @@ impl RingKernelRuntime {
     }
 
     /// Launches a kernel: afterwards it is resident on its device, and idle until it is activated. Starts the runtime
-    /// if nobody has. Blocks while threads start and pin themselves, for a minute at most.
+    /// if no thread has. Blocks while threads start and pin themselves, for a minute at most.
     ///
     /// # Errors
     /// [`Error::KernelNotFound`], which lists what is registered; [`Error::InvalidOption`] (a grid of zero, a message
@@ -444,7 +445,7 @@ impl RingKernelRuntime {
     /// Where each kernel stands that has not been terminated, in the order of their launches.
     #[must_use]
     pub fn kernels(&self) -> Vec<KernelStatus> {
-        if !self.birth.is_elsewhere() {
+        if !self.origin.has_forked_since() {
             let _deferral = logging::defer();
             self.try_sweep();
         }
@@ -468,7 +469,7 @@ impl RingKernelRuntime {
 
     /// Fails in the child of a fork.
     pub(super) fn check_here(&self, operation: &'static str) -> Result<(), Error> {
-        if self.birth.is_elsewhere() {
+        if self.origin.has_forked_since() {
             return Err(Error::Forked { operation });
         }
         Ok(())
@@ -511,10 +512,11 @@ impl RingKernelRuntime {
             .any(|other| Arc::ptr_eq(other, instance))
     }
 
-    /// Where the runtime is in its life; `Stopped` in the child of a fork. It waits for nothing that the runtime does.
+    /// Where the runtime is in its life; `Stopped` in the child of a fork. It waits for nothing
+    /// that the runtime does.
     #[must_use]
     pub fn state(&self) -> LifecycleState {
-        if self.birth.is_elsewhere() {
+        if self.origin.has_forked_since() {
             return LifecycleState::Stopped;
         }
         LifecycleState::from_bits(self.state.load(Ordering::Acquire))
@@ -606,7 +608,8 @@ impl RingKernelRuntime {
         self.shut_down()
     }
 
-    /// As `complete_shutdown`. A kernel whose handler the calling thread is in ends once that returns.
+    /// As `complete_shutdown`. A kernel whose handler the calling thread is in ends once that
+    /// returns.
     fn shut_down(&self) -> Result<ShutdownReport, Error> {
         self.check_here("shut down")?;
         let _deferral = logging::defer();
@@ -632,7 +635,8 @@ impl RingKernelRuntime {
             bridge.stop();
         }
         for instance in &*self.kernels.load() {
-            // Of one that another thread terminates; not of one whose handler this is, which that thread waits for.
+            // Of one that another thread terminates; not of one whose handler this is, which that
+            // thread waits for.
             if !runs_here(&instance.signals) {
                 drop(instance.control.lock());
             }
@@ -675,8 +679,8 @@ impl RingKernelRuntime {
         drop(forgotten);
     }
 
-    /// Ends failed kernels that only this runtime refers to any more, if that takes no time, and forgets them: their
-    /// memory, names and cores can be had again.
+    /// Ends failed kernels that only this runtime refers to any more, if that takes no time, and
+    /// forgets them: their memory, names and cores can be had again.
     fn reclaim(&self) {
         let _deferral = logging::defer();
         for instance in &*self.kernels.load() {
@@ -688,8 +692,9 @@ impl RingKernelRuntime {
         self.try_sweep();
     }
 
-    /// Takes the kernels that have ended out of the list, and keeps their accounts. What it returns is to be dropped behind
-    /// the lock: a kernel's end calls its driver, and frees what is its own.
+    /// Takes the kernels that have ended out of the list, and keeps their accounts. What it returns
+    /// is to be dropped behind the lock: a kernel's end calls its driver, and frees what is its
+    /// own.
     fn forget_ended(&self, inner: &mut Inner) -> Forgotten {
         // Only changed under this lock.
         let kernels = self.kernels.load();
@@ -810,7 +815,8 @@ impl Drop for RingKernelRuntime {
                 logging::warning!("shutdown: {error}");
             }
         }
-        // What handlers captured may panic when it is dropped, and this may be the drop of an unwinding thread.
+        // What handlers captured may panic when it is dropped, and this may be the drop of an
+        // unwinding thread.
         let registry = self.registry.load();
         self.registry.update(|_| (BTreeMap::new(), ()));
         for registration in Arc::unwrap_or_clone(registry).into_values() {

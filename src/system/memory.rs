@@ -1,5 +1,6 @@
-//! How much memory this process may still take: the least of what the machine, its control groups and the process itself
-//! have left. Linux maps more than there is, and ends a process that then writes to it: so it is asked before.
+//! How much memory this process may still take: the least of what the machine, its control groups
+//! and the process itself have left. Linux maps more than there is, and ends a process that then
+//! writes to it: so it is asked before.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -50,12 +51,14 @@ impl Drop for Grant {
     }
 }
 
-/// Asks for leave to write to `bytes` of new memory. Reads some small files of the system, for amounts that matter.
+/// Asks for leave to write to `bytes` of new memory. Reads some small files of the system, for
+/// amounts that matter.
 ///
 /// # Errors
 /// How many bytes there are, if they are fewer.
 pub(crate) fn ask(bytes: u64) -> Result<Grant, u64> {
-    // Two that ask at once are both refused if there is only room for one: the system ends a process that takes too much.
+    // Two that ask at once are both refused if there is only room for one: the system ends a
+    // process that takes too much.
     let granted = GRANTED.get();
     let before = granted.fetch_add(bytes, Ordering::Relaxed);
     let grant = Grant { bytes, granted };
@@ -80,8 +83,8 @@ fn margin(bytes: u64) -> u64 {
     (bytes / 4).min(share)
 }
 
-/// Bytes of memory that this process could ever have: the least of the machine's, its control groups' and its own limit.
-/// `u64::MAX` where the system does not tell.
+/// Bytes of memory that this process could ever have: the least of the machine's, its control
+/// groups' and its own limit. `u64::MAX` where the system does not tell.
 pub(crate) fn total() -> u64 {
     let groups = Group::of_this_process();
     let own = [Resource::AddressSpace, Resource::Data].map(|resource| limits(resource).0);

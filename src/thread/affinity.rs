@@ -1,7 +1,8 @@
 //! Which cores there are, and putting a thread on one of them.
 //!
-//! What can be had is asked of the system each time: a container's files may tell of other cores than it has, its cpuset
-//! may change while the process runs, and a sandbox may refuse to place threads.
+//! What can be had is asked of the system each time: a container's files may tell of other cores
+//! than it has, its cpuset may change while the process runs, and a sandbox may refuse to place
+//! threads.
 
 use crate::error::Error;
 use crate::system;
@@ -19,8 +20,8 @@ const MOST_CORES: usize = 1 << 16;
 #[cfg(target_os = "linux")]
 const PROBE_STACK: usize = 64 * 1024;
 
-/// The cores that are online, by number, isolated ones included: those that the system lists, and those that this process
-/// has ([`usable_cores`]), which a container's list may leave out.
+/// The cores that are online, by number, isolated ones included: those that the system lists, and
+/// those that this process has ([`usable_cores`]), which a container's list may leave out.
 ///
 /// May read `/sys` and start a thread; for the control plane only.
 #[must_use]
@@ -34,12 +35,13 @@ pub fn online_cores() -> Vec<usize> {
     cores
 }
 
-/// The cores that kernels are put on when nobody names any: those that this process could use now.
+/// The cores that kernels are put on when the user names none: those that this process could use
+/// now.
 ///
-/// On Linux these are the ones that the calling thread or the process's main thread may run on, or could run on before
-/// `main` began, as far as the process's cpuset still has them. A thread that pinned itself before it built the runtime, be
-/// it the main thread, therefore does not drag its kernels along. Where the system refuses to place threads, they are the
-/// calling thread's cores.
+/// On Linux these are the ones that the calling thread or the process's main thread may run on, or
+/// could run on before `main` began, as far as the process's cpuset still has them. A thread that
+/// pinned itself before it built the runtime, be it the main thread, therefore does not drag its
+/// kernels along. Where the system refuses to place threads, they are the calling thread's cores.
 ///
 /// May start a thread; for the control plane only. Empty where the system tells nothing.
 #[must_use]
@@ -65,7 +67,8 @@ fn now_usable() -> Vec<usize> {
     if wanted.is_empty() {
         return listed_cores();
     }
-    // A thread that this one starts may run where this one may, for certain; elsewhere it has to be tried.
+    // A thread that this one starts may run where this one may, for certain; elsewhere it has to be
+    // tried.
     if wanted == current {
         return current;
     }
@@ -76,8 +79,9 @@ fn now_usable() -> Vec<usize> {
     }
 }
 
-/// Which of `wanted` a thread that this one starts may run on now, as a thread finds out; if none, or if it may not
-/// choose, those that it may run on anyway. `None` if there can be no thread, or the system does not tell.
+/// Which of `wanted` a thread that this one starts may run on now, as a thread finds out; if none,
+/// or if it may not choose, those that it may run on anyway. `None` if there can be no thread, or
+/// the system does not tell.
 #[cfg(target_os = "linux")]
 fn probe(wanted: &[usize]) -> Option<Vec<usize>> {
     let mask = CoreMask::of(wanted)?;
@@ -106,7 +110,8 @@ pub(crate) fn unreserved_cores(reserved: &[usize]) -> Vec<usize> {
     if cores.is_empty() { usable } else { cores }
 }
 
-/// Those of `cores`, which were usable once, that still are; the [`unreserved_cores`] if none is. None of none.
+/// Those of `cores`, which were usable once, that still are; the [`unreserved_cores`] if none is.
+/// None of none.
 pub(crate) fn still_usable(cores: &[usize], reserved: &[usize]) -> Vec<usize> {
     if cores.is_empty() {
         return Vec::new();
@@ -133,13 +138,15 @@ pub fn current_affinity() -> Vec<usize> {
     Vec::new()
 }
 
-/// The cores that a thread of this process may run on, by its number in the system; empty where that does not tell.
+/// The cores that a thread of this process may run on, by its number in the system; empty where
+/// that does not tell.
 #[cfg(target_os = "linux")]
 pub(super) fn affinity_of(thread: libc::pid_t) -> Vec<usize> {
     CoreMask::of_thread(thread).map_or_else(|_| Vec::new(), |mask| mask.cores())
 }
 
-/// Fails unless the core exists: unless the system lists it, this process has it, or a thread of it can be put there.
+/// Fails unless the core exists: unless the system lists it, this process has it, or a thread of it
+/// can be put there.
 ///
 /// May read `/sys` and start a thread; for the control plane only.
 ///
@@ -168,8 +175,8 @@ pub(crate) fn check_cores(cores: &[usize]) -> Result<(), Error> {
     Ok(())
 }
 
-/// Fails unless a thread of this process can be put on the core now, as a thread finds out. On other systems than Linux:
-/// unless the core exists.
+/// Fails unless a thread of this process can be put on the core now, as a thread finds out. On
+/// other systems than Linux: unless the core exists.
 ///
 /// # Errors
 /// [`Error::CoreNotFound`], [`Error::PinningFailed`]; [`Error::Os`] if there can be no thread.
@@ -239,8 +246,9 @@ pub(crate) fn confine_current_thread(cores: &[usize]) -> Result<(), Error> {
     Ok(())
 }
 
-/// Lets the calling thread run on those of `cores`, which this crate chose, that can be had now, and on no other. Nothing
-/// is asked for if `cores` is empty. Does nothing where the system has no such call.
+/// Lets the calling thread run on those of `cores`, which this crate chose, that can be had now,
+/// and on no other. Nothing is asked for if `cores` is empty. Does nothing where the system has no
+/// such call.
 ///
 /// # Errors
 /// [`Error::PinningFailed`] if that changed nothing: none of them can be had, or the system refuses to place threads. The
@@ -262,7 +270,8 @@ pub(crate) fn prefer_cores(cores: &[usize]) -> Result<(), Error> {
     Ok(())
 }
 
-/// Asks for these cores, and gives those that the calling thread has then; empty if the system does not tell.
+/// Asks for these cores, and gives those that the calling thread has then; empty if the system does
+/// not tell.
 #[cfg(target_os = "linux")]
 fn set_current(cores: &[usize]) -> Result<Vec<usize>, Error> {
     let failed = |reason| Error::PinningFailed {
@@ -312,8 +321,9 @@ fn listed_cores() -> Vec<usize> {
         .collect()
 }
 
-/// Parses the kernel's list format, `0-3,8,10-11` (Documentation/admin-guide/cputopology.rst): each number once, in
-/// ascending order. A part that is not of this format, or names what is not a core's number, is left out.
+/// Parses the kernel's list format, `0-3,8,10-11` (Documentation/admin-guide/cputopology.rst): each
+/// number once, in ascending order. A part that is not of this format, or names what is not a
+/// core's number, is left out.
 pub(super) fn parse_core_list(list: &str) -> Vec<usize> {
     let mut listed = vec![false; MOST_CORES];
     for part in list.trim().split(',') {

@@ -1,9 +1,11 @@
-//! Fences of unequal cost: one side hardly pays, because the other makes every thread of the process pass a full fence.
+//! Fences of unequal cost: one side hardly pays, because the other makes every thread of the
+//! process pass a full fence.
 //!
-//! A [`light`] fence on one side and a [`heavy`] one on the other order memory accesses as two sequentially consistent
-//! fences would (P1202, "Asymmetric thread fences"): a light fence keeps the compiler from moving accesses, and the
-//! heavy one executes a full fence on each core that runs a thread of this process, wherever that thread just is
-//! (membarrier(2), `MEMBARRIER_CMD_PRIVATE_EXPEDITED`). Two light fences order nothing between each other.
+//! A [`light`] fence on one side and a [`heavy`] one on the other order memory accesses as two
+//! sequentially consistent fences would (P1202, "Asymmetric thread fences"): a light fence keeps
+//! the compiler from moving accesses, and the heavy one executes a full fence on each core that
+//! runs a thread of this process, wherever that thread just is (membarrier(2),
+//! `MEMBARRIER_CMD_PRIVATE_EXPEDITED`). Two light fences order nothing between each other.
 
 #[cfg(not(loom))]
 pub(super) use system::{heavy, is_available, light};
@@ -91,7 +93,8 @@ mod tests {
     use super::*;
     use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-    /// Each round both sides store and then load what the other stores. Ordered by the fences, at least one sees the other.
+    /// Each round both sides store and then load what the other stores. Ordered by the fences, at
+    /// least one sees the other.
     #[test]
     fn of_a_light_and_a_heavy_side_one_sees_the_other() {
         if !is_available() {

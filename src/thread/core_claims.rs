@@ -1,12 +1,13 @@
-//! How the processes of a machine tell each other on which cores their kernels spin, so that each chooses other ones.
+//! How the processes of a machine tell each other on which cores their kernels spin, so that each
+//! chooses other ones.
 //!
-//! A claim is a socket with a name that stands for a core (Linux's abstract names, unix(7)): it needs no file and no
-//! rights, and goes with its process, however that ends. The child of a fork closes what it inherited.
-//! It is advice: processes in other network namespaces do not see it, and where there are no such
-//! sockets nothing is claimed.
+//! A claim is a socket with a name that stands for a core (Linux's abstract names, unix(7)): it
+//! needs no file and no rights, and goes with its process, however that ends. The child of a fork
+//! closes what it inherited. It is advice: processes in other network namespaces do not see it, and
+//! where there are no such sockets nothing is claimed.
 
 #[cfg(target_os = "linux")]
-pub(super) use system::{CoreClaim, Onlooker};
+pub(super) use system::{ClaimReader, CoreClaim};
 
 #[cfg(target_os = "linux")]
 mod system {
@@ -45,7 +46,8 @@ mod system {
     }
 
     impl CoreClaim {
-        /// Claims a core, and tells by how many other claims that is preceded at least. `None` where that is not possible.
+        /// Claims a core, and tells by how many other claims that is preceded at least. `None`
+        /// where that is not possible.
         pub(crate) fn new(core: usize) -> Option<(Self, usize)> {
             for place in 0..PLACES {
                 match UnixDatagram::bind_addr(&name(core, place)?) {
@@ -64,12 +66,12 @@ mod system {
 
     /// Looks at claims without making any.
     #[derive(Debug)]
-    pub(crate) struct Onlooker {
+    pub(crate) struct ClaimReader {
         /// `None` where there are no such sockets.
         socket: Option<UnixDatagram>,
     }
 
-    impl Onlooker {
+    impl ClaimReader {
         pub(crate) fn new() -> Self {
             Self {
                 socket: UnixDatagram::unbound().ok(),
@@ -104,10 +106,10 @@ impl CoreClaim {
 
 #[cfg(not(target_os = "linux"))]
 #[derive(Debug)]
-pub(super) struct Onlooker;
+pub(super) struct ClaimReader;
 
 #[cfg(not(target_os = "linux"))]
-impl Onlooker {
+impl ClaimReader {
     pub(super) fn new() -> Self {
         Self
     }
@@ -135,21 +137,21 @@ mod tests {
         let _one = one_at_a_time();
         // No machine has this core, and no other process of these tests this id.
         let core = 1_000_000 + std::process::id() as usize;
-        let onlooker = Onlooker::new();
-        assert_eq!(onlooker.claims(core), 0);
+        let claim_reader = ClaimReader::new();
+        assert_eq!(claim_reader.claims(core), 0);
         let Some((first, 0)) = CoreClaim::new(core) else {
             // A sandbox without such sockets.
             return;
         };
         let (second, before) = CoreClaim::new(core).unwrap();
-        assert_eq!((before, onlooker.claims(core)), (1, 2));
+        assert_eq!((before, claim_reader.claims(core)), (1, 2));
         drop(first);
-        assert_eq!(onlooker.claims(core), 1);
+        assert_eq!(claim_reader.claims(core), 1);
         // The place that is free again is taken first.
         let (third, before) = CoreClaim::new(core).unwrap();
-        assert_eq!((before, onlooker.claims(core)), (0, 2));
+        assert_eq!((before, claim_reader.claims(core)), (0, 2));
         drop((second, third));
-        assert_eq!(onlooker.claims(core), 0);
+        assert_eq!(claim_reader.claims(core), 0);
     }
 
     #[test]
@@ -167,14 +169,14 @@ mod tests {
                 unsafe { libc::pause() };
             }
         }
-        let onlooker = Onlooker::new();
-        let still_claimed = onlooker.claims(core);
+        let claim_reader = ClaimReader::new();
+        let still_claimed = claim_reader.claims(core);
         drop(claim);
         let begin = std::time::Instant::now();
         let mut is_free = false;
         // The child's handler may not have run yet.
         while !is_free && begin.elapsed().as_secs() < 30 {
-            is_free = onlooker.claims(core) == 0;
+            is_free = claim_reader.claims(core) == 0;
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
         // SAFETY: the child is this process's own, and has not been waited for.
@@ -195,6 +197,6 @@ mod tests {
             .take(100)
             .collect();
         assert!(claims.len() < 100);
-        assert_eq!(Onlooker::new().claims(core), claims.len());
+        assert_eq!(ClaimReader::new().claims(core), claims.len());
     }
 }

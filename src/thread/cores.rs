@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use parking_lot::Mutex;
 
 use super::budget;
-use super::core_claims::{CoreClaim, Onlooker};
+use super::core_claims::{ClaimReader, CoreClaim};
 use crate::process::PerProcess;
 
 /// Threads that spin without end, or are about to. The child of a fork has none.
@@ -35,7 +35,8 @@ pub(crate) struct SpinPermit {
 }
 
 impl SpinPermit {
-    /// For `threads` more threads, if each spinner has a core then and `spared` cores are left for threads that do not spin.
+    /// For `threads` more threads, if each spinner has a core then and `spared` cores are left for
+    /// threads that do not spin.
     pub(crate) fn sparing(spared: usize, threads: usize) -> Option<Self> {
         let limit = budget::spinners().saturating_sub(spared);
         SPINNERS
@@ -53,7 +54,8 @@ impl SpinPermit {
         Self::sparing(1, threads)
     }
 
-    /// As [`for_kernel`](Self::for_kernel) for one block, for a thread that could not spin for a while: cores may have come or gone.
+    /// As [`for_kernel`](Self::for_kernel) for one block, for a thread that could not spin for a
+    /// while: cores may have come or gone.
     pub(crate) fn for_block_again() -> Option<Self> {
         budget::refresh_if_old();
         Self::for_kernel(1)
@@ -86,16 +88,17 @@ pub(crate) struct CoreLease {
 }
 
 impl CoreLease {
-    /// The least used of `candidates`, by this process first, then by others; of equals the highest: low cores are where an operating
-    /// system puts interrupts and main threads. `None` only without candidates.
+    /// The least used of `candidates`, by this process first, then by others; of equals the
+    /// highest: low cores are where an operating system puts interrupts and main threads. `None`
+    /// only without candidates.
     pub(crate) fn least_used(candidates: &[usize]) -> Option<Self> {
-        let onlooker = Onlooker::new();
+        let claim_reader = ClaimReader::new();
         let mut leases = LEASES.get().lock();
         for choice in 1.. {
             let (own, others, _, core) = candidates
                 .iter()
                 .map(|&core| {
-                    let (own, others) = usage(&leases, &onlooker, core);
+                    let (own, others) = usage(&leases, &claim_reader, core);
                     (own, others, usize::MAX - core, core)
                 })
                 .min()?;
@@ -134,18 +137,20 @@ impl CoreLease {
         Self { core }
     }
 
-    /// How many different ones of `candidates` no resident thread has, of this process or of another one.
+    /// How many different ones of `candidates` no resident thread has, of this process or of
+    /// another one.
     pub(crate) fn unused(candidates: &[usize]) -> usize {
-        let onlooker = Onlooker::new();
+        let claim_reader = ClaimReader::new();
         let leases = LEASES.get().lock();
         let mut cores = candidates.to_vec();
         cores.sort_unstable();
         cores.dedup();
-        cores.retain(|&core| usage(&leases, &onlooker, core) == (0, 0));
+        cores.retain(|&core| usage(&leases, &claim_reader, core) == (0, 0));
         cores.len()
     }
 
-    /// Those of `candidates` that no resident thread of this process has; all of them if none is free.
+    /// Those of `candidates` that no resident thread of this process has; all of them if none is
+    /// free.
     pub(crate) fn free_of(candidates: &[usize]) -> Vec<usize> {
         let leases = LEASES.get().lock();
         let free: Vec<usize> = candidates
@@ -166,12 +171,16 @@ impl CoreLease {
 }
 
 /// Resident threads of this process on a core, and other processes that have some there.
-fn usage(leases: &BTreeMap<usize, Tenants>, onlooker: &Onlooker, core: usize) -> (usize, usize) {
+fn usage(
+    leases: &BTreeMap<usize, Tenants>,
+    claim_reader: &ClaimReader,
+    core: usize,
+) -> (usize, usize) {
     let own = leases.get(&core);
     let own_claims = usize::from(own.is_some_and(|tenants| tenants.claim.is_some()));
     (
         own.map_or(0, |tenants| tenants.threads),
-        onlooker.claims(core).saturating_sub(own_claims),
+        claim_reader.claims(core).saturating_sub(own_claims),
     )
 }
 
@@ -191,7 +200,8 @@ impl Drop for CoreLease {
 mod tests {
     use super::*;
 
-    /// Core numbers far beyond any machine, so that parallel tests, of this process and of others, do not share them.
+    /// Core numbers far beyond any machine, so that parallel tests, of this process and of others,
+    /// do not share them.
     fn cores(from: usize) -> [usize; 3] {
         let first = from + 10 * std::process::id() as usize;
         [first, first + 1, first + 2]
@@ -214,14 +224,18 @@ mod tests {
             [first.core(), second.core(), third.core()],
             [cores[1], cores[0], cores[2]]
         );
-        assert_eq!(Onlooker::new().claims(cores[2]), 2);
+        assert_eq!(ClaimReader::new().claims(cores[2]), 2);
         drop(third);
-        assert_eq!(Onlooker::new().claims(cores[2]), 1);
+        assert_eq!(ClaimReader::new().claims(cores[2]), 1);
         assert_eq!(CoreLease::unused(&cores), 0);
         drop(other);
         assert_eq!(CoreLease::unused(&cores), 1);
         drop((first, second));
-        assert!(cores.iter().all(|core| Onlooker::new().claims(*core) == 0));
+        assert!(
+            cores
+                .iter()
+                .all(|core| ClaimReader::new().claims(*core) == 0)
+        );
     }
 
     #[test]

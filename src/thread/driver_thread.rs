@@ -19,9 +19,9 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(120);
 /// driver's thread-local values.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Runs `body` on a thread of its own, which may run on `cores` only (anywhere, with a warning, if it
-/// may not). Waits two minutes at most: then the thread is left behind, and what it makes is dropped
-/// there.
+/// Runs `body` on a thread of its own, which may run on `cores` only (anywhere, with a warning, if
+/// it may not). Waits two minutes at most: then the thread is left behind, and what it makes is
+/// dropped there.
 ///
 /// # Errors
 /// Those of `body`; [`Error::Os`] if there can be no thread, if `body` panics, or if it does not
@@ -49,7 +49,7 @@ fn within<T: Send + 'static>(
         if let Err(error) = prefer_cores(&cores) {
             logging::warning!("{name}: driver threads run anywhere: {error}");
         }
-        // If nobody waits any more, the result is dropped here.
+        // If the caller has stopped waiting, the result is dropped here.
         let _ = tell.send(body());
     })
     .map_err(failed)?;

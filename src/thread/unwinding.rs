@@ -1,8 +1,10 @@
-//! Whether a panic that has just begun ends where we catch it, or in code of the crate's user that catches it before.
+//! Whether a panic that has just begun ends where we catch it, or in code of the crate's user that
+//! catches it before.
 //!
-//! A panic hook runs before the stack is unwound. It may take long: one that prints a backtrace some 300 ms. What a panic leads to
-//! can be told before that only if it is known that nothing on the way catches it. The unwinder finds that in tables, and so
-//! does this: the language-specific data of each frame (Itanium C++ ABI: Exception Handling, section 7), as
+//! A panic hook runs before the stack is unwound. It may take long: one that prints a backtrace
+//! some 300 ms. What a panic leads to can be told before that only if it is known that nothing on
+//! the way catches it. The unwinder finds that in tables, and so does this: the language-specific
+//! data of each frame (Itanium C++ ABI: Exception Handling, section 7), as
 //! `library/std/src/sys/personality/dwarf/eh.rs` reads it for Rust.
 
 /// Whether a frame between this one and that of a local variable at the address `end` catches a
@@ -61,10 +63,11 @@ mod imp {
 
     /// Sees one frame, from the innermost one on.
     extern "C" fn frame(context: *mut c_void, argument: *mut c_void) -> c_int {
-        // SAFETY: the argument is the `Walk` of `catches_before`, which nothing else uses meanwhile.
+        // SAFETY: the argument is the `Walk` of `catches_before`, which nothing else uses
+        // meanwhile.
         let walk = unsafe { &mut *argument.cast::<Walk>() };
-        // SAFETY: the unwinder's own context of this frame. What it calls so is the frame's stack pointer: where the frame
-        // that was seen last ends.
+        // SAFETY: the unwinder's own context of this frame. What it calls so is the frame's stack
+        // pointer: where the frame that was seen last ends.
         let stack = unsafe { _Unwind_GetCFA(context) };
         if stack > walk.end {
             // The last frame holds the variable; if there is none, another stack does.
@@ -86,7 +89,8 @@ mod imp {
         }
     }
 
-    /// Whether the call that a frame is in has a handler that catches. `None` if its tables cannot be read.
+    /// Whether the call that a frame is in has a handler that catches. `None` if its tables cannot
+    /// be read.
     ///
     /// # Safety
     /// `context` must be that of the unwinder for the frame.
@@ -106,7 +110,8 @@ mod imp {
         }
         // The address is behind the call, which may be the last instruction of its region.
         let ip = if before == 0 { ip.wrapping_sub(1) } else { ip };
-        // SAFETY: the tables of a loaded function, in the one format that the compilers of this platform write.
+        // SAFETY: the tables of a loaded function, in the one format that the compilers of this
+        // platform write.
         unsafe { action(Reader(data), ip.wrapping_sub(start)) }
     }
 
@@ -115,7 +120,8 @@ mod imp {
     /// # Safety
     /// The reader must be at the beginning of a function's language-specific data.
     unsafe fn action(mut reader: Reader, ip: usize) -> Option<bool> {
-        // SAFETY: each item is there, as the format has it; what follows is read only as far as its lengths say.
+        // SAFETY: each item is there, as the format has it; what follows is read only as far as its
+        // lengths say.
         unsafe {
             let landing_pads = reader.byte();
             if landing_pads != OMITTED {
@@ -157,7 +163,8 @@ mod imp {
     /// The reader must be at an entry of an action table.
     unsafe fn chain_catches(mut reader: Reader) -> Option<bool> {
         for _ in 0..64 {
-            // SAFETY: each entry is a filter and the distance to the next one, from where that distance lies.
+            // SAFETY: each entry is a filter and the distance to the next one, from where that
+            // distance lies.
             unsafe {
                 if reader.sleb() > 0 {
                     return Some(true);
@@ -228,7 +235,8 @@ mod imp {
             }
         }
 
-        /// An offset, in the format that the encoding's lower half names (DWARF, `DW_EH_PE_*`); `None` if there is none such.
+        /// An offset, in the format that the encoding's lower half names (DWARF, `DW_EH_PE_*`);
+        /// `None` if there is none such.
         ///
         /// # Safety
         /// As for `take`.

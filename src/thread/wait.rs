@@ -29,11 +29,13 @@ const STEPS_AMONG_OTHERS: u32 = 4;
 /// as that needs the core, and what comes meanwhile is found in one piece.
 const YIELDS_BEFORE_SLEEP: u32 = 64;
 
-/// Empty steps between two looks of `Auto` whether spinning gets on: 20 to 40 us, of which a look takes less than 1 %.
+/// Empty steps between two looks of `Auto` whether spinning gets on: 20 to 40 us, of which a look
+/// takes less than 1 %.
 const STEPS_PER_LOOK: u32 = 64;
 
-/// Looks in which those that a caller waits for, and that have something to do, show no sign of life, until it parks: some
-/// 200 us, so that what the wake-up costs is little of what they take, be they busy or without a core.
+/// Looks in which those that a caller waits for, and that have something to do, show no sign of
+/// life, until it parks: some 200 us, so that what the wake-up costs is little of what they take,
+/// be they busy or without a core.
 const LOOKS_WITHOUT_LIFE: u32 = 6;
 
 /// How a thread waits for a message.
@@ -45,14 +47,16 @@ const LOOKS_WITHOUT_LIFE: u32 = 6;
 /// | `Park` | a pause, after some 128 polls it sleeps | by a system call of the other side | none |
 /// | `Auto` | as `Spin` while there are cores for all spinning threads and spinning gets on, else as `Park` | | |
 ///
-/// Cores are counted as the process may use them now, and as far as the quotas of its control groups reach (`cpu.max`,
-/// `cpu.cfs_quota_us`): with half a core nothing spins.
+/// Cores are counted as the process may use them now, and as far as the quotas of its control
+/// groups reach (`cpu.max`, `cpu.cfs_quota_us`): with half a core nothing spins.
 ///
-/// `Auto` for a kernel of the CPU backend is decided at launch, for all blocks of its grid together: they spin if every one of them gets
-/// a core that no other spinning kernel has, of this process or of another one, and one core is left for the callers. A block that finds that
-/// it was not running for half a millisecond while it spun (others use its core, or the quota is used up) parks, may run
-/// on other cores meanwhile, and tries again after twenty times as long as it was not running, 10 ms at least; each time
-/// that it fails soon, after twice as long as before, up to 5 s.
+/// `Auto` for a kernel of the CPU backend is decided at launch, for all blocks of its grid
+/// together: they spin if every one of them gets a core that no other spinning kernel has, of this
+/// process or of another one, and one core is left for the callers. A block that finds that it was
+/// not running for half a millisecond while it spun (others use its core, or the quota is used up)
+/// parks, may run on other cores meanwhile, and tries again after twenty times as long as it was
+/// not running, 10 ms at least; each time that it fails soon, after twice as long as before, up to
+/// 5 s.
 ///
 /// `Auto` for a caller is decided during each wait that lasts longer than some 5 us. It spins on if there is a core for it,
 /// for each spinner, and for a kernel that parks. It parks when it finds itself on a core that the kernel spins on, when it
@@ -61,11 +65,11 @@ const LOOKS_WITHOUT_LIFE: u32 = 6;
 /// [`Client`](crate::Client) beside others asks after some 1 us, because others can do its work
 /// meanwhile; without a core it offers its own to them (`sched_yield`, up to 64 times) before it sleeps.
 ///
-/// The side that wakes a sleeper pays for it: `try_send` to a kernel that parks has a memory fence, and a system
-/// call if the kernel sleeps. To a kernel that spins it has neither. Where Linux's `membarrier` is missing or refused, as on
-/// other systems, sending to a kernel with `Auto` has the fence in either case. With it, a block that
-/// goes over from spinning to parking, at most once in 10 ms, interrupts each core that runs a thread
-/// of the process.
+/// The side that wakes a sleeper pays for it: `try_send` to a kernel that parks has a memory fence,
+/// and a system call if the kernel sleeps. To a kernel that spins it has neither. Where Linux's
+/// `membarrier` is missing or refused, as on other systems, sending to a kernel with `Auto` has the
+/// fence in either case. With it, a block that goes over from spinning to parking, at most once in
+/// 10 ms, interrupts each core that runs a thread of the process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum WaitStrategy {
@@ -222,9 +226,9 @@ impl Waiter {
 
     /// Passes the time after an empty step, asleep on `event` if the strategy says so and `is_ready` still says no.
     ///
-    /// Returns false once the deadline has passed: poll once more then, and give up. The clock starts at the fourth
-    /// call, some 1 us into the wait: replies that are faster cost no clock read. A timeout of zero is over at once.
-    /// `awaited` are those that it waits for.
+    /// Returns false once the deadline has passed: poll once more then, and give up. The clock
+    /// starts at the fourth call, some 1 us into the wait: replies that are faster cost no clock
+    /// read. A timeout of zero is over at once. `awaited` are those that it waits for.
     #[inline]
     pub(crate) fn pause(
         &mut self,
@@ -402,7 +406,8 @@ impl Drop for CallerSpin {
     }
 }
 
-/// The core that the calling thread runs on. No system call on the architectures whose C libraries have a faster way.
+/// The core that the calling thread runs on. No system call on the architectures whose C libraries
+/// have a faster way.
 fn current_core() -> Option<usize> {
     #[cfg(target_os = "linux")]
     {

@@ -1,11 +1,11 @@
 //! A counter that is held against the system's clock while it is read.
 //!
-//! A counter read is cheap, and on a sound machine exact. It is not sound everywhere: it may step when a
-//! virtual machine is moved, restored or resumed, differ between cores, or stop. The system's clock does
-//! none of these. Each thread compares the two once in a millisecond in which it reads the counter, and at
-//! once when the counter goes back, stands still or leaps. The first disagreement ends the use of the
-//! counter in this process: from then on readings are computed from the system's clock, in the same units
-//! and without a step.
+//! A counter read is cheap, and on a sound machine exact. It is not sound everywhere: it may step
+//! when a virtual machine is moved, restored or resumed, differ between cores, or stop. The
+//! system's clock does none of these. Each thread compares the two once in a millisecond in which
+//! it reads the counter, and at once when the counter goes back, stands still or leaps. The first
+//! disagreement ends the use of the counter in this process: from then on readings are computed
+//! from the system's clock, in the same units and without a step.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
@@ -13,20 +13,21 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 /// How long a thread reads the counter before it looks at the system's clock again.
 const CHECK_INTERVAL_NS: u64 = 1_000_000;
 
-/// By how much the counter may be off without being found out, far more than a comparison is off by.
+/// By how much the counter may be off without being found out, far more than a comparison is off
+/// by.
 const TOLERANCE_NS: u64 = 250_000;
 
-/// Of the time since the last comparison that was kept: 1/1024 of it may be missing. Calibration is good
-/// to 10 ppm.
+/// Of the time since the last comparison that was kept: 1/1024 of it may be missing. Calibration is
+/// good to 10 ppm.
 const RATE_TOLERANCE_SHIFT: u32 = 10;
 
-/// How old the kept comparison becomes before a newer one takes its place. Long against the tolerance,
-/// so that a counter of a wrong rate is found out.
+/// How old the kept comparison becomes before a newer one takes its place. Long against the
+/// tolerance, so that a counter of a wrong rate is found out.
 const COMPARISON_LIFETIME_NS: u64 = 1_000_000_000;
 
-/// How often a counter is read again that shows what it did before: some count in steps of 40 ns, within
-/// which a thread reads them several times. Longer than such a step; one that still shows the same is
-/// compared.
+/// How often a counter is read again that shows what it did before: some count in steps of 40 ns,
+/// within which a thread reads them several times. Longer than such a step; one that still shows
+/// the same is compared.
 const REREADINGS: u32 = 64;
 
 /// How precise a comparison must be to be kept.
@@ -43,7 +44,8 @@ pub(super) trait Readings {
 /// What one thread has seen of the counter.
 #[derive(Debug)]
 pub(super) struct Seen {
-    /// The reading that was compared with the system's clock. At first one that no counter is near to.
+    /// The reading that was compared with the system's clock. At first one that no counter is near
+    /// to.
     checked: Cell<u64>,
     /// The last reading that was given.
     last: Cell<u64>,
@@ -69,15 +71,15 @@ pub(super) struct CheckedCounter {
     nanos_per_tick: u64,
     ticks_per_nano: u64,
     check_interval: u64,
-    /// By how much the system's clock had gone ahead of the counter, since `base`, at the comparison that
-    /// is kept; and when that was, by the system's clock.
+    /// By how much the system's clock had gone ahead of the counter, since `base`, at the
+    /// comparison that is kept; and when that was, by the system's clock.
     lead_ns: AtomicI64,
     compared_at_ns: AtomicU64,
 }
 
 impl CheckedCounter {
-    /// A counter of `frequency` ticks per second that showed `base_ticks` when the system's clock showed
-    /// `base_ns`. `None` for a frequency that no counter has.
+    /// A counter of `frequency` ticks per second that showed `base_ticks` when the system's clock
+    /// showed `base_ns`. `None` for a frequency that no counter has.
     #[cfg(any(test, target_arch = "x86_64", target_arch = "aarch64"))]
     pub(super) fn new(base_ticks: u64, base_ns: u64, frequency: u64) -> Option<Self> {
         if !(1_000_000..=1_000_000_000_000).contains(&frequency) {
@@ -113,7 +115,8 @@ impl CheckedCounter {
 
     #[inline]
     pub(super) fn is_trusted(&self) -> bool {
-        // Relaxed: it guards no data. What a thread reads that learns of it late is checked all the same.
+        // Relaxed: it guards no data. What a thread reads that learns of it late is checked all the
+        // same.
         self.is_trusted.load(Ordering::Relaxed)
     }
 
@@ -169,8 +172,8 @@ impl CheckedCounter {
         }
     }
 
-    /// Waits for the next step of a counter that shows what was given last, and compares it with the system's
-    /// clock if there is none, or if another reason led here.
+    /// Waits for the next step of a counter that shows what was given last, and compares it with
+    /// the system's clock if there is none, or if another reason led here.
     #[cold]
     #[inline(never)]
     fn look_again(&self, ticks: u64, readings: &impl Readings, seen: &Seen) -> u64 {
@@ -192,12 +195,12 @@ impl CheckedCounter {
     #[cold]
     #[inline(never)]
     pub(super) fn check(&self, readings: &impl Readings, seen: &Seen) -> u64 {
-        // ORDERING: comparison. Acquire pairs with the release below: the lead is no older than the time
-        // that it is said to be of.
+        // ORDERING: comparison. Acquire pairs with the release below: the lead is no older than the
+        // time that it is said to be of.
         let compared_at = self.compared_at_ns.load(Ordering::Acquire);
         let lead = self.lead_ns.load(Ordering::Relaxed);
-        // Between two readings of the system's clock: however long the thread is kept from running here,
-        // no sound counter is convicted.
+        // Between two readings of the system's clock: however long the thread is kept from running
+        // here, no sound counter is convicted.
         let before = readings.system_ns();
         let ticks = readings.counter_ordered();
         let after = readings.system_ns();
@@ -257,7 +260,8 @@ mod tests {
     const BASE_TICKS: u64 = 1 << 60;
     const BASE_NS: u64 = 77 * HOUR;
 
-    /// By how much a reading may be off: a leap that is too short to be noticed at once, and the tolerance.
+    /// By how much a reading may be off: a leap that is too short to be noticed at once, and the
+    /// tolerance.
     const WORST_NS: u64 = CHECK_INTERVAL_NS + 2 * TOLERANCE_NS;
 
     /// A machine whose time passes when it is told to, and by a little with each look.

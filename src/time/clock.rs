@@ -12,8 +12,8 @@ use super::system::system_ns;
 
 use crate::logging;
 
-/// How long the x86 counter is compared with the system's clock. Both ends of the comparison are known to
-/// some 40 ns, so that 10 ms give 8 ppm.
+/// How long the x86 counter is compared with the system's clock. Both ends of the comparison are
+/// known to some 40 ns, so that 10 ms give 8 ppm.
 #[cfg(target_arch = "x86_64")]
 const CALIBRATION_NS: u64 = 10_000_000;
 
@@ -84,8 +84,8 @@ pub(super) struct Clock {
     objection: Option<String>,
 }
 
-/// Null until the clock is calibrated; never freed then. No `OnceLock`: the child of a fork would wait for
-/// ever for a thread that was just calibrating.
+/// Null until the clock is calibrated; never freed then. No `OnceLock`: the child of a fork would
+/// wait for ever for a thread that was just calibrating.
 static CLOCK: AtomicPtr<Clock> = AtomicPtr::new(null_mut());
 
 thread_local! {
@@ -119,8 +119,8 @@ fn first_clock() -> &'static Clock {
     }
 }
 
-/// Calibrates the clock if that has not happened yet; blocks for 10 ms then. The runtime's builder calls
-/// it, so that no message call has to. Logs once if the counter is not used.
+/// Calibrates the clock if that has not happened yet; blocks for 10 ms then. The runtime's builder
+/// calls it, so that no message call has to. Logs once if the counter is not used.
 pub(crate) fn initialise() {
     static IS_LOGGED: AtomicBool = AtomicBool::new(false);
     let clock = clock();
@@ -200,7 +200,8 @@ fn calibrated_counter() -> Result<CheckedCounter, String> {
     Err("none is known for this architecture".to_owned())
 }
 
-/// Readings of the counter and of the system's clock that are as close together as a few tries allow.
+/// Readings of the counter and of the system's clock that are as close together as a few tries
+/// allow.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 fn tight_pair() -> (u64, u64) {
     let mut best = (u64::MAX, 0, 0);
@@ -215,8 +216,8 @@ fn tight_pair() -> (u64, u64) {
     (best.1, best.2)
 }
 
-/// The present in ticks of the clock, on every thread within a third of a millisecond of the system's
-/// clock. Neither blocks, allocates nor calls the system once the clock is calibrated.
+/// The present in ticks of the clock, on every thread within a third of a millisecond of the
+/// system's clock. Neither blocks, allocates nor calls the system once the clock is calibrated.
 #[inline]
 pub(crate) fn ticks() -> u64 {
     let clock = clock();
@@ -235,29 +236,29 @@ pub(crate) fn ticks_to_nanos(ticks: u64) -> u64 {
     clock().counter.nanos(ticks)
 }
 
-/// Nanoseconds since the Unix epoch: the wall clock as it was when the process first asked, advanced
-/// monotonically on each thread. Not corrected for later steps of the wall clock.
+/// Nanoseconds since the Unix epoch: the wall clock as it was when the process first asked,
+/// advanced monotonically on each thread. Not corrected for later steps of the wall clock.
 ///
-/// It is read from the CPU's counter where the system trusts that one, and held against the system's
-/// clock once in a millisecond in which a thread reads it, or at once when the counter leaps, goes back
-/// or stands still. So readings of all threads are within a millisecond and a half of each other
-/// whatever the counter does; where it is sound, within tens of nanoseconds. The first disagreement ends
-/// the use of the counter ([`clock_source`] tells).
+/// It is read from the CPU's counter where the system trusts that one, and held against the
+/// system's clock once in a millisecond in which a thread reads it, or at once when the counter
+/// leaps, goes back or stands still. So readings of all threads are within a millisecond and a half
+/// of each other whatever the counter does; where it is sound, within tens of nanoseconds. The
+/// first disagreement ends the use of the counter ([`clock_source`] tells).
 ///
-/// The processor may read its counter before loads that precede the call have given their values: some
-/// ten nanoseconds early, for a line that another core has just written. To time what another thread did,
-/// use [`now_ns_ordered`].
+/// The processor may read its counter before loads that precede the call have given their values:
+/// some ten nanoseconds early, for a line that another core has just written. To time what another
+/// thread did, use [`now_ns_ordered`].
 ///
-/// Neither blocks, allocates nor calls the system after the first call, which takes 10 ms; where the
-/// system's clock itself needs a system call, a reading of that clock is one.
+/// Neither blocks, allocates nor calls the system after the first call, which takes 10 ms; where
+/// the system's clock itself needs a system call, a reading of that clock is one.
 #[inline]
 #[must_use]
 pub fn now_ns() -> u64 {
     clock().epoch_ns(ticks())
 }
 
-/// As [`now_ns`], but read when everything before it has happened: the loads before it have given their
-/// values. Costs what these still take, and some 10 ns.
+/// As [`now_ns`], but read when everything before it has happened: the loads before it have given
+/// their values. Costs what these still take, and some 10 ns.
 #[inline]
 #[must_use]
 pub fn now_ns_ordered() -> u64 {

@@ -1,8 +1,11 @@
-//! Every kind of party at once, at random by seed, against ground truth: each message that a party was told is taken is
-//! received once or is a dead letter once, and the report, the letters and the counters say the same.
+//! Every kind of party at once, at random by seed, against ground truth: each message that a party
+//! was told is taken is received once or is a dead letter once, and the report, the letters and the
+//! counters say the same.
 //!
-//! A failure prints its seed. `RINGKERNEL_CHAOS_SEED` runs that one scenario, `RINGKERNEL_CHAOS_SECONDS` says how long new ones are tried on
-//! each backend (default 3), `RINGKERNEL_CHAOS_BACKEND` which backends: `cpu`, `vulkan` or `both` (the default, as far as they are there).
+//! A failure prints its seed. `RINGKERNEL_CHAOS_SEED` runs that one scenario,
+//! `RINGKERNEL_CHAOS_SECONDS` says how long new ones are tried on each backend (default 3),
+//! `RINGKERNEL_CHAOS_BACKEND` which backends: `cpu`, `vulkan` or `both` (the default, as far as
+//! they are there).
 
 mod ledger;
 mod random;

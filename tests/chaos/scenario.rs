@@ -58,7 +58,7 @@ struct World {
     ledger: Ledger,
 }
 
-/// Whoever sends and receives.
+/// The parties that send and receive.
 enum Party {
     Handle(usize),
     Sender(usize, Sender<Bytes>),
@@ -70,7 +70,8 @@ enum Party {
 }
 
 impl World {
-    /// Whether what is sent to a kernel comes back once if nothing happens to it; `None` if it may come back more often.
+    /// Whether what is sent to a kernel comes back once if nothing happens to it; `None` if it may
+    /// come back more often.
     fn comes_back(&self, kernel: usize) -> Option<bool> {
         let member = &self.members[kernel];
         if member.leads_to.len() > 1 {
@@ -293,7 +294,8 @@ impl World {
                 }
             }
             Party::Latest(kernel, latest) => {
-                // What it passes over is received, and of no use to the ledger: it says how much that was.
+                // What it passes over is received, and of no use to the ledger: it says how much
+                // that was.
                 if sends {
                     let (number, _) = self.request(*kernel, random);
                     let sent = latest.publish(&Number { number });
@@ -350,7 +352,8 @@ impl World {
         }
     }
 
-    /// What a thread does; the parties that it still has. Those that it drops are those that it has no more.
+    /// What a thread does; the parties that it still has. Those that it drops are those that it has
+    /// no more.
     fn work(&self, random: &mut Random, steps: usize, latest: &Mutex<u64>) -> Vec<Party> {
         let mut parties = Vec::new();
         for _ in 0..steps {
@@ -621,7 +624,8 @@ pub fn run(backend: BackendType, seed: u64) {
         doubled.is_empty() || may_double || is_lost,
         "seen too often: {doubled:#?}\n{names:#?}\n{report:?}"
     );
-    // What goes several ways is not followed, so that kernels which others share excuse nothing here.
+    // What goes several ways is not followed, so that kernels which others share excuse nothing
+    // here.
     assert!(
         lost.len() as u64 <= unanswered || is_lost,
         "not seen, of which {unanswered} may be: {lost:#?}\n{names:#?}\n{report:?}"
@@ -671,8 +675,8 @@ fn check_sums(report: &ShutdownReport) {
     );
 }
 
-/// Holds the report against the letters, and against what the parties know. `latest` is what endpoints for the newest value received, if
-/// nothing but the parties sends and receives.
+/// Holds the report against the letters, and against what the parties know. `latest` is what
+/// endpoints for the newest value received, if nothing but the parties sends and receives.
 fn check(world: &World, report: &ShutdownReport, latest: Option<u64>) {
     check_sums(report);
     let counts = world.runtime.dead_letters().counts();

@@ -12,8 +12,9 @@ use ringkernel::{
 
 use super::{LONG, Subject, active, eventually, runtime, runtime_from, small};
 
-/// Replies that are received after the end of their kernel count as delivered, whatever the runtime has been asked for
-/// meanwhile and whoever still has a handle; those that nobody received are returned.
+/// Replies that are received after the end of their kernel count as delivered, whatever the runtime
+/// has been asked for meanwhile and the threads that still hold a handle; those that no handle
+/// received are returned.
 pub fn replies_received_after_the_end_are_delivered<S: Subject>() {
     for (lists, keeps) in [(false, true), (true, true), (true, false), (false, false)] {
         let runtime = runtime::<S>();
@@ -106,8 +107,8 @@ pub fn clients_and_endpoints_receive_after_the_end<S: Subject>() {
     }
 }
 
-/// Endpoints and clients look whether the kernel takes requests, and write one, without telling anybody: what they
-/// write while it ends is returned.
+/// Endpoints and clients look whether the kernel takes requests, and write one, without telling
+/// anybody: what they write while it ends is returned.
 pub fn requests_sent_while_the_kernel_ends_are_in_the_report<S: Subject>() {
     for round in 0..30 {
         let runtime = runtime::<S>();
@@ -157,8 +158,8 @@ pub fn requests_sent_while_the_kernel_ends_are_in_the_report<S: Subject>() {
     }
 }
 
-/// Replies that a handler was told are taken, on a thread that must not wait for room, are accounted for whether the
-/// kernel is told to end or its handler panics.
+/// Replies that a handler was told are taken, on a thread that must not wait for room, are
+/// accounted for whether the kernel is told to end or its handler panics.
 pub fn replies_that_wait_for_room_are_in_the_report<S: Subject>() {
     const REPLIES: u64 = 20;
     for panics in [false, true] {
@@ -199,8 +200,8 @@ pub fn replies_that_wait_for_room_are_in_the_report<S: Subject>() {
         drop((first, last));
         let counts = runtime.dead_letters().counts();
         assert_eq!(counts.replies(), report.replies.dead_lettered);
-        // Of the requests, the one that the handler panicked on is none of them; and then it has not taken the first
-        // kernel's reply either.
+        // Of the requests, the one that the handler panicked on is none of them; and then it has
+        // not taken the first kernel's reply either.
         assert_eq!(
             counts.shutdown,
             report.replies.returned - u64::from(panics) + report.requests.returned

@@ -25,7 +25,8 @@ const OUT_F64: u32 = 23;
 const OUT_COPY: u32 = 24;
 const FILL: u32 = 25;
 
-/// Words of the state of `test.bounds`, of a slot's payload, and those that a block's threads share.
+/// Words of the state of `test.bounds`, of a slot's payload, and those that a block's threads
+/// share.
 const STATE_WORDS: u32 = 5;
 const SLOT_WORDS: u32 = 12;
 const SHARED_WORDS: u32 = 1024;
@@ -35,7 +36,8 @@ const CAPACITY: u32 = 16;
 
 const PATTERN: u32 = 0x5a5a_5a5a;
 
-/// Indices from `end` on: just beyond, further, such that their bytes wrap around, and the last ones, which lie before what begins at 0.
+/// Indices from `end` on: just beyond, further, such that their bytes wrap around, and the last
+/// ones, which lie before what begins at 0.
 fn beyond(end: u32) -> Vec<u32> {
     let mut indices = vec![end, end + 1, end + 3, end + 15, end + 64, end + 4096];
     for wrap in [

@@ -1,4 +1,5 @@
-//! Code of the crate's user in places where it could keep the library from telling its state, or from ending.
+//! Code of the crate's user in places where it could keep the library from telling its state, or
+//! from ending.
 
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, panic_any};
@@ -83,7 +84,8 @@ thread_local! {
     static LOCAL: RefCell<Option<BlocksWhenDropped>> = const { RefCell::new(None) };
 }
 
-/// Callers learn of a panic although its payload cannot be dropped, be it that the destructor panics without end.
+/// Callers learn of a panic although its payload cannot be dropped, be it that the destructor
+/// panics without end.
 pub fn a_panic_payload_whose_destructor_panics_fails_the_kernel_at_once<S: Subject>() {
     let runtime = patient::<S>();
     let kernel = with_handler(&runtime, "test.bomb", |_, _| panic_any(PanicsWhenDropped));
@@ -148,7 +150,8 @@ pub fn a_thread_local_destructor_that_blocks_does_not_delay_a_termination<S: Sub
     drop(open);
 }
 
-/// What a handler captured is dropped with the runtime, and a panic there goes no further, even on a thread that unwinds.
+/// What a handler captured is dropped with the runtime, and a panic there goes no further, even on
+/// a thread that unwinds.
 pub fn a_captured_value_that_panics_when_dropped_harms_nobody<S: Subject>() {
     let start = || {
         let runtime = runtime::<S>();
@@ -479,8 +482,8 @@ pub fn a_thread_local_destructor_may_terminate_its_own_kernel<S: Subject>() {
     assert_eq!(kernel.status().state, KernelState::Failed);
 }
 
-/// Of kernels that share a thread, the one whose handler does not return has failed, and no other; whoever waits for another one is told
-/// whose handler that is.
+/// Of kernels that share a thread, the one whose handler does not return has failed, and no other;
+/// callers that wait for another one are told whose handler that is.
 pub fn a_stuck_handler_is_the_failure_of_its_own_kernel_alone<S: Subject>() {
     for last_first in [true, false] {
         let config = RuntimeConfig {
@@ -507,7 +510,8 @@ pub fn a_stuck_handler_is_the_failure_of_its_own_kernel_alone<S: Subject>() {
         thread::sleep(Duration::from_millis(50));
 
         if !last_first {
-            // It says whose handler holds the thread, unless the last one's own thread had its turn.
+            // It says whose handler holds the thread, unless the last one's own thread had its
+            // turn.
             match first.deactivate() {
                 Err(Error::ThreadHeld { holder, kernel, .. }) => {
                     assert_eq!(

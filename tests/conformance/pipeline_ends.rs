@@ -344,7 +344,8 @@ pub fn a_panic_in_any_stage_fails_that_kernel_alone<S: Subject>() {
                     assert_eq!(receive(&kernels[before]), Ok(number + stage as u64));
                 }
             }
-            // The kernel behind it can be sent to again, as soon as the thread of the one that failed has ended.
+            // The kernel behind it can be sent to again, as soon as the thread of the one that
+            // failed has ended.
             if let Some(behind) = kernels.get(stage + 1) {
                 eventually("its end of the connection", || send_now(behind, 0));
                 for number in 0..40 {

@@ -35,8 +35,8 @@ pub fn is_possible() -> bool {
 
 /// From now on the counter of this thread, and of those that it starts, is the fake one.
 pub fn install() -> bool {
-    // SAFETY: the handler is async-signal-safe: it touches atomics and its own arguments, and calls the system. It
-    // runs on the signal stack that std gives each thread.
+    // SAFETY: the handler is async-signal-safe: it touches atomics and its own arguments, and calls
+    // the system. It runs on the signal stack that std gives each thread.
     unsafe {
         VDSO.store(libc::getauxval(libc::AT_SYSINFO_EHDR), SeqCst);
         OWN_THREAD.store(libc::gettid(), SeqCst);
@@ -73,8 +73,8 @@ pub fn reads() -> u64 {
 }
 
 extern "C" fn on_trap(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the kernel gives a handler with `SA_SIGINFO` a valid context of its thread. Code is read where the
-    // thread just executed it.
+    // SAFETY: the kernel gives a handler with `SA_SIGINFO` a valid context of its thread. Code is
+    // read where the thread just executed it.
     unsafe {
         let registers = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
         let at = registers[libc::REG_RIP as usize];

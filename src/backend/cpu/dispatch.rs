@@ -174,7 +174,8 @@ impl CpuDispatch {
         self.was_joined = true;
     }
 
-    /// Whether every block has ended, which each tells before its thread runs destructors of the crate's user.
+    /// Whether every block has ended, which each tells before its thread runs destructors of the
+    /// crate's user.
     fn has_ended(&self) -> bool {
         // Fewer threads than blocks if not all could be started.
         let mut blocks = self.threads.iter().zip(self.blocks.iter());
@@ -184,7 +185,8 @@ impl CpuDispatch {
 
 impl Dispatch for CpuDispatch {
     fn keep_alive(&mut self) -> DispatchStatus {
-        // A block reports its failure itself. A thread in a destructor of the crate's user still runs.
+        // A block reports its failure itself. A thread in a destructor of the crate's user still
+        // runs.
         let (has_ended, now) = (self.has_ended(), Deadline::after(Duration::ZERO));
         let mut threads = self.threads.iter_mut();
         if has_ended && threads.all(|thread| !matches!(thread.join(now), Join::LeftBehind(_))) {
@@ -225,16 +227,17 @@ impl Dispatch for CpuDispatch {
 
     fn leftovers(&self, block: u32, position: u32) -> Option<Leftovers> {
         let block = self.blocks.get(block as usize)?;
-        // SAFETY: the caller promises that the dispatch ended, or that its thread is stuck in a handler, be it that of a
-        // block behind this one; `request_stop` has set every `terminate` word before.
+        // SAFETY: the caller promises that the dispatch ended, or that its thread is stuck in a
+        // handler, be it that of a block behind this one; `request_stop` has set every `terminate`
+        // word before.
         Some(unsafe { Leftovers::new(Arc::clone(block), position) })
     }
 }
 
 impl Drop for CpuDispatch {
-    /// Asks the threads to end and joins those that do so promptly, unless they have been joined. One that sits in a handler or
-    /// a destructor that does not return cannot be joined; it keeps its own memory alive, and ends by itself should that
-    /// return.
+    /// Asks the threads to end and joins those that do so promptly, unless they have been joined.
+    /// One that sits in a handler or a destructor that does not return cannot be joined; it keeps
+    /// its own memory alive, and ends by itself should that return.
     fn drop(&mut self) {
         if !self.was_joined {
             self.request_stop();

@@ -1,5 +1,5 @@
-//! Panics of handlers are told before the process's panic hook runs, which may take long: one that prints a backtrace takes
-//! hundreds of milliseconds.
+//! Panics of handlers are told before the process's panic hook runs, which may take long: one that
+//! prints a backtrace takes hundreds of milliseconds.
 
 use std::any::Any;
 use std::panic::{PanicHookInfo, set_hook, take_hook};
@@ -11,8 +11,8 @@ use crate::kernel::{FailureReason, KernelFailure};
 /// No `Once`: the child of a fork would wait for ever for a thread that was just at it.
 static IS_INSTALLED: AtomicBool = AtomicBool::new(false);
 
-/// Puts a hook before the process's panic hook, once: a hook that is set later replaces both. Not on a thread that panics, which
-/// may not change hooks.
+/// Puts a hook before the process's panic hook, once: a hook that is set later replaces both. Not
+/// on a thread that panics, which may not change hooks.
 pub(crate) fn install_hook() {
     if std::thread::panicking() || IS_INSTALLED.swap(true, Ordering::Relaxed) {
         return;
@@ -24,8 +24,8 @@ pub(crate) fn install_hook() {
     }));
 }
 
-/// Fails the kernel whose handler panics. Panics nowhere, and runs no code of the crate's user: a panic in a hook ends the
-/// process.
+/// Fails the kernel whose handler panics. Panics nowhere, and runs no code of the crate's user: a
+/// panic in a hook ends the process.
 fn tell(info: &PanicHookInfo<'_>) {
     if let Some((signals, block, request)) = panicking_handler() {
         signals.fail_silently(KernelFailure {

@@ -163,7 +163,7 @@ impl Worker {
             Err(panic) => (Some(block.panicked(panic.as_ref())), Some(panic)),
         };
         if failure.is_some() {
-            // It waits for nobody any more.
+            // The block waits for no other thread from here on.
             memory.control().set_terminate();
         }
         block.port.give_spilled_up();

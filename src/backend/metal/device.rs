@@ -153,7 +153,8 @@ impl Backend for MetalBackend {
                                 ExecutionMode::Exchange,
                                 format!("the probe failed: {failed}"),
                             ),
-                            // A slice that polls was ended by the system; those of exchange mode do not.
+                            // A slice that polls was ended by the system; those of exchange mode do
+                            // not.
                             Err(lost @ Error::DeviceLost { .. }) => {
                                 (ExecutionMode::Exchange, format!("the probe failed: {lost}"))
                             }

@@ -22,7 +22,8 @@ use crate::logging;
 use crate::thread::event_count::EventCount;
 use crate::thread::{affinity, driver_thread};
 
-/// How often a shader's clock is tried before its answer counts: on a busy machine an attempt may come to nothing.
+/// How often a shader's clock is tried before its answer counts: on a busy machine an attempt may
+/// come to nothing.
 const CLOCK_PROBES: u32 = 3;
 
 /// How memory for replies is called in a device's description.

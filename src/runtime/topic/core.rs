@@ -336,14 +336,14 @@ impl TopicShared {
     }
 
     /// Whether this process is the child of a fork, and the topic stays with its parent.
-    pub(super) fn is_elsewhere(&self) -> bool {
+    pub(super) fn has_forked_since(&self) -> bool {
         process::look();
         self.signals.state.load(Ordering::Relaxed) == FORKED
     }
 
     /// The core in hand, for the control plane.
     fn with<R>(&self, mut act: impl FnMut(&mut Core) -> R) -> Result<R, Error> {
-        if self.is_elsewhere() {
+        if self.has_forked_since() {
             return Err(Error::Forked {
                 operation: "use a topic",
             });
@@ -382,7 +382,7 @@ impl TopicShared {
     pub(super) fn add_lane(&self, lane: LaneIn, retained: bool) -> Result<Arc<LaneShared>, Error> {
         let shared = Arc::clone(&lane.shared);
         let mut lane = Some(lane);
-        // Freed once the topic is in nobody's hands.
+        // Freed once no thread holds the topic.
         let mut retired = Vec::with_capacity(MAX_SUBSCRIBERS);
         let added = self.with(|core| {
             let lanes = &mut core.lanes;
@@ -407,7 +407,7 @@ impl TopicShared {
 
     /// Gives the memory back that subscribers had which have gone.
     pub(super) fn free_retired(&self) -> Result<(), Error> {
-        // Freed once the topic is in nobody's hands.
+        // Freed once no thread holds the topic.
         let mut retired = Vec::with_capacity(MAX_SUBSCRIBERS);
         self.with(|core| {
             core.lanes.sweep();

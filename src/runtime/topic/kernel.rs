@@ -321,7 +321,7 @@ impl KernelSubscription {
 impl Drop for KernelSubscription {
     /// The bridge ends it; what waits in its lane then goes to the dead letters.
     fn drop(&mut self) {
-        if self.pump.kernel.is_elsewhere() {
+        if self.pump.kernel.has_forked_since() {
             return;
         }
         self.pump.cancelled.store(true, Ordering::Release);

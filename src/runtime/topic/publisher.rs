@@ -70,7 +70,7 @@ impl PublisherLane {
             left,
             Err(TrySendError::Unavailable(_) | TrySendError::Rejected(_))
         ) {
-            // Also if there was no room: lest nobody comes by any more.
+            // Also if there was no room: no other thread may look later.
             self.topic.core.leave();
         }
         left
@@ -120,7 +120,7 @@ impl PublisherLane {
 impl Drop for PublisherLane {
     /// What was published reaches the subscribers all the same.
     fn drop(&mut self) {
-        if self.topic.is_elsewhere() {
+        if self.topic.has_forked_since() {
             return;
         }
         self.shared.closed.store(true, Ordering::Release);

@@ -115,7 +115,7 @@ impl SubscriberLane {
 impl Drop for SubscriberLane {
     /// What it has not received goes to the dead letters.
     fn drop(&mut self) {
-        if self.topic.is_elsewhere() {
+        if self.topic.has_forked_since() {
             return;
         }
         self.lane.closed.store(true, Ordering::Release);

@@ -38,7 +38,7 @@ pub use report::{Grant, Need, RealtimeReport, Refusal, Schedule, Setting};
 use super::{foreign, own};
 use crate::error::Error;
 use crate::logging;
-use crate::process::Birth;
+use crate::process::OriginProcess;
 use crate::time::Deadline;
 
 /// Between two looks whether a thread has ended.
@@ -243,7 +243,7 @@ impl RealtimeThread {
         };
         match outcome {
             Ok(report) => Ok(RealtimeHandle {
-                birth: Birth::here(),
+                origin: OriginProcess::current(),
                 report,
                 stop,
                 thread: Some(thread),
@@ -367,12 +367,13 @@ impl RealtimeContext {
 
 /// A realtime thread that was started.
 ///
-/// Dropping it asks the thread to end, and waits until it has: for as long as its body takes to notice. A thread
-/// that drops its own handle does not wait for itself: it has been asked to end, and goes on.
+/// Dropping it asks the thread to end, and waits until it has: for as long as its body takes to
+/// notice. A thread that drops its own handle does not wait for itself: it has been asked to end,
+/// and goes on.
 #[derive(Debug)]
 pub struct RealtimeHandle<T> {
     /// The process that the thread is of.
-    birth: Birth,
+    origin: OriginProcess,
     report: RealtimeReport,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<Option<T>>>,
@@ -390,10 +391,11 @@ impl<T> RealtimeHandle<T> {
         self.stop.store(true, Ordering::Relaxed);
     }
 
-    /// Whether its body has ended. Always so in the child of a `fork`, where there is no such thread.
+    /// Whether its body has ended. Always so in the child of a `fork`, where there is no such
+    /// thread.
     #[must_use]
     pub fn is_finished(&self) -> bool {
-        self.birth.is_elsewhere() || self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+        self.origin.has_forked_since() || self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
     /// Waits until its body has ended, but no longer than `timeout`; whether it has.
@@ -421,7 +423,7 @@ impl<T> RealtimeHandle<T> {
             // Dropping the handle tells the thread to end.
             return Err(Box::new("a realtime thread cannot join itself"));
         }
-        if self.birth.is_elsewhere() {
+        if self.origin.has_forked_since() {
             return Err(Box::new(
                 "the process was forked, and the realtime thread stays with its parent",
             ));
@@ -437,7 +439,7 @@ impl<T> RealtimeHandle<T> {
 
 impl<T> Drop for RealtimeHandle<T> {
     fn drop(&mut self) {
-        if self.birth.is_elsewhere() {
+        if self.origin.has_forked_since() {
             // No such thread is here, neither to be joined nor to be detached.
             std::mem::forget(self.thread.take());
             return;
