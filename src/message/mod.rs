@@ -2,7 +2,7 @@
 //!
 //! Nothing here knows of rings or devices, and nothing here needs an operating system.
 
-#[cfg(feature = "std")]
+#[cfg(all(feature = "std", not(loom)))]
 mod aligned;
 pub mod codec;
 #[cfg(all(feature = "std", not(loom)))]
@@ -11,7 +11,7 @@ mod header;
 mod ring_message;
 mod serializer;
 
-#[cfg(feature = "std")]
+#[cfg(all(feature = "std", not(loom)))]
 pub(crate) use aligned::AlignedBytes;
 #[cfg(all(feature = "std", not(loom)))]
 pub(crate) use encoder::MessageEncoder;

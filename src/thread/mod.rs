@@ -57,6 +57,7 @@ mod wait;
 pub(crate) use awaited::{AnyThread, Awaited};
 #[cfg(not(loom))]
 pub(crate) use cores::{CoreLease, SpinPermit};
+#[cfg(not(loom))]
 pub(crate) use mailbox::mailbox_of;
 pub use mailbox::{MailboxReader, MailboxWriter, mailbox};
 #[cfg(not(loom))]
