@@ -463,15 +463,22 @@ impl TopicShared {
 
     /// Refuses publishers from now on.
     pub(super) fn drain(&self) {
-        // Once the topic was had, nobody is in the middle of publishing, and nothing lies in outboxes that was left before.
-        let state = &self.signals.state;
-        let _ = state.compare_exchange(OPEN, DRAINING, Ordering::SeqCst, Ordering::Relaxed);
+        self.refuse_publishers();
+        // Once this thread has held the topic, no publisher is in the middle of publishing, and the
+        // outboxes hold no message that was left before.
         self.core.leave();
         let _ = self.with(|_| ());
     }
 
+    fn refuse_publishers(&self) {
+        let state = &self.signals.state;
+        let _ = state.compare_exchange(OPEN, DRAINING, Ordering::SeqCst, Ordering::Relaxed);
+    }
+
     /// Ends the topic, and wakes everybody who waits for a message.
     pub(super) fn close(&self) -> Result<(), Error> {
+        // First: publishers that go on without a pause would keep this thread from the topic.
+        self.refuse_publishers();
         self.core.leave();
         let deadline = Deadline::after(self.termination_timeout);
         let closed = self.with(|core| core.close(deadline));
